@@ -1,0 +1,103 @@
+"""Trained PyTorch convolutions as exact integer circuits on encrypted images.
+
+Names are loaded when they are first used: `import fheconv` imports neither torch nor Concrete. No module has
+the name of a public function, because importing the module would then hide the function.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fheconv.errors import (
+    AccumulatorOverflowError,
+    ArtifactError,
+    CalibrationError,
+    CompilationError,
+    ExecutionError,
+    FheConvError,
+    InputRangeError,
+    InvalidArgumentError,
+    MissingExtraError,
+    NotCompiledError,
+    UnsupportedLayerError,
+)
+
+if TYPE_CHECKING:
+    from fheconv.arithmetic import (
+        ConvGeometry,
+        conv,
+        conv_gradients,
+        conv_output_shape,
+        conv_transpose,
+        filter_matrix,
+    )
+    from fheconv.bounds import accumulator_bounds, max_taps
+    from fheconv.budget import BudgetReport
+    from fheconv.ciphertext import Ciphertext
+    from fheconv.circuit import FheCircuit, compile  # noqa: A004
+    from fheconv.config import CompileConfig, QuantConfig
+    from fheconv.network import Conv, QuantizedNetwork
+    from fheconv.quantizer import quantize
+    from fheconv.tiling import TiledCircuit, compile_tiled
+
+_HOMES = {
+    "fheconv.arithmetic": (
+        "ConvGeometry",
+        "conv",
+        "conv_gradients",
+        "conv_output_shape",
+        "conv_transpose",
+        "filter_matrix",
+    ),
+    "fheconv.bounds": ("accumulator_bounds", "max_taps"),
+    "fheconv.budget": ("BudgetReport",),
+    "fheconv.ciphertext": ("Ciphertext",),
+    "fheconv.circuit": ("FheCircuit", "compile"),
+    "fheconv.config": ("CompileConfig", "QuantConfig"),
+    "fheconv.network": ("Conv", "QuantizedNetwork"),
+    "fheconv.quantizer": ("quantize",),
+    "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AccumulatorOverflowError",
+    "ArtifactError",
+    "BudgetReport",
+    "CalibrationError",
+    "Ciphertext",
+    "CompilationError",
+    "CompileConfig",
+    "Conv",
+    "ConvGeometry",
+    "ExecutionError",
+    "FheCircuit",
+    "FheConvError",
+    "InputRangeError",
+    "InvalidArgumentError",
+    "MissingExtraError",
+    "NotCompiledError",
+    "QuantConfig",
+    "QuantizedNetwork",
+    "TiledCircuit",
+    "UnsupportedLayerError",
+    "accumulator_bounds",
+    "compile",
+    "compile_tiled",
+    "conv",
+    "conv_gradients",
+    "conv_output_shape",
+    "conv_transpose",
+    "filter_matrix",
+    "max_taps",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

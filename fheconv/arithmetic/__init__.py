@@ -1,0 +1,31 @@
+"""Convolution as arithmetic, on numpy and scipy alone.
+
+Every function is N-d: `*S` stands for the spatial sizes (M, N for an image), `*k` for the kernel's
+(Hf, Wf). "Convolution" is cross-correlation, as torch and TensorFlow compute it.
+"""
+
+from fheconv.arithmetic.exact import exact_dtypes
+from fheconv.arithmetic.formulations import conv, conv_gradients, conv_transpose
+from fheconv.arithmetic.geometry import (
+    OUTSIDE,
+    ConvGeometry,
+    conv_output_shape,
+    expand,
+    tap_sources,
+    transposed_weight,
+)
+from fheconv.arithmetic.matrix import filter_matrix
+
+__all__ = [
+    "OUTSIDE",
+    "ConvGeometry",
+    "conv",
+    "conv_gradients",
+    "conv_output_shape",
+    "conv_transpose",
+    "exact_dtypes",
+    "expand",
+    "filter_matrix",
+    "tap_sources",
+    "transposed_weight",
+]

@@ -1,0 +1,325 @@
+"""Compiled circuits: keys, encryption, evaluation, decryption, and the check against the clear integers."""
+
+import itertools
+import math
+import secrets
+import threading
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import numpy as np
+
+from fheconv.arrays import Array
+from fheconv.ciphertext import Ciphertext
+from fheconv.config import CompileConfig, check_integer
+from fheconv.errors import (
+    AccumulatorOverflowError,
+    ArtifactError,
+    CompilationError,
+    ExecutionError,
+    InputRangeError,
+    InvalidArgumentError,
+    NotCompiledError,
+)
+from fheconv.lower import Lowered, lower
+from fheconv.network import QuantizedNetwork
+from fheconv.progress import status, track
+from fheconv.reports import Cost, VerifyReport, compare
+from fheconv.worker import CircuitForgotten, Compiled, Session, in_process, worker
+
+Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
+
+# A circuit without lookups compiles while width + log2‖w‖₂ stays under about 57 bits, depending on p_error;
+# a little above that Concrete finds no parameters, much above it aborts its process.
+LINEAR_LIMIT = 58.0
+# Up to here it finds parameters whatever the engine and p_error.
+SAFE_LIMIT = 54.0
+# With more lanes the ciphertexts grow as fast as the images they carry.
+MOST_LANES = 4
+
+_numbers = itertools.count()
+
+
+@dataclass(kw_only=True, eq=False)
+class _Program:
+    """One compiled function, of one image or of as many as ride in a ciphertext, and its keys."""
+
+    number: int
+    lowered: Lowered
+    compiled: Compiled
+    key_id: str = ""
+    keys: bytes | None = field(default=None, repr=False)
+
+
+class FheCircuit:
+    """A compiled circuit and, after `keygen`, its keys. Made by `fheconv.compile`.
+
+    The native library runs in a worker process that all circuits share. If that dies or a call is
+    interrupted, the next call starts a new worker and gives it the circuit and its keys again.
+    """
+
+    def __init__(self, network: QuantizedNetwork, config: CompileConfig) -> None:
+        if not isinstance(config, CompileConfig):
+            raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
+        self.network = network
+        self.config = config
+        self._session: Session = in_process() if config.in_process else worker()
+        # Keys must not change between what is encrypted with them and the name it gets.
+        self._lock = threading.RLock()
+        one = lower(network, config.engine)
+        self._lanes = _lanes(one, config)
+        self._one = self._compile(one)
+        self._many: _Program | None = None
+        if isinstance(config.lanes, int) and config.lanes > 1:  # asked for: refused now if it cannot be
+            self._program(config.lanes)
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            "A circuit holds secret keys, and its worker is this process's own: it cannot be copied or "
+            "pickled. Copy circuit.network, compile it there, and make keys there."
+        )
+
+    def _compile(self, lowered: Lowered) -> _Program:
+        number = next(_numbers)
+        weakref.finalize(self, self._session.released.append, number).atexit = False
+        with status("Compiling…"):
+            compiled = self._session.request(
+                CompilationError,
+                "compile",
+                number,
+                self.network,
+                self.config,
+                lowered.lanes,
+                limits=self.config,
+            )
+        return _Program(number=number, lowered=lowered, compiled=compiled)
+
+    def _program(self, images: int) -> _Program:
+        """Return the program for a batch; that of several lanes is made when a batch first needs it."""
+        if images < 2 or self._lanes == 1:
+            return self._one
+        if self._many is None:
+            self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
+        if self._many.key_id != self._one.key_id:
+            self._make_keys(self._many, self._one.key_id)
+        return self._many
+
+    def _promised(self, images: int) -> float:
+        """Return the probability that a value of a batch of so many comes out wrong."""
+        with self._lock:
+            return float(self._program(images).compiled.p_error)
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted image costs, alone in its ciphertext."""
+        compiled, lowered = self._one.compiled, self._one.lowered
+        return Cost(
+            lookups=compiled.lookups,
+            multiply_adds=lowered.multiply_adds,
+            complexity=compiled.complexity,
+            key_bytes=compiled.key_bytes,
+            input_bytes=compiled.input_bytes,
+            output_bytes=compiled.output_bytes,
+            p_error=compiled.p_error,
+            global_p_error=compiled.global_p_error,
+            engine=lowered.engine,
+            engine_reason=lowered.reason,
+            accumulator_bits=lowered.bits,
+            assigned_bits=compiled.output_bits,
+            lanes=self._lanes,
+        )
+
+    def keygen(self) -> None:
+        """Generate new keys; ciphertexts of earlier keys can no longer be used.
+
+        Raises `ExecutionError` if the native library fails.
+        """
+        with self._lock, status("Generating keys…"):
+            self._make_keys(self._one, secrets.token_hex(16))
+
+    def _make_keys(self, program: _Program, key_id: str) -> None:
+        keys = self._request(program, "keygen", key_id)
+        program.keys, program.key_id = keys, key_id
+
+    def encrypt(self, x: Any) -> Ciphertext:
+        """Quantize and encrypt images (n, *input_shape), or one image without n.
+
+        Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
+        before `keygen`.
+        """
+        return self._encrypt(*self.network.quantize_input(x))
+
+    def _encrypt(self, q: Array, batched: bool) -> Ciphertext:
+        with self._lock:
+            self._require_keys("encrypt")
+            program = self._program(len(q))
+            values = self._request(program, "encrypt", program.lowered.prepare(q)) if len(q) else []
+            return Ciphertext(
+                kind="input",
+                fingerprint=program.compiled.fingerprint,
+                key_id=program.key_id,
+                images=len(q),
+                batched=batched,
+                values=tuple(values),
+            )
+
+    def run(self, ciphertext: Ciphertext) -> Ciphertext:
+        """Evaluate the circuit on encrypted images.
+
+        Raises `ArtifactError` for a ciphertext of another circuit or key set.
+        """
+        with self._lock:
+            program = self._check(ciphertext, "input", "run")
+            values = track(ciphertext.values, "Running on encrypted images…")
+            results = tuple(self._request(program, "run", value) for value in values)
+            return replace(ciphertext, kind="output", values=results)
+
+    def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
+        """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
+
+        Raises `ArtifactError` like `run`.
+        """
+        with self._lock:
+            program = self._check(ciphertext, "output", "decrypt")
+            shape = (len(ciphertext.values), len(program.lowered.filters), *self.network.output_shape[1:])
+            results = np.zeros(shape, np.int64)
+            if ciphertext.values:
+                results = self._request(program, "decrypt", list(ciphertext.values))
+        if results.shape != shape:
+            raise ArtifactError(
+                f"The ciphertext holds results of shape {results.shape}, where this circuit has {shape}; "
+                "decrypt what its own run() returned."
+            )
+        accumulators = program.lowered.accumulators(results, ciphertext.images)
+        y = self.network.dequantize(accumulators) if dequantize else accumulators
+        return y if ciphertext.batched else y[0]
+
+    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+        """Return float outputs for float images, in torch's shape.
+
+        fhe="disable" runs the circuit's own function on clear integers, "simulate" Concrete's simulation,
+        "execute" encrypts, runs and decrypts. Raises like `encrypt`.
+        """
+        q, batched = self.network.quantize_input(x)
+        y = self.network.dequantize(self._integers(q, fhe))
+        return y if batched else y[0]
+
+    def _integers(self, q: Array, fhe: Fhe) -> Array:
+        """Return the integer outputs (N, K, *Out) of images that `quantize_input` made, as `predict` does."""
+        if fhe == "execute":
+            encrypted = self._encrypt(q, batched=True)
+            return self.decrypt(self.run(encrypted), dequantize=False)
+        if fhe == "simulate" and len(q):
+            with self._lock:
+                program = self._program(len(q))
+                results = self._request(program, "simulate", program.lowered.prepare(q))
+            return program.lowered.accumulators(results, len(q))
+        if fhe not in ("disable", "simulate"):
+            raise InvalidArgumentError(f'fhe={fhe!r}; it must be "disable", "simulate" or "execute".')
+        lowered = self._one.lowered
+        return lowered.accumulators(lowered.function(lowered.prepare(q)), len(q))
+
+    def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
+        """Run images encrypted, `runs` times, and compare every result with the clear integers.
+
+        The report counts all differences, names the first `show`, and holds their rate against the failure
+        probability that the circuit was compiled for. Raises like `encrypt`.
+        """
+        check_integer("runs", runs, 1)
+        check_integer("show", show, 0)
+        q, _ = self.network.quantize_input(x)
+        if not len(q):
+            raise InputRangeError("There is nothing to verify in an empty batch; give at least one image.")
+        expected = np.stack([self.network.accumulate(q)] * runs)
+        got = np.stack([self._integers(q, "execute") for _ in range(runs)])
+        return compare(expected, got, self._promised(len(q)), show)
+
+    def _request(self, program: _Program, method: str, *arguments: Any) -> Any:
+        """Call the worker, which has to hold the program with these very keys, or is given them."""
+        held = (program.number, program.key_id)
+        try:
+            return self._session.request(ExecutionError, method, *held, *arguments, limits=self.config)
+        except CircuitForgotten:
+            self._restore(program)
+            return self._session.request(ExecutionError, method, *held, *arguments, limits=self.config)
+
+    def _restore(self, program: _Program) -> None:
+        """Give a new worker what the old one knew, the program and its keys at once."""
+        what = (self.network, self.config, program.lowered.lanes, program.key_id, program.keys)
+        compiled = self._session.request(
+            CompilationError, "compile", program.number, *what, limits=self.config
+        )
+        if compiled.fingerprint != program.compiled.fingerprint:
+            raise ExecutionError("Compiling again gave another circuit; compile anew and make new keys.")
+
+    def _require_keys(self, step: str) -> None:
+        if self._one.keys is None:
+            raise NotCompiledError(f"{step} needs keys and there are none yet; call keygen() first.")
+
+    def _check(self, ciphertext: Ciphertext, kind: str, step: str) -> _Program:
+        """Return the program a ciphertext belongs to, or refuse it."""
+        self._require_keys(step)
+        if not isinstance(ciphertext, Ciphertext):
+            raise ArtifactError(
+                f"{step} takes a Ciphertext, not {type(ciphertext).__name__}; encrypt images first."
+            )
+        if ciphertext.kind != kind:
+            needs = "what encrypt() returned" if kind == "input" else "what run() returned"
+            raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
+        for program in (self._one, self._many):
+            if program is not None and program.compiled.fingerprint == ciphertext.fingerprint:
+                if ciphertext.key_id != program.key_id or program.key_id != self._one.key_id:
+                    raise ArtifactError(
+                        "The ciphertext was made with other keys; encrypt again with the present ones."
+                    )
+                if len(ciphertext.values) != -(-ciphertext.images // program.lowered.lanes):
+                    raise ArtifactError(
+                        f"The ciphertext says it holds {ciphertext.images} images, in "
+                        f"{len(ciphertext.values)} values of {program.lowered.lanes} each."
+                    )
+                return program
+        raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
+
+
+def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
+    """Compile a quantized network to an FHE circuit; no key is made yet.
+
+    Raises `AccumulatorOverflowError` for accumulators wider than Concrete holds, `CompilationError` if
+    Concrete cannot compile it.
+    """
+    if not isinstance(network, QuantizedNetwork):
+        raise InvalidArgumentError(
+            f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
+        )
+    return FheCircuit(network, CompileConfig() if config is None else config)
+
+
+def _lanes(one: Lowered, config: CompileConfig) -> int:
+    """Return how many images ride in a ciphertext, refusing widths on which the native compiler aborts."""
+    layer = one.layer
+    squares = [sum(int(w) ** 2 for w in filters) for filters in layer.weight.reshape(len(layer.weight), -1)]
+    channel = int(np.argmax(squares))
+    norm_bits = 0.5 * math.log2(max(squares[channel], 1))
+    width = max(one.bits, layer.input.bits) + norm_bits
+
+    def all_lanes(lanes: int) -> float:
+        return width + (lanes - 1) * one.lane_bits
+
+    if config.lanes == "auto":
+        lanes = max((n for n in range(1, MOST_LANES + 1) if all_lanes(n) <= SAFE_LIMIT), default=1)
+    else:
+        lanes = config.lanes
+    if all_lanes(lanes) > LINEAR_LIMIT:
+        remedy = "use fewer weight_bits or input_bits" + (", or fewer lanes" if lanes > 1 else "")
+        raise AccumulatorOverflowError(
+            f"Layer {layer.name!r} needs {one.bits} accumulator bits for each of {lanes} images in a "
+            f"ciphertext, and with weights of Euclidean norm 2^{norm_bits:.1f} in channel {channel} that is "
+            f"{all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
+            layer=layer.name,
+            channel=channel,
+            value=math.ceil(all_lanes(lanes)),
+            limit=int(LINEAR_LIMIT),
+            remedy=remedy,
+        )
+    return lanes

@@ -1,0 +1,132 @@
+"""The one place that calls Concrete: compiled circuits, their keys, and what runs on them.
+
+Its users talk to it through `fheconv.worker`, because the native library may take the process down.
+"""
+
+import hashlib
+import warnings
+from typing import Any
+
+import numpy as np
+
+from fheconv.arrays import Array
+from fheconv.config import CompileConfig
+from fheconv.errors import CompilationError
+from fheconv.lower import lower
+from fheconv.network import QuantizedNetwork
+from fheconv.worker import CircuitForgotten, Compiled
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
+    from concrete import fhe
+
+
+LINEAR_P_ERROR = 2.0**-64
+
+
+class NativeCircuits:
+    """Compiled circuits by number, each with the key set that was generated for or loaded into it.
+
+    Every call names the key set that it means. A circuit that has another, or none yet, counts as forgotten:
+    a caller that was interrupted in `keygen` does not have the keys which the worker may have made, and
+    Concrete would make new ones without a word.
+    """
+
+    def __init__(self) -> None:
+        self._circuits: dict[int, tuple[str, Any]] = {}
+
+    def compile(
+        self,
+        number: int,
+        network: QuantizedNetwork,
+        config: CompileConfig,
+        lanes: int,
+        key_id: str = "",
+        keys: bytes | None = None,
+    ) -> Compiled:
+        """Compile `network`, with `lanes` images in one, as circuit `number`.
+
+        `keys` are what `keygen` returned for `key_id`.
+
+        The inputset holds, for every output channel, the images on which it attains its minimum and
+        its maximum: Concrete then measures the proved ranges, whatever the calibration images were.
+        """
+        lowered = lower(network, config.engine, lanes)
+        compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
+        configuration = fhe.Configuration(
+            p_error=config.p_error or LINEAR_P_ERROR,
+            compress_input_ciphertexts=config.compress_input,
+            dump_artifacts_on_unexpected_failures=False,
+        )
+        name = network.layers[0].name
+        try:
+            circuit = compiler.compile([image[None] for image in lowered.worst_cases()], configuration)
+        except RuntimeError as error:
+            raise CompilationError(
+                f"Concrete cannot compile layer {name!r}, whose accumulator is proved to need {lowered.bits} "
+                f"bits: {error}. Use fewer weight_bits, input_bits or lanes, or a larger p_error."
+            ) from error
+        output = next(iter(circuit.graph.output_nodes.values())).output
+        if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
+            raise CompilationError(
+                f"Concrete gave the result of layer {name!r} {output.dtype.bit_width} "
+                f"bits, but {lowered.bits} are proved necessary; please report this network."
+            )
+        if keys is not None:
+            circuit.keys.load_from_bytes(keys)
+        self._circuits[number] = (key_id, circuit)
+        return Compiled(
+            fingerprint=hashlib.sha256(circuit.client.specs.serialize() + circuit.mlir.encode()).hexdigest(),
+            output_bits=output.dtype.bit_width,
+            lookups=circuit.programmable_bootstrap_count,
+            complexity=circuit.complexity,
+            key_bytes=circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys,
+            input_bytes=circuit.size_of_inputs,
+            output_bytes=circuit.size_of_outputs,
+            p_error=circuit.p_error,
+            global_p_error=circuit.global_p_error,
+        )
+
+    def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
+        """Make new keys for the circuit, by the name `new_id`, and return them, secret keys included."""
+        circuit = self._circuit(number, key_id)
+        del self._circuits[number]  # if this fails, the circuit's keys are neither the old nor the new
+        circuit.keygen(force=True)
+        self._circuits[number] = (new_id, circuit)
+        return circuit.keys.serialize()
+
+    def encrypt(self, number: int, key_id: str, images: Array) -> list[bytes]:
+        """Return a ciphertext for each integer image of (N, C, *S)."""
+        circuit = self._circuit(number, key_id)
+        return [circuit.encrypt(image).serialize() for image in _each(images)]
+
+    def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
+        """Evaluate the circuit on one encrypted image."""
+        return self._circuit(number, key_id).run(fhe.Value.deserialize(ciphertext)).serialize()
+
+    def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
+        """Return the integer results (N, K, *Out) in offset form."""
+        circuit = self._circuit(number, key_id)
+        return np.concatenate([circuit.decrypt(fhe.Value.deserialize(c)) for c in ciphertexts])
+
+    def simulate(self, number: int, key_id: str, images: Array) -> Array:
+        """Return the results (N, K, *Out) of Concrete's simulation, in offset form."""
+        circuit = self._circuit(number, key_id)
+        circuit.enable_fhe_simulation()
+        return np.concatenate([circuit.simulate(image) for image in _each(images)])
+
+    def release(self, numbers: list[int]) -> None:
+        """Forget circuits that nobody holds any longer."""
+        for number in numbers:
+            self._circuits.pop(number, None)
+
+    def _circuit(self, number: int, key_id: str) -> Any:
+        held, circuit = self._circuits.get(number, (None, None))
+        if held != key_id:
+            raise CircuitForgotten(f"Circuit {number} is not here with these keys.")
+        return circuit
+
+
+def _each(images: Array) -> list[Array]:
+    """Return the images one by one, in C order: Concrete reads their memory without a look at the strides."""
+    return [np.ascontiguousarray(image[None]) for image in images]

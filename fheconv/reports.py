@@ -1,0 +1,127 @@
+"""What is said of a circuit: its cost before it runs, and how its results compare with the clear ones."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from fheconv.arrays import Array
+from fheconv.rendering import Report
+
+# Fewer than one honest circuit in a million is suspected of failing more often than promised.
+SIGNIFICANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Cost(Report):
+    """What a circuit costs, known before any key is generated. Sizes in bytes, for one image alone.
+
+    `complexity` is the optimiser's estimate in its own unit. `engine_reason` says why `engine` was taken,
+    `accumulator_bits` is the proved width and `assigned_bits` what Concrete gives the results. `lanes`
+    images of a batch ride in one ciphertext.
+    """
+
+    lookups: int
+    multiply_adds: int
+    complexity: float
+    key_bytes: int
+    input_bytes: int
+    output_bytes: int
+    p_error: float
+    global_p_error: float
+    engine: str
+    engine_reason: str
+    accumulator_bits: int
+    assigned_bits: int
+    lanes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data, ready for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title="Cost of one encrypted image", title_justify="left", show_header=False)
+        rows = {
+            "engine": f"{self.engine} ({self.engine_reason})",
+            "accumulator": f"{self.accumulator_bits} bits proved, {self.assigned_bits} assigned",
+            "lanes": f"{self.lanes} images of a batch in one ciphertext",
+            "lookups": f"{self.lookups:,}",
+            "multiply-adds": f"{self.multiply_adds:,}",
+            "complexity": f"{self.complexity:,.0f}",
+            "evaluation keys": decimal(self.key_bytes),
+            "encrypted image": decimal(self.input_bytes),
+            "encrypted result": decimal(self.output_bytes),
+            "failure probability": f"{self.p_error:.1e} for each " + ("lookup" if self.lookups else "result"),
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """One wrong result: where (run, image, channel, position…), what was expected, what came."""
+
+    position: tuple[int, ...]
+    expected: int
+    got: int
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VerifyReport(Report):
+    """Encrypted results against the clear integers: how many were compared, and the first that differ.
+
+    `promised` is the probability of a wrong value that the circuit was compiled for.
+    """
+
+    values: int
+    wrong: int
+    mismatches: tuple[Mismatch, ...]
+    promised: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every value agreed."""
+        return self.wrong == 0
+
+    @property
+    def rate(self) -> float:
+        """The share of wrong values."""
+        return self.wrong / max(self.values, 1)
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether so many wrong values are plausible for a circuit that keeps its promise (binomial test)."""
+        if self.ok:
+            return True
+        from scipy.stats import binom  # slow to import, and seldom needed
+
+        return float(binom.sf(self.wrong - 1, self.values, self.promised)) >= SIGNIFICANCE
+
+    def __rich__(self) -> RenderableType:
+        lines = [
+            f"{self.values - self.wrong:,} of {self.values:,} encrypted results equal the clear integers."
+        ]
+        if not self.ok:
+            verdict = "no more than" if self.as_promised else "MORE than"
+            lines.append(
+                f"{self.rate:.2g} of them are wrong, {verdict} the promised {self.promised:.2g} explains."
+            )
+        lines += [f"At {m.position}: expected {m.expected}, got {m.got}." for m in self.mismatches]
+        return Group(*map(Text, lines))
+
+
+def compare(expected: Array, got: Array, promised: float, show: int) -> VerifyReport:
+    """Return the report on results `got` that should be `expected`, naming the first `show` differences."""
+    wrong = np.argwhere(got != expected)
+    mismatches = (
+        Mismatch(position=tuple(map(int, at)), expected=int(expected[tuple(at)]), got=int(got[tuple(at)]))
+        for at in wrong[:show]
+    )
+    return VerifyReport(
+        values=expected.size, wrong=len(wrong), mismatches=tuple(mismatches), promised=promised
+    )

@@ -1,0 +1,61 @@
+"""Integer weights nearest to float weights."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fheconv.arrays import Array
+
+
+class IntegerWeight(NamedTuple):
+    """Integers `values` (int64) and scales (K,) with weight ≈ scale·values; `range` is their data type's."""
+
+    values: Array
+    scale: Array
+    range: tuple[int, int]
+
+
+def round_weight(weight: Array, bits: int, *, per_channel: bool = True) -> IntegerWeight:
+    """Return the integers of `bits` bits, and the scales, of least squared error.
+
+    Float weights (K, …) become symmetric integers in ±(2^(bits−1) − 1), in {−1, +1} for one bit
+    (XNOR-Net, Rastegari et al. 2016); the pair minimises ‖weight − scale·values‖² exactly, for each
+    output channel or for the whole tensor. All-zero channels get zeros and scale 0. Weights that are
+    integers already, and fit `bits` bits signed or unsigned, stay as they are, with scale 1.
+    """
+    if weight.dtype.kind in "iub":
+        for low, high in ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), (0, 2**bits - 1)):
+            if low <= weight.min() and weight.max() <= high:
+                return IntegerWeight(weight.astype(np.int64), np.ones(len(weight)), (low, high))
+    rows = weight.reshape(len(weight) if per_channel else 1, -1).astype(np.float64)
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
+    q, scale = zip(*(_nearest(row, bits) for row in rows), strict=True)
+    end = max(2 ** (bits - 1) - 1, 1)
+    return IntegerWeight(
+        np.stack(q).reshape(weight.shape),
+        np.broadcast_to(np.array(scale) * largest[:, 0], len(weight)).copy(),
+        (-end, end),
+    )
+
+
+def _nearest(row: Array, bits: int) -> tuple[Array, float]:
+    """Sweep the scale down from infinity: the rounded row changes only at its rounding breakpoints.
+
+    |w_i|/scale passes k − ½ at scale = |w_i|/(k − ½), where |q_i| goes from k − 1 to k. For fixed q the
+    best scale is A/D with A = Σ|w||q|, D = Σq², and leaves ‖w‖² − A²/D. The best pair is therefore the
+    breakpoint with the greatest A²/D.
+    """
+    size = np.abs(row)
+    if not size.any():
+        return np.zeros(len(row), np.int64), 0.0
+    if bits == 1:
+        return np.where(row < 0, -1, 1), float(size.mean())
+    k = np.arange(1, 2 ** (bits - 1))
+    breakpoints = (size[:, None] / (k - 0.5)).ravel()
+    order = np.argsort(-breakpoints, kind="stable")
+    a = np.cumsum(np.repeat(size, len(k))[order])
+    d = np.cumsum(np.tile(2 * k - 1, len(size))[order])
+    best = int(np.argmax(a**2 / d))
+    steps = np.bincount(order[: best + 1] // len(k), minlength=len(row))
+    return np.sign(row).astype(np.int64) * steps, float(a[best] / d[best])

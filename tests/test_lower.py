@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+import fheconv
+from fheconv.bounds import worst_case_inputs
+from fheconv.lower import lower
+from tests.layers import KINDS, random_network, unlike_calibration
+
+ENGINES = ["auto", "conv", "shifts", "matrix"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_circuits_function_on_numpy_is_the_integer_network(engine, kind, seed):
+    network, _, _ = random_network(seed, kind)
+    q, _ = network.quantize_input(unlike_calibration(network, seed, 5))
+    try:
+        lowered = lower(network, engine)
+    except fheconv.InvalidArgumentError:  # nothing to read, nothing to shift
+        assert network.budget().accumulator_bits == 0
+        return
+    results = lowered.function(lowered.prepare(q))
+    assert results.min() >= 0
+    assert int(results.max()).bit_length() <= lowered.bits
+    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(12))
+def test_worst_cases_reach_zero_and_the_proved_width(kind, seed):
+    network, _, _ = random_network(seed, kind)
+    lowered = lower(network)
+    results = lowered.function(lowered.worst_cases())
+    per_channel = np.moveaxis(results, 1, 0).reshape(len(lowered.filters), -1)
+    assert (per_channel.min(axis=1) == 0).all()
+    assert int(results.max()).bit_length() == lowered.bits
+
+
+def test_auto_takes_the_engine_predicted_cheapest_and_says_so():
+    network, _, _ = random_network(0)
+    lowered = {engine: lower(network, engine) for engine in ("conv", "matrix", "auto")}
+    assert lowered["conv"].multiply_adds < lowered["matrix"].multiply_adds
+    assert lowered["auto"].engine == "conv"
+    assert lowered["auto"].reason.startswith("cheapest predicted, in ms: conv")
+    assert "matrix" in lowered["auto"].reason
+    assert lowered["matrix"].reason == "asked for"
+
+
+@pytest.mark.parametrize("engine", ["conv", "matrix"])
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(300, 304))
+def test_lanes_neither_borrow_nor_carry(engine, lanes, kind, seed):
+    """Images at the least and the greatest accumulators side by side, and a batch that fills no lane."""
+    network, _, _ = random_network(seed, kind)
+    try:
+        lowered = lower(network, engine, lanes)
+    except fheconv.InvalidArgumentError:
+        assert network.budget().accumulator_bits == 0
+        return
+    worst = worst_case_inputs(lowered.layer, lowered.spatial, lowered.bounds)
+    order = np.random.default_rng(seed).permutation(len(worst) * 2) % len(worst)
+    random, _ = network.quantize_input(unlike_calibration(network, seed, 3))
+    images = np.concatenate([worst, worst[order], random])
+    inputs = lowered.prepare(images)
+    assert len(inputs) == -(-len(images) // lanes)
+    results = lowered.function(inputs)
+    assert results.min() >= 0
+    assert int(results.max()).bit_length() <= lowered.bits
+    np.testing.assert_array_equal(lowered.accumulators(results, len(images)), network.accumulate(images))

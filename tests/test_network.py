@@ -1,0 +1,125 @@
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fheconv
+from fheconv import InputRangeError, quantize
+from fheconv.network import Quantization
+from tests.strategies import layer_problems
+
+
+@st.composite
+def quantizations(draw):
+    minimum = draw(st.integers(-100, 0))
+    maximum = draw(st.integers(minimum + 1, 100))
+    return Quantization(
+        scale=draw(st.floats(1e-6, 1e6)),
+        zero_point=draw(st.integers(minimum, maximum)),
+        minimum=minimum,
+        maximum=maximum,
+    )
+
+
+@given(quantizations())
+def test_every_integer_comes_back_from_the_number_it_stands_for(quantization):
+    every = np.arange(quantization.minimum, quantization.maximum + 1)
+    real = quantization.scale * (every - quantization.zero_point)
+    np.testing.assert_array_equal(quantization.integers(real), every)
+    assert 2 ** (quantization.bits - 1) <= len(every) - 1 < 2**quantization.bits
+
+
+@given(quantization=quantizations(), share=st.floats(0, 1))
+def test_no_integer_stands_for_a_nearer_number(quantization, share):
+    low, high = (
+        (e - quantization.zero_point) * quantization.scale
+        for e in (quantization.minimum, quantization.maximum)
+    )
+    x = low + share * (high - low)
+    q = quantization.integers(np.array(x))
+    every = np.arange(quantization.minimum, quantization.maximum + 1)
+    distances = np.abs(quantization.scale * (every - quantization.zero_point) - x)
+    assert distances[q - quantization.minimum] <= distances.min() + 1e-9 * quantization.scale
+
+
+@given(quantization=quantizations(), beyond=st.floats(0.51, 1e6), up=st.booleans())
+def test_more_than_half_a_step_outside_is_refused(quantization, beyond, up):
+    end = quantization.maximum + beyond if up else quantization.minimum - beyond
+    x = np.zeros((2, 3))
+    x[1, 2] = (end - quantization.zero_point) * quantization.scale
+    with pytest.raises(InputRangeError, match=r"at \(1, 2\) is outside"):
+        quantization.integers(x)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, bool, np.float16])
+def test_small_dtypes_do_not_wrap(kind):
+    quantization = Quantization(scale=0.25, zero_point=3, minimum=0, maximum=1000)
+    assert quantization.integers(np.ones(2, kind)).tolist() == [7, 7]
+    assert quantization.integers(np.full(2, 100).astype(np.uint8)).tolist() == [403, 403]
+
+
+@given(layer_problems())
+def test_the_accumulator_is_the_sum_that_it_is_said_to_be(problem):
+    """Σ weight·q + bias at one position, in Python's own integers, and its real value in fractions."""
+    network = quantize(problem.module, problem.images, problem.config)
+    (layer,) = network.layers
+    z, geometry = layer.input.zero_point, layer.geometry
+    q, _ = network.quantize_input(problem.images)
+    y, real = network.integers(problem.images), network(problem.images)
+    n, k, *position = (s - 1 for s in y.shape)
+    filters, per_group = len(layer.weight) // geometry.groups, layer.weight.shape[1]
+    total = int(layer.bias[k])
+    for c, *tap in np.ndindex(layer.weight.shape[1:]):
+        at = [
+            o * s + t * d - before
+            for o, s, t, d, (before, _) in zip(
+                position, geometry.stride, tap, geometry.dilation, geometry.padding, strict=True
+            )
+        ]
+        inside = all(0 <= a < size for a, size in zip(at, q.shape[2:], strict=True))
+        pixel = int(q[(n, k // filters * per_group + c, *at)]) if inside else z
+        total += int(layer.weight[(k, c, *tap)]) * pixel
+    assert y[(n, k, *position)] == total
+    exact = total * Fraction(layer.weight_scale[k]) * Fraction(layer.input.scale)
+    assert real[(n, k, *position)] == pytest.approx(float(exact), rel=1e-15)
+
+
+@given(layer_problems())
+def test_images_do_not_influence_each_other(problem):
+    network = quantize(problem.module, problem.images, problem.config)
+    together = network.integers(problem.images)
+    for number, image in enumerate(problem.images):
+        np.testing.assert_array_equal(network.integers(image), together[number])
+
+
+@given(layer_problems())
+def test_a_network_survives_the_way_between_processes(problem):
+    network = quantize(problem.module, problem.images, problem.config)
+    other = pickle.loads(pickle.dumps(network))
+    np.testing.assert_array_equal(other(problem.images), network(problem.images))
+    assert other.budget(3).to_dict() == network.budget(3).to_dict()
+
+
+def test_the_callers_arrays_are_left_alone():
+    rng = np.random.default_rng(0)
+    weight, images = rng.standard_normal((2, 1, 2, 2)), rng.random((3, 1, 4, 4))
+    copies = weight.copy(), images.copy()
+    quantize(weight, images)(images)
+    np.testing.assert_array_equal(weight, copies[0])
+    np.testing.assert_array_equal(images, copies[1])
+
+
+def test_what_happens_to_the_module_afterwards_does_not_change_the_network():
+    module = torch.nn.Conv2d(1, 1, 3)
+    images = np.random.default_rng(0).random((2, 1, 5, 5))
+    network = fheconv.quantize(module, images, fheconv.QuantConfig(weight_bits=6, input_bits=6))
+    before = network.budget(4).remedy
+    with torch.no_grad():
+        module.weight.mul_(torch.tensor([[[[0.0, 1, 0], [0, 5, 0], [0, 0, 0]]]]))
+    assert network.budget(4).remedy == before
+    with pytest.raises(ValueError, match="read-only"):
+        network.layers[0].weight[:] = 0

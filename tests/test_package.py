@@ -1,0 +1,62 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import fheconv
+
+HEAVY = ("torch", "concrete", "matplotlib", "scipy", "sklearn", "typer", "rich", "numpy")
+
+
+def fresh(code):
+    """What `code` prints as JSON in an interpreter of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    loaded = fresh("import json, sys, fheconv; print(json.dumps(list(sys.modules)))")
+    assert "fheconv" in loaded
+    assert not set(HEAVY) & {name.partition(".")[0] for name in loaded}
+
+
+def test_every_public_name_resolves_and_is_listed():
+    code = """
+import json, fheconv
+names = {name: getattr(fheconv, name).__module__ for name in fheconv.__all__}
+print(json.dumps({"names": names, "dir": dir(fheconv), "all": fheconv.__all__}))
+"""
+    seen = fresh(code)
+    assert set(seen["names"]) == set(seen["all"]) == set(seen["dir"])
+    assert all(home.startswith("fheconv.") for home in seen["names"].values())
+    assert len(set(seen["all"])) == len(seen["all"])
+
+
+def test_quantizing_arrays_needs_neither_torch_nor_concrete():
+    code = """
+import json, sys, fheconv
+network = fheconv.quantize([[1.0, 2.0], [3.0, 4.0]], [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]])
+network.budget(3)
+print(json.dumps(list(sys.modules)))
+"""
+    assert not {"torch", "concrete", "matplotlib", "sklearn"} & set(fresh(code))
+
+
+def test_a_public_function_is_not_hidden_by_its_module():
+    """Importing every module leaves each public name what it was."""
+    code = """
+import json, pkgutil, importlib, fheconv
+before = {name: getattr(fheconv, name) for name in fheconv.__all__}
+for module in pkgutil.walk_packages(fheconv.__path__, "fheconv."):
+    if module.name not in ("fheconv.native", "fheconv.__main__"):
+        importlib.import_module(module.name)
+print(json.dumps([name for name in before if getattr(fheconv, name) is not before[name]]))
+"""
+    assert fresh(code) == []
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="'fheconv' has no attribute 'convolve'"):
+        fheconv.convolve  # noqa: B018
+    assert not hasattr(fheconv, "__wrapped__")

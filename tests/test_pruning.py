@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+import fheconv
+from fheconv.lower import lower
+from tests.layers import integer_network
+
+ENGINES = ["auto", "conv", "shifts", "matrix"]
+
+
+def test_zero_weights_cost_nothing():
+    rng = np.random.default_rng(0)
+    weight = rng.integers(1, 7, (4, 3, 5, 5))
+    full = lower(integer_network(weight, (3, 9, 9), padding=2), "conv")
+    weight[:, 1] = 0  # an input channel
+    weight[2] = 0  # a filter
+    weight[:, :, [0, 4]] = 0  # two rows around the kernel
+    network = integer_network(weight, (3, 9, 9), padding=2)
+    lowered = lower(network, "conv")
+    assert full.multiply_adds == 4 * 3 * 5 * 5 * 81
+    assert lowered.multiply_adds == 3 * 2 * 3 * 5 * 81
+    assert lowered.channels.tolist() == [0, 2]
+    assert lowered.filters.tolist() == [0, 1, 3]
+    weight[:, :, 2, 1:4] = 0  # a hole in the kernel
+    holed = integer_network(weight, (3, 9, 9), padding=2)
+    assert lower(holed, "shifts").multiply_adds == 3 * 2 * 12 * 81
+    for each in (network, holed):
+        q = rng.integers(0, 4, (2, 3, 9, 9))
+        for engine in ENGINES:
+            lowered = lower(each, engine)
+            results = lowered.function(lowered.prepare(q))
+            np.testing.assert_array_equal(lowered.accumulators(results, len(q)), each.accumulate(q))
+
+
+def test_groups_without_weights_are_dropped_whole():
+    weight = np.arange(4 * 2 * 3 * 3).reshape(4, 2, 3, 3) % 7 - 3
+    weight[2:] = 0
+    network = integer_network(weight, (4, 6, 6), groups=2)
+    lowered = lower(network, "conv")
+    assert lowered.channels.tolist() == [0, 1]
+    assert lowered.filters.tolist() == [0, 1]
+    q = np.random.default_rng(0).integers(0, 4, (2, 4, 6, 6))
+    results = lowered.function(lowered.prepare(q))
+    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": 2}, {"stride": (2, 1), "dilation": (1, 2), "padding": 3}]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_of_rank_one_may_run_in_two_passes(channels, options):
+    rng = np.random.default_rng(1)
+    columns, rows = rng.integers(-2, 3, (channels, 5, 1)), rng.integers(-3, 4, (channels, 1, 5))
+    columns[:, 2] = rows[:, :, 2] = 1
+    network = integer_network((columns * rows)[:, None], (channels, 12, 12), groups=channels, **options)
+    lowered = lower(network, "separable")
+    assert lowered.multiply_adds < lower(network, "conv").multiply_adds
+    q = rng.integers(0, 4, (2, channels, 12, 12))
+    results = lowered.function(lowered.prepare(q))
+    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+
+
+def test_two_passes_are_taken_by_counting():
+    box = np.ones(7, int)
+    assert lower(integer_network(np.outer(box, box), (1, 28, 28))).engine == "separable"
+    # Few outputs need many of the first pass: the direct form is cheaper.
+    assert lower(integer_network(np.outer(box, box), (1, 28, 28), stride=(1, 4))).engine == "conv"
+
+
+def test_two_passes_are_refused_where_there_are_none():
+    with pytest.raises(fheconv.InvalidArgumentError, match="rank one"):
+        lower(integer_network([[1, 2], [3, 4]], (1, 6, 6)), "separable")
+
+
+def test_a_matrix_past_its_limit_is_refused_and_not_considered():
+    network = integer_network(np.ones((3, 3), int), (1, 200, 200))
+    assert "matrix" not in lower(network).reason
+    with pytest.raises(fheconv.InvalidArgumentError, match="2 GiB"):
+        lower(network, "matrix")
+
+
+def test_an_all_zero_layer_still_has_a_function():
+    network = integer_network(np.zeros((2, 1, 3, 3), int), (1, 5, 5), padding=1)
+    for engine in ("auto", "matrix"):
+        lowered = lower(network, engine)
+        assert lowered.bits == 0
+        assert (lowered.function(np.full((1, 1, 5, 5), 3)) == 0).all()
+    with pytest.raises(fheconv.InvalidArgumentError, match="no weights"):
+        lower(network, "shifts")
+
+
+def test_a_layer_without_weights_compiles_whatever_it_reads():
+    source = fheconv.Conv.of(np.zeros((1, 1, 3, 1, 1)), padding=(1, 0, 0))
+    images = np.random.default_rng(0).uniform(-3, -1, (2, 1, 1, 2, 2))
+    config = fheconv.QuantConfig(weight_bits=8, input_bits=3, input_signed=True)
+    circuit = fheconv.compile(fheconv.quantize(source, images, config))
+    circuit.keygen()
+    assert circuit.verify(images).ok

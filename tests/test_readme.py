@@ -1,0 +1,53 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fheconv.cli import app
+from tests.supported import table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_example_runs():
+    (example,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Accumulator budget" in done.stdout
+    assert "Cost of one encrypted image" in done.stdout
+
+
+def test_the_budget_report_shown_is_the_one_printed():
+    command, shown = blocks("text")
+    arguments = command.removeprefix("$ fheconv ").split()
+    arguments[1] = str(ROOT / arguments[1])
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert " ".join(shown.split()) in " ".join(done.stdout.split())
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_the_table_of_what_is_supported_is_what_was_tried():
+    (shown,) = re.findall(
+        r"^(?:\|.*\n)+", README.partition("## What is supported")[2].partition("\n## ")[0], re.M
+    )
+    assert shown == table() + "\n"
+
+
+def test_every_module_is_in_the_layout():
+    modules = {path.stem for path in (ROOT / "fheconv").iterdir() if path.suffix == ".py"} | {"arithmetic"}
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", README))
+    assert modules - {"__init__"} <= named
+
+
+def test_there_are_exactly_two_commands_and_ci_runs_them():
+    assert [block.strip() for block in blocks("sh")] == re.findall(r"^pip install .*$", README, re.MULTILINE)
+    assert len(blocks("sh")) == 2
