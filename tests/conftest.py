@@ -4,8 +4,8 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The machine that runs the tests may be slow and shared: examples are bounded in number, not in time. CI draws
-# the same ones each time, so that it judges the change at hand; everyone else goes on searching.
+# The machine that runs the tests may be slow and shared: examples are bounded in number, not in time. CI
+# draws the same ones each time, so that it judges the change at hand; everyone else goes on searching.
 settings.register_profile(
     "fheconv",
     deadline=None,
