@@ -1,28 +1,86 @@
-"""From what the user has, a torch module or an array of weights, to float layers."""
+"""From what the user has, a torch module or an array of weights, to a float network."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 
 from fheconv.arrays import as_array
 from fheconv.errors import CalibrationError, UnsupportedLayerError
-from fheconv.network import Conv
+from fheconv.network import Conv, Layer, Network
+from fheconv.steps import Kernel, Shape
 
 
-def capture(module: Any) -> Conv:
-    """Return the float layer of a `torch.nn` convolution, a bare weight array or a `Conv`.
+def capture(module: Any, input_shape: Shape) -> Network:
+    """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    Raises `UnsupportedLayerError` for any other module or option, `CalibrationError` for weights that
-    are not finite.
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), or a `Conv`. A module
+    that is not a single convolution is captured in evaluation mode with `torch.export`: BatchNorm is folded,
+    dropout is dropped, whatever is linear merges.
+
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, `CalibrationError`
+    for weights that are not finite.
     """
-    layer = module if isinstance(module, Conv) else _from_torch(module) if _is_module(module) else None
-    layer = layer or Conv.of(as_array(module, "weight"))
-    for name, values in (("weight", layer.weight), ("bias", layer.bias)):
-        if values is not None and not np.isfinite(values).all():
+    if isinstance(module, Network):
+        network = module
+    elif _is_module(module) and not _is_convolution(module):
+        network = _export(module, input_shape)
+    else:
+        conv = module if isinstance(module, Conv) else _from_torch(module) if _is_module(module) else None
+        network = Network.of(conv or Conv.of(as_array(module, "weight")), input_shape)
+    for layer in network.layers:
+        if isinstance(layer, Layer):
+            _check_finite(layer)
+    return network
+
+
+def _check_finite(layer: Layer) -> None:
+    kernels = (step for term in layer.terms for step in term.steps if isinstance(step, Kernel))
+    for name, values in (("bias", layer.bias), *(("weight", kernel.weight) for kernel in kernels)):
+        if not np.isfinite(values).all():
             raise CalibrationError(
                 f"The {name} of layer {layer.name!r} contains NaN or infinity; check the training."
             )
-    return layer
+
+
+def _export(module: Any, input_shape: Shape) -> Network:
+    """Capture a whole model."""
+    import torch
+
+    from fheconv.graph import BATCH, network_of
+
+    if isinstance(module, torch.nn.Module) and any(map(torch.nn.parameter.is_lazy, module.parameters())):
+        raise UnsupportedLayerError(
+            f"This {type(module).__name__} has layers without weights yet; run it once, or load them."
+        )
+    training = [part for part in module.modules() if part.training]
+    parameter = next(iter(module.parameters()), torch.zeros(()))
+    example = torch.zeros(BATCH, *input_shape, dtype=parameter.dtype, device=parameter.device)
+    try:
+        module.eval()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module(example)
+            program = torch.export.export(module, (example,))
+    except Exception as error:  # whatever the user's own forward raises
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} cannot be run or exported on images of shape {input_shape}: "
+            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a model "
+            "whose path depends on the values of the image has no circuit."
+        ) from error
+    finally:
+        for part in training:
+            part.training = True
+    return network_of(program, input_shape)
+
+
+def _is_convolution(module: Any) -> bool:
+    import torch
+
+    kinds = tuple(
+        getattr(torch.nn, f"{word}{axes}d") for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3)
+    )
+    return isinstance(module, kinds)
 
 
 def _is_module(value: Any) -> bool:
@@ -34,12 +92,6 @@ def _from_torch(module: Any) -> Conv:
 
     direct = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     transposed = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
-    if not isinstance(module, (*direct, *transposed)):
-        raise UnsupportedLayerError(
-            f"{type(module).__name__} cannot be compiled; what is supported is torch.nn.Conv1d, Conv2d, "
-            "Conv3d and their ConvTranspose, or a weight array. Take the convolution out of the model, for "
-            "example model.conv1."
-        )
     name = type(module).__name__
     if torch.nn.parameter.is_lazy(module.weight):
         raise UnsupportedLayerError(f"This {name} has no weights yet; run it once, or load them.")

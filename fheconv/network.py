@@ -1,22 +1,22 @@
-"""The data that flows between the stages: float layers, integer layers, and networks of them.
+"""A trained network in floats: layers between lookups, and how images are turned into integers.
 
-Frozen, plain numpy inside. A stage reads one of these and makes the next one.
+Tensors are numbered: 0 is the image, i the output of layer i − 1. Everything linear between two activations
+is one layer, so that each activation is one lookup.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fheconv.arithmetic import ConvGeometry, conv, expand
+from fheconv.arithmetic import ConvGeometry
 from fheconv.arithmetic.geometry import Padding, PaddingMode, PerAxis, direct_form
 from fheconv.arrays import Array, as_array, channel_vector, first_position, frozen
-from fheconv.config import QuantConfig
 from fheconv.errors import InputRangeError, InvalidArgumentError
-
-if TYPE_CHECKING:
-    from fheconv.budget import BudgetReport
+from fheconv.expression import Expression
+from fheconv.steps import Kernel, Select, Shape, Term
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,119 +149,117 @@ class Quantization:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QuantizedConv:
-    """A convolution in integers, with all that turns its accumulator back into real numbers.
+class Layer:
+    """Everything linear up to an activation: Σ terms + `bias` (C, *S), and then the activation.
 
-    `weight` (K, C/groups, *k) and `bias` (K,) are int64. With inputs `q` quantized by `input` and
-    padded by its zero-point, the accumulator of output channel c is `Σ weight·q + bias`, and the real
-    output is `accumulator · weight_scale[c] · input.scale`: the bias holds −zero_point·Σ weight as
-    well. `weight_range` is the range of the weights' data type.
+    `activation` None is the last layer's: its sums are decrypted as they are.
     """
 
     name: str
-    weight: Array
+    terms: tuple[Term, ...]
     bias: Array
-    geometry: ConvGeometry
-    weight_scale: Array
-    weight_range: tuple[int, int]
-    input: Quantization
+    activation: Expression | None
 
     @property
-    def output_scale(self) -> Array:
-        """The real size of one accumulator step, (K,)."""
-        return self.weight_scale * self.input.scale
+    def shape(self) -> Shape:
+        """The shape (C, *S) of its output."""
+        return self.bias.shape
 
     @property
-    def taps(self) -> int:
-        """How many products one output sums, C/groups · Πk."""
-        return int(np.prod(self.weight.shape[1:]))
+    def sources(self) -> tuple[int, ...]:
+        """The tensors that it reads."""
+        return tuple(term.source for term in self.terms)
 
-    def accumulate(self, q: Array) -> Array:
-        """Return the int64 accumulators (N, K, *Out) of integer inputs (N, C, *S)."""
-        return conv(
-            expand(q, self.geometry, self.input.zero_point),
-            self.weight,
-            self.bias,
-            stride=self.geometry.stride,
-            dilation=self.geometry.dilation,
-            groups=self.geometry.groups,
-        )
+    def sums(self, tensors: Sequence[Array]) -> Array:
+        """Return what enters the activation, (N, C, *S)."""
+        y = self.bias[None]
+        for term in self.terms:
+            y = y + term.factor * term.apply(tensors[term.source])
+        return y
+
+    def output(self, tensors: Sequence[Array]) -> Array:
+        """Return the layer's output, (N, C, *S)."""
+        y = self.sums(tensors)
+        return y if self.activation is None else self.activation(y)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QuantizedNetwork:
-    """What `fheconv.quantize` returns: exact integer arithmetic between float images and float results.
+class Maximum:
+    """The greatest of some values of one tensor: outputs are max(x.flat[index[0]], x.flat[index[1]], …).
 
-    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
-    calibration images (None: nobody looked), `source` the float layers it was made from, `calibrated`
-    the images' range.
+    `index` is (n, C, *S). In floats and in integers it is the same.
     """
 
-    config: QuantConfig
-    input_shape: tuple[int, ...]
-    calibrated: CalibratedInput
-    layers: tuple[QuantizedConv, ...]
-    observed: tuple[tuple[Array, Array], ...] | None
-    source: tuple[Conv, ...]
+    name: str
+    source: int
+    index: Array
 
     @property
-    def input(self) -> Quantization:
-        """How the images are quantized."""
-        return self.layers[0].input
+    def shape(self) -> Shape:
+        """The shape (C, *S) of its output."""
+        return self.index.shape[1:]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The tensor that it reads."""
+        return (self.source,)
+
+    def output(self, tensors: Sequence[Array]) -> Array:
+        """Return the layer's output, (N, C, *S)."""
+        x = tensors[self.source]
+        return x.reshape(len(x), -1)[:, self.index].max(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finish:
+    """What the client computes in clear of the decrypted results: an activation, a view of it, a softmax."""
+
+    activation: Expression
+    view: Select | None = None
+    last: Expression | None = None
+
+    def __call__(self, y: Array) -> Array:
+        """Return the model's outputs (N, …) for the last layer's, (N, C, *S)."""
+        y = self.activation(y)
+        if self.view is not None:
+            y = self.view.apply(y, 0)
+        return y if self.last is None else self.last(y)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A trained network in floats, from images of shape `input_shape` to the model's outputs."""
+
+    input_shape: Shape
+    layers: tuple[Layer | Maximum, ...]
+    finish: Finish | None = None
 
     @cached_property
-    def output_shape(self) -> tuple[int, ...]:
-        """(K, *Out)."""
-        last = self.layers[-1]
-        return (len(last.weight), *last.geometry.output_size(self.input_shape[1:]))
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of each tensor."""
+        return (self.input_shape, *(layer.shape for layer in self.layers))
 
-    def quantize_input(self, x: Any) -> tuple[Array, bool]:
-        """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
-
-        Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
-        """
-        try:
-            x = as_array(x, "The image")
-        except InvalidArgumentError as error:
-            raise InputRangeError(str(error)) from error
-        batched = x.ndim == len(self.input_shape) + 1
-        if x.shape[int(batched) :] != self.input_shape:
-            raise InputRangeError(
-                f"The images have shape {x.shape}; this network takes (n, "
-                f"{', '.join(map(str, self.input_shape))}), or one image without n. For another image size, "
-                "quantize with calibration images of it."
-            )
-        q = self.input.integers(x)
-        return (q if batched else q[None]), batched
-
-    def accumulate(self, q: Array) -> Array:
-        """Return the integer outputs (N, K, *Out) of integer images (N, *input_shape)."""
+    def tensors(self, x: Array) -> list[Array]:
+        """Return every tensor for a batch of images, float64."""
+        tensors = [x.astype(np.float64)]
         for layer in self.layers:
-            q = layer.accumulate(q)
-        return q
+            tensors.append(layer.output(tensors))
+        return tensors
 
-    def dequantize(self, accumulators: Array) -> Array:
-        """Return the real numbers (float64) that integer outputs (..., K, *Out) stand for."""
-        scale = self.layers[-1].output_scale
-        return accumulators * scale.reshape(-1, *[1] * (len(self.output_shape) - 1))
+    def __call__(self, x: Array) -> Array:
+        """Return the outputs for a batch (N, *input_shape): what torch computes, in float64."""
+        y = self.tensors(x)[-1]
+        return y if self.finish is None else self.finish(y)
 
-    def integers(self, x: Any) -> Array:
-        """Return the exact integer outputs for float images, (N, K, *Out) or (K, *Out).
-
-        Raises `InputRangeError` like `quantize_input`.
-        """
-        q, batched = self.quantize_input(x)
-        y = self.accumulate(q)
-        return y if batched else y[0]
-
-    def __call__(self, x: Any) -> Array:
-        """Return the float outputs for float images, through the exact integers."""
-        return self.dequantize(self.integers(x))
-
-    def budget(self, accumulator_bits: int | None = None) -> "BudgetReport":
-        """Return the proved accumulator widths, held against a limit if one is given."""
-        # The only call against the direction of the imports: a convenience, so that the report is
-        # found where the network is.
-        from fheconv.budget import report
-
-        return report(self, accumulator_bits)
+    @classmethod
+    def of(cls, conv: Conv, input_shape: Shape) -> "Network":
+        """Return the network of a single convolution."""
+        kernel = Kernel(weight=conv.weight, geometry=conv.geometry)
+        output = kernel.output_shape(input_shape)
+        bias = np.zeros(len(conv.weight)) if conv.bias is None else conv.bias.astype(np.float64)
+        full = np.broadcast_to(bias.reshape(-1, *[1] * (len(output) - 1)), output)
+        term = Term(source=0, steps=(kernel,))
+        return cls(
+            input_shape=input_shape,
+            layers=(Layer(name=conv.name, terms=(term,), bias=frozen(full), activation=None),),
+        )

@@ -1,0 +1,149 @@
+"""Functions of one variable, such as activations and chains of them: what a lookup table holds.
+
+They are plain data, named as torch names its operators, and are computed by numpy in float64: building the
+tables needs no torch, and gives the same integers on every machine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from fheconv.arrays import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """An operator of `FUNCTIONS` applied to arguments: expressions, numbers, or arrays (C, *1) of numbers.
+
+    `Expression("x")` is the variable.
+    """
+
+    operator: str
+    arguments: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, x: Array) -> Array:
+        """Return the values at `x` (N, C, *S), float64."""
+        if self.operator == "x":
+            return x
+        values = (part(x) if isinstance(part, Expression) else part for part in self.arguments)
+        with np.errstate(all="ignore"):  # what is not finite is judged where tables are built
+            return np.asarray(FUNCTIONS[self.operator](*values, **dict(self.options)), np.float64)
+
+    def __str__(self) -> str:
+        """Show it as a formula, such as relu(x)."""
+        if self.operator == "x":
+            return "x"
+        shown = (
+            str(part) if isinstance(part, Expression) else "…" if np.ndim(part) else f"{part:g}"
+            for part in self.arguments
+            if part is not None and not isinstance(part, str)
+        )
+        return f"{self.operator}({', '.join(shown)})"
+
+    def of(self, inner: "Expression") -> "Expression":
+        """Return this function of the other one."""
+        if self.operator == "x":
+            return inner
+        parts = (part.of(inner) if isinstance(part, Expression) else part for part in self.arguments)
+        return Expression(self.operator, tuple(parts), self.options)
+
+
+X = Expression("x")
+
+
+def _clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+    return x if low is None and high is None else np.clip(x, low, high)
+
+
+def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+    return np.where(x > 0, scale * x, scale * alpha * np.expm1(input_scale * np.minimum(x, 0)))
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    if approximate == "tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x * scipy.special.ndtr(x)
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    return np.where(x * beta > threshold, x, np.logaddexp(0, x * beta) / beta)
+
+
+def _divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    quotient = np.true_divide(x, y)
+    return {None: quotient, "floor": np.floor(quotient), "trunc": np.trunc(quotient)}[rounding_mode]
+
+
+# By torch's names, with torch's arguments.
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": lambda x, y, alpha=1: np.add(x, np.multiply(y, alpha)),
+    "atan": np.arctan,
+    "ceil": np.ceil,
+    "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha),
+    "clamp": _clamp,
+    "clamp_max": np.minimum,
+    "clamp_min": np.maximum,
+    "cos": np.cos,
+    "div": _divide,
+    "elu": _elu,
+    "eq": np.equal,
+    "erf": scipy.special.erf,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gelu": _gelu,
+    "gt": np.greater,
+    "hardshrink": lambda x, lambd=0.5: np.where(np.abs(x) > lambd, x, 0.0),
+    "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "hardtanh": lambda x, low=-1.0, high=1.0: np.clip(x, low, high),
+    "le": np.less_equal,
+    "leaky_relu": lambda x, slope=0.01: np.where(x > 0, x, x * slope),
+    "log": np.log,
+    "log1p": np.log1p,
+    "log_sigmoid": lambda x: -np.logaddexp(0, -x),
+    "lt": np.less,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "pow": np.power,
+    "prelu": lambda x, slope: np.where(x > 0, x, x * slope),
+    "reciprocal": lambda x: np.true_divide(1.0, x),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "round": np.rint,
+    "rsqrt": lambda x: np.true_divide(1.0, np.sqrt(x)),
+    "rsub": lambda x, y, alpha=1: np.subtract(y, np.multiply(x, alpha)),
+    "selu": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
+    "sigmoid": scipy.special.expit,
+    "sign": np.sign,
+    "silu": lambda x: x * scipy.special.expit(x),
+    "sin": np.sin,
+    "softplus": _softplus,
+    "softshrink": lambda x, lambd=0.5: np.sign(x) * np.maximum(np.abs(x) - lambd, 0),
+    "softsign": lambda x: x / (1 + np.abs(x)),
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": lambda x, y, alpha=1: np.subtract(x, np.multiply(y, alpha)),
+    "tanh": np.tanh,
+    "tanhshrink": lambda x: x - np.tanh(x),
+    "threshold": lambda x, threshold, value: np.where(x > threshold, x, value),
+    "trunc": np.trunc,
+    "where": np.where,
+}
+# Of whole rows, not of elements: they can only stand at the end of a network, where the client computes them.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **ELEMENTWISE,
+    "argmax": np.argmax,
+    "log_softmax": scipy.special.log_softmax,
+    "softmax": scipy.special.softmax,
+}

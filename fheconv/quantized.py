@@ -1,0 +1,211 @@
+"""A network in exact integers: what is proved, compiled and run.
+
+An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a table
+of integers, and the last accumulators become real numbers again. No float is computed in between, so that
+clear, simulated and encrypted runs agree on every machine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from fheconv.arrays import Array, as_array
+from fheconv.config import QuantConfig
+from fheconv.errors import InputRangeError, InvalidArgumentError
+from fheconv.network import CalibratedInput, Maximum, Network, Quantization
+from fheconv.steps import Kernel, Shape, Term
+
+if TYPE_CHECKING:
+    from fheconv.budget import BudgetReport
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lookup:
+    """What turns accumulators into the integers of an activation: row `which` of `tables`.
+
+    Each channel's `minimum` (C,) is subtracted first, which leaves 0 to 2^bits − 1; then `dropped_bits` low
+    bits are rounded away, half up; what remains is the column. `which` broadcasts to the layer's shape.
+    `proved` says that no input leads outside; otherwise `bits` is what calibration observed, with a margin.
+    """
+
+    tables: Array
+    which: Array
+    minimum: Array
+    bits: int
+    dropped_bits: int
+    output: Quantization
+    proved: bool
+
+    def __call__(self, accumulators: Array) -> Array:
+        """Return the activations (N, C, *S)."""
+        return self.rows(accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2)))
+
+    def rows(self, offset: Array) -> Array:
+        """Return the activations for accumulators in offset form."""
+        return self.tables[self.which, self.round(offset)]
+
+    def round(self, offset: Array) -> Array:
+        """Return the columns for accumulators in offset form."""
+        if not self.dropped_bits:
+            return offset
+        return (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedLayer:
+    """A layer in integers: accumulators Σ terms + `bias`, then a lookup, or none in the last layer.
+
+    The terms' weights are int64, their inputs the raw integers of the tensors they read, padded with their
+    zero-point. `inputs` are those tensors' quantizations, one a term. The real value of accumulator `a` is
+    `a · scale`: `bias` holds the layer's own bias in steps, and minus what the zero-points add up to. Where a
+    lookup follows, all that is in the table instead, exactly, and `bias` is 0. `scale` and `bias` broadcast
+    to `shape`. `weight_range` is the range of the weights' data type.
+    """
+
+    name: str
+    shape: Shape
+    terms: tuple[Term, ...]
+    inputs: tuple[Quantization, ...]
+    scale: Array
+    bias: Array
+    weight_range: tuple[int, int]
+    lookup: Lookup | None
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The tensors that it reads."""
+        return tuple(term.source for term in self.terms)
+
+    @cached_property
+    def convolution(self) -> Kernel | None:
+        """The one convolution that the layer is, if it is no more than that."""
+        if len(self.terms) == 1 and len(self.terms[0].steps) == 1:
+            (step,) = self.terms[0].steps
+            return step if isinstance(step, Kernel) else None
+        return None
+
+    @property
+    def taps(self) -> int:
+        """How many products one accumulator sums, those of pooling windows not counted."""
+        kernels = (term.steps[at] for term in self.terms for at in term.inexact())
+        return sum(int(np.prod(kernel.weight.shape[1:])) for kernel in kernels if isinstance(kernel, Kernel))
+
+    def accumulate(self, tensors: Sequence[Array]) -> Array:
+        """Return the int64 accumulators (N, C, *S), given the batch's tensors."""
+        return self.bias + sum(
+            term.apply(tensors[term.source], quantization.zero_point)
+            for term, quantization in zip(self.terms, self.inputs, strict=True)
+        )
+
+    def output(self, tensors: Sequence[Array]) -> Array:
+        """Return the layer's integers (N, C, *S)."""
+        accumulators = self.accumulate(tensors)
+        return accumulators if self.lookup is None else self.lookup(accumulators)
+
+
+AnyLayer: TypeAlias = QuantizedLayer | Maximum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedNetwork:
+    """What `fheconv.quantize` returns: exact integer arithmetic between float images and float results.
+
+    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the calibration
+    images (None: nobody looked), `source` the float network it was made from, `calibrated` the images' range.
+    """
+
+    config: QuantConfig
+    input: Quantization
+    calibrated: CalibratedInput
+    layers: tuple[AnyLayer, ...]
+    observed: tuple[tuple[Array, Array] | None, ...]
+    source: Network
+
+    @property
+    def input_shape(self) -> Shape:
+        """The shape (C, *S) of an image."""
+        return self.source.input_shape
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of each tensor: the image, and each layer's output."""
+        return (self.input_shape, *(layer.shape for layer in self.layers))
+
+    @property
+    def last(self) -> QuantizedLayer:
+        """The layer whose accumulators are decrypted."""
+        layer = self.layers[-1]
+        if not isinstance(layer, QuantizedLayer):
+            raise TypeError("A network ends in accumulators.")
+        return layer
+
+    @property
+    def accumulator_shape(self) -> Shape:
+        """The shape (K, *Out) of the integer results of one image."""
+        return self.last.shape
+
+    @cached_property
+    def output_shape(self) -> Shape:
+        """The shape of the float results of one image, that of torch's."""
+        return self.dequantize(np.zeros((1, *self.accumulator_shape), np.int64)).shape[1:]
+
+    def quantize_input(self, x: Any) -> tuple[Array, bool]:
+        """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
+
+        Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
+        """
+        try:
+            x = as_array(x, "The image")
+        except InvalidArgumentError as error:
+            raise InputRangeError(str(error)) from error
+        batched = x.ndim == len(self.input_shape) + 1
+        if x.shape[int(batched) :] != self.input_shape:
+            raise InputRangeError(
+                f"The images have shape {x.shape}; this network takes (n, "
+                f"{', '.join(map(str, self.input_shape))}), or one image without n. For another image size, "
+                "quantize with calibration images of it."
+            )
+        q = self.input.integers(x)
+        return (q if batched else q[None]), batched
+
+    def tensors(self, q: Array) -> list[Array]:
+        """Return every tensor for integer images (N, *input_shape), the accumulators last."""
+        tensors = [q]
+        for layer in self.layers:
+            tensors.append(layer.output(tensors))
+        return tensors
+
+    def accumulate(self, q: Array) -> Array:
+        """Return the last accumulators (N, K, *Out) for integer images (N, *input_shape)."""
+        return self.tensors(q)[-1]
+
+    def dequantize(self, accumulators: Array) -> Array:
+        """Return the real results (float64) that the last accumulators (N, K, *Out) stand for."""
+        y = accumulators * self.last.scale
+        return y if self.source.finish is None else self.source.finish(y)
+
+    def integers(self, x: Any) -> Array:
+        """Return the last accumulators for float images, (N, K, *Out) or (K, *Out).
+
+        Raises `InputRangeError` like `quantize_input`.
+        """
+        q, batched = self.quantize_input(x)
+        y = self.accumulate(q)
+        return y if batched else y[0]
+
+    def __call__(self, x: Any) -> Array:
+        """Return the float results for float images, through the exact integers."""
+        q, batched = self.quantize_input(x)
+        y = self.dequantize(self.accumulate(q))
+        return y if batched else y[0]
+
+    def budget(self, accumulator_bits: int | None = None) -> "BudgetReport":
+        """Return the proved accumulator widths, held against a limit if one is given."""
+        # The only call against the direction of the imports: a convenience, so that the report is
+        # found where the network is.
+        from fheconv.budget import report
+
+        return report(self, accumulator_bits)
