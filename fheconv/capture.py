@@ -1,6 +1,5 @@
 """From what the user has, a torch module or an array of weights, to a float network."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,21 @@ from fheconv.steps import Kernel, Shape
 def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), or a `Conv`. A module
-    that is not a single convolution is captured in evaluation mode with `torch.export`: BatchNorm is folded,
-    dropout is dropped, whatever is linear merges.
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or a network,
+    which is returned as it is. A module that is not a single convolution is captured in evaluation mode with
+    `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, `CalibrationError`
-    for weights that are not finite.
+    for weights that are not finite, `InvalidArgumentError` for arrays and images that do not go together.
     """
     if isinstance(module, Network):
         network = module
-    elif _is_module(module) and not _is_convolution(module):
-        network = _export(module, input_shape)
+    elif isinstance(module, Conv):
+        network = Network.of(module, input_shape)
+    elif hasattr(module, "state_dict"):  # without importing torch for arrays
+        network = _of_module(module, input_shape)
     else:
-        conv = module if isinstance(module, Conv) else _from_torch(module) if _is_module(module) else None
-        network = Network.of(conv or Conv.of(as_array(module, "weight")), input_shape)
+        network = Network.of(Conv.of(as_array(module, "weight")), input_shape)
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
@@ -36,81 +36,28 @@ def capture(module: Any, input_shape: Shape) -> Network:
 
 def _check_finite(layer: Layer) -> None:
     kernels = (step for term in layer.terms for step in term.steps if isinstance(step, Kernel))
-    for name, values in (("bias", layer.bias), *(("weight", kernel.weight) for kernel in kernels)):
+    factors = np.array([term.factor for term in layer.terms])
+    weights = (("weight", kernel.weight) for kernel in kernels)
+    for name, values in (("bias", layer.bias), ("weight", factors), *weights):
         if not np.isfinite(values).all():
             raise CalibrationError(
                 f"The {name} of layer {layer.name!r} contains NaN or infinity; check the training."
             )
 
 
-def _export(module: Any, input_shape: Shape) -> Network:
-    """Capture a whole model."""
+def _of_module(module: Any, input_shape: Shape) -> Network:
     import torch
 
-    from fheconv.graph import BATCH, network_of
-
-    if isinstance(module, torch.nn.Module) and any(map(torch.nn.parameter.is_lazy, module.parameters())):
+    if not isinstance(module, torch.nn.Module):
         raise UnsupportedLayerError(
-            f"This {type(module).__name__} has layers without weights yet; run it once, or load them."
+            f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
         )
-    training = [part for part in module.modules() if part.training]
-    parameter = next(iter(module.parameters()), torch.zeros(()))
-    example = torch.zeros(BATCH, *input_shape, dtype=parameter.dtype, device=parameter.device)
-    try:
-        module.eval()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            module(example)
-            program = torch.export.export(module, (example,))
-    except Exception as error:  # whatever the user's own forward raises
-        raise UnsupportedLayerError(
-            f"{type(module).__name__} cannot be run or exported on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a model "
-            "whose path depends on the values of the image has no circuit."
-        ) from error
-    finally:
-        for part in training:
-            part.training = True
-    return network_of(program, input_shape)
+    if not _is_plain_convolution(module):
+        from fheconv.exported import export
 
-
-def _is_convolution(module: Any) -> bool:
-    import torch
-
-    kinds = tuple(
-        getattr(torch.nn, f"{word}{axes}d") for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3)
-    )
-    return isinstance(module, kinds)
-
-
-def _is_module(value: Any) -> bool:
-    return hasattr(value, "state_dict")  # without importing torch for arrays
-
-
-def _from_torch(module: Any) -> Conv:
-    import torch
-
-    direct = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    transposed = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
-    name = type(module).__name__
-    if torch.nn.parameter.is_lazy(module.weight):
-        raise UnsupportedLayerError(f"This {name} has no weights yet; run it once, or load them.")
-    base = next(kind for kind in (*direct, *transposed) if isinstance(module, kind))
-    methods = [method for method in ("__call__", "forward", "_conv_forward") if hasattr(base, method)]
-    if any(
-        method in vars(module) or getattr(type(module), method) is not getattr(base, method)
-        for method in methods
-    ):
-        raise UnsupportedLayerError(
-            f"{name} computes something of its own: its forward is not that of {base.__name__}. Write what "
-            f"it computes as a {base.__name__}."
-        )
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise UnsupportedLayerError(
-            f"This {name} has forward hooks, whose effect cannot be seen in its weights. Remove them, for "
-            "example with torch.nn.utils.remove_weight_norm."
-        )
-    return Conv.of(
+        return export(module, input_shape)
+    transposed = type(module).__name__.startswith("ConvTranspose")
+    conv = Conv.of(
         module.weight,
         module.bias,
         stride=module.stride,
@@ -118,6 +65,16 @@ def _from_torch(module: Any) -> Conv:
         dilation=module.dilation,
         groups=module.groups,
         padding_mode=module.padding_mode,
-        transposed=isinstance(module, transposed),
-        output_padding=module.output_padding if isinstance(module, transposed) else 0,
+        transposed=transposed,
+        output_padding=module.output_padding if transposed else 0,
     )
+    return Network.of(conv, input_shape)
+
+
+def _is_plain_convolution(module: Any) -> bool:
+    """Whether a module is a convolution whose result its weights and options tell: no hooks, no own forward."""
+    import torch
+
+    names = (f"{word}{axes}d" for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3))
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in [getattr(torch.nn, name) for name in names] and not hooked

@@ -1,0 +1,427 @@
+"""What each operator of torch makes of the values of a graph.
+
+A handler takes the call and torch's own arguments, in which encrypted tensors are values and constants are
+tensors; it returns a value, or several as torch does. It raises `Unsupported` for what cannot be taken.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fheconv import poolings
+from fheconv.arithmetic.geometry import direct_form
+from fheconv.arrays import Array, frozen
+from fheconv.calls import (
+    BATCH,
+    Call,
+    array,
+    broadcast,
+    by_matrix,
+    constant,
+    gathered,
+    move,
+    per_channel,
+    plain,
+    with_constant,
+)
+from fheconv.expression import ELEMENTWISE, Expression, X
+from fheconv.graph import Affine, Final, Pending, Unsupported, Value
+from fheconv.steps import Kernel, pointwise
+
+# Convolutions and linear layers.
+
+
+def _convolution(
+    call: Call, x: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Value:  # fmt: skip
+    return _conv(call, x, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
+
+
+def _conv_transpose(
+    call: Call, x: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    return _conv(call, x, weight, bias, groups, transposed=True, **options)
+
+
+def _conv(
+    call: Call, x: Any, weight: Any, bias: Any, groups: int, *, transposed: bool = False,
+    output_padding: Any = 0, **options: Any,
+) -> Value:  # fmt: skip
+    kernel, shift = array(plain(weight, "its weights")), _bias(bias)
+    axes = kernel.ndim - 2
+    poolings.check_axes(x, axes)
+    # torch writes one number for all axes as a list of one.
+    options = {
+        key: list(value) * axes if isinstance(value, list | tuple) and len(value) == 1 else value
+        for key, value in {**options, "output_padding": output_padding}.items()
+    }
+    kernel, geometry = direct_form(
+        kernel, transposed=transposed, padding_mode="zeros", groups=groups, **options
+    )
+    step = Kernel(weight=frozen(kernel), geometry=geometry)
+    return call.graph.linear(call.graph.affine(x), step, call.name, bias=shift)
+
+
+def _linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Value:
+    kernel, shift = array(plain(weight, "its weights")), _bias(bias)
+    value = call.graph.affine(x)
+    # torch's features are the last axis, ours the first.
+    value = move(call, value, lambda t: t.movedim(-1, 1))
+    value = call.graph.linear(value, pointwise(kernel, len(value.shape) - 1), call.name, bias=shift)
+    return move(call, value, lambda t: t.movedim(1, -1))
+
+
+def _bias(bias: Any) -> Array | None:
+    return None if bias is None else array(plain(bias, "its bias"))
+
+
+def _matmul(call: Call, x: Any, y: Any) -> Value:
+    if isinstance(y, torch.Tensor) and y.ndim == 2:
+        return _linear(call, x, y.t())
+    if isinstance(x, torch.Tensor) and x.ndim == 2 and len(y.shape) > 1:
+        rows = move(call, y, lambda t: t.transpose(-1, -2))
+        return move(call, call.graph.affine(_linear(call, rows, x)), lambda t: t.transpose(-1, -2))
+    raise Unsupported(
+        "only products with a constant matrix are linear; the nearest that is supported: a Linear layer"
+    )
+
+
+def _addmm(call: Call, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+    shift = beta * plain(bias, "its bias")
+    return _linear(call, x, alpha * plain(y, "its weights").t(), shift.reshape(-1))
+
+
+def _batch_norm(
+    call: Call, x: Value, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float,
+    eps: float, *_: Any,
+) -> Value:  # fmt: skip
+    if training or mean is None:
+        raise Unsupported("it normalizes by the batch at hand; train it with running statistics")
+    gain = 1 / np.sqrt(array(plain(variance, "its variance")) + eps)
+    gain = gain if weight is None else gain * array(plain(weight, "its weight"))
+    shift = -array(plain(mean, "its mean")) * gain
+    shift = shift if bias is None else shift + array(plain(bias, "its bias"))
+    across = (-1, *[1] * (len(call.shape) - 1))
+    scaled = with_constant(call, "mul", x, gain.reshape(across), call.read_once)
+    return with_constant(call, "add", scaled, shift.reshape(across), read_once=True)
+
+
+def _batch_norm_of_constants(
+    call: Call, x: Value, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float
+) -> tuple[Value]:
+    return (_batch_norm(call, x, weight, bias, mean, variance, False, momentum, eps),)
+
+
+def _by_matrix(call: Call, x: Value, *arguments: Any) -> Value:
+    return by_matrix(call, call.graph.affine(x), lambda t: call.target(t, *arguments))
+
+
+# What moves values about.
+
+
+def _move(call: Call, x: Value, *arguments: Any, **options: Any) -> Any:
+    return move(call, x, lambda places: call.target(places, *arguments, **options))
+
+
+def _gather(call: Call, x: Any, y: Any, *arguments: Any) -> Value:
+    parts = [_part(call, part) for part in (x, y)]
+    return gathered(call, parts, lambda a, b: call.target(a, b, *arguments))
+
+
+def _cat(call: Call, parts: Any, dim: int = 0) -> Value:
+    return gathered(call, [_part(call, p) for p in parts], lambda *places: call.target(places, dim))
+
+
+def _part(call: Call, part: Any) -> Any:
+    """Return a value as it is, and a constant batch as one image of it."""
+    return part if isinstance(part, Value) else constant(part, part.ndim - 1)
+
+
+def _pad(call: Call, x: Value, pads: Any, mode: str = "constant", value: float | None = None) -> Value:
+    padded: Value = move(call, x, lambda t: torch.nn.functional.pad(t, pads, mode))
+    if mode != "constant" or not value:
+        return padded
+    if not np.isfinite(value):
+        raise Unsupported(f"it pads with {value}; the nearest that is supported: the padding of a MaxPool")
+    inside = torch.zeros(BATCH, *x.shape, dtype=torch.float64)
+    border = torch.nn.functional.pad(inside, pads, value=value)[0].numpy()
+    return with_constant(call, "add", padded, border, read_once=True)
+
+
+def _constant_pad(call: Call, x: Value, pads: Any, value: float = 0) -> Value:
+    return _pad(call, x, pads, "constant", value)
+
+
+def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor:
+    made: torch.Tensor = call.target(torch.zeros(BATCH, *x.shape), *arguments, **options)
+    return made
+
+
+# Functions of one variable, and of several that are functions of the same one.
+
+
+def _function(call: Call, *parts: Any, **options: Any) -> Value:
+    parts = tuple(broadcast(call, part, call.shape) if isinstance(part, Value) else part for part in parts)
+    values = [part for part in parts if isinstance(part, Value)]
+    common = (values[0], [X]) if len(values) == 1 else call.graph.common(values)
+    if common is None:
+        raise Unsupported(
+            "two encrypted values cannot be multiplied or compared, unless both are functions of the same one "
+            "value; the nearest that is supported: sums, differences, and the maximum or minimum of two"
+        )
+    value, functions = common
+    variables = iter(functions)
+    arguments = tuple(next(variables) if isinstance(part, Value) else _operand(call, part) for part in parts)
+    function = Expression(call.operation, arguments, tuple(sorted(options.items())))
+    return call.graph.apply(value, function, call.name, call.read_once)
+
+
+def _operand(call: Call, part: Any) -> Any:
+    if not isinstance(part, torch.Tensor | complex):
+        return part
+    operand = per_channel(constant(part, len(call.shape)), call.shape)
+    if operand is None:
+        raise Unsupported(
+            "its constants differ from place to place; the nearest that is supported: one a channel, or to "
+            "multiply with, add or take the maximum of such constants"
+        )
+    return operand
+
+
+def _prelu(call: Call, x: Value, slope: Any) -> Value:
+    slope = plain(slope, "its slope")
+    return _function(call, x, slope.reshape(-1, *[1] * (len(call.shape) - 1)))
+
+
+def _rrelu(call: Call, x: Value, low: float = 1 / 8, high: float = 1 / 3, training: bool = False) -> Value:
+    if training:
+        raise Unsupported("it draws at random; call model.eval()")
+    return call.graph.apply(x, Expression("leaky_relu", (X, (low + high) / 2)), call.name, call.read_once)
+
+
+def _sum(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Value:
+    """Add or subtract, where `alpha` is what the second is multiplied by."""
+    if call.node.meta["val"].dtype == torch.bool:
+        raise Unsupported(
+            "it adds truth values; the nearest that is supported: logical_or, or sums of floats"
+        )
+    if call.operation == "rsub":  # y − alpha · x
+        x, y = y, x
+        if alpha != 1:
+            raise Unsupported("rsub with alpha; the nearest that is supported: a difference")
+    factor = alpha if call.operation == "add" else -alpha
+    axes = len(call.shape)
+    if not isinstance(y, Value):
+        return _with_constant(call, "add", x, factor * constant(y, axes), call.read_once)
+    if not isinstance(x, Value):
+        scaled = (
+            _with_constant(call, "mul", y, np.asarray(float(factor)), call.read_once) if factor != 1 else y
+        )
+        return _with_constant(call, "add", scaled, constant(x, axes), call.read_once or factor != 1)
+    pair = [broadcast(call, value, call.shape) for value in (x, y)]
+    # Of one value only while the functions are read nowhere else: there they would be looked up once more.
+    if call.read_once and any(isinstance(value, Pending) for value in pair):
+        common = call.graph.common(pair)
+        if common is not None:
+            function = Expression("add", tuple(common[1]), (("alpha", factor),) if factor != 1 else ())
+            return call.graph.apply(common[0], function, call.name)
+    a, b = (call.graph.affine(value) for value in pair)
+    return call.graph.add(a, b, call.name, factor)
+
+
+def _product(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
+    axes = len(call.shape)
+    if rounding_mode is not None:
+        return _function(call, x, y, rounding_mode=rounding_mode)
+    if isinstance(x, Value) and not isinstance(y, Value):
+        return _with_constant(call, call.operation, x, constant(y, axes), call.read_once)
+    if isinstance(y, Value) and not isinstance(x, Value) and call.operation == "mul":
+        return _with_constant(call, "mul", y, constant(x, axes), call.read_once)
+    return _function(call, x, y)
+
+
+def _with_constant(call: Call, operation: str, value: Value, values: Array, read_once: bool) -> Value:
+    return with_constant(call, operation, broadcast(call, value, call.shape), values, read_once)
+
+
+def _negative(call: Call, x: Value) -> Value:
+    return with_constant(call, "mul", x, np.asarray(-1.0), call.read_once)
+
+
+def _extreme(call: Call, x: Any, y: Any) -> Value:
+    """Return the maximum or minimum of two: max(a, b) = b + relu(a − b), min(a, b) = a − relu(a − b)."""
+    pair = []
+    for part in (x, y):
+        if isinstance(part, Value):
+            pair.append(broadcast(call, part, call.shape))
+            continue
+        values = constant(part, len(call.shape))
+        if per_channel(values, call.shape) is not None:
+            return _function(call, x, y)
+        pair.append(Affine(call.name, (), np.broadcast_to(values, call.shape)))
+    if isinstance(x, Value) and isinstance(y, Value) and call.graph.common(pair) is not None:
+        return _function(call, x, y)
+    a, b = (call.graph.affine(value) for value in pair)
+    difference = call.graph.add(a, b, call.name, -1)
+    excess = call.graph.affine(Pending(call.name, difference, Expression("relu", (X,))))
+    if call.operation == "minimum":
+        return call.graph.add(a, excess, call.name, -1)
+    return call.graph.add(b, excess, call.name)
+
+
+def _max(call: Call, x: Any, y: Any = None, *more: Any) -> Any:
+    """Take torch.max and torch.min: of two tensors, or over an axis."""
+    least = call.operation == "min"
+    if isinstance(y, Value | torch.Tensor):
+        return _extreme(replace(call, operation="minimum" if least else "maximum"), x, y)
+    return ((poolings.amin if least else poolings.amax)(call, x, y, *more),)
+
+
+def _where(call: Call, condition: Any, x: Any, y: Any) -> Value:
+    if isinstance(condition, Value):
+        return _function(call, condition, x, y)
+    mask = torch.as_tensor(constant(condition, len(call.shape)).astype(bool))
+    parts = [
+        broadcast(call, part, call.shape)
+        if isinstance(part, Value)
+        else np.broadcast_to(constant(part, len(call.shape)), call.shape)
+        for part in (x, y)
+    ]
+    return gathered(call, parts, lambda a, b: torch.where(mask, a, b))
+
+
+def _masked_fill(call: Call, x: Any, mask: Any, value: Any) -> Value:
+    return _where(replace(call, operation="where"), mask, value, x)
+
+
+# What changes no value, and what only the client can compute.
+
+
+def _same(call: Call, x: Value, *_: Any, **__: Any) -> Value:
+    return x
+
+
+def _to(call: Call, x: Value, *_: Any, **__: Any) -> Value:
+    before, after = call.node.all_input_nodes[0].meta["val"].dtype, call.node.meta["val"].dtype
+    if after == torch.bool and before != torch.bool:
+        return call.graph.apply(x, Expression("ne", (X, 0.0)), call.name)
+    if before.is_floating_point and not after.is_floating_point:
+        if after not in (torch.int32, torch.int64):
+            raise Unsupported(f"numbers wrap in {after}; the nearest that is supported: torch.int32")
+        return call.graph.apply(x, Expression("trunc", (X,)), call.name)
+    return x
+
+
+def _dropout(call: Call, x: Value, p: float = 0.5, train: bool = False) -> Value:
+    if train:
+        raise Unsupported("it drops at random; call model.eval()")
+    return x
+
+
+def _softmax(call: Call, x: Value, dim: int, *_: Any) -> Final:
+    axis = 1 + call.axis(dim, x.shape)
+    return Final(call.graph.pending(x), Expression(call.operation, (X,), (("axis", axis),)))
+
+
+def _argmax(call: Call, x: Value, dim: int | None = None, keepdim: bool = False) -> Final:
+    if dim is None:
+        raise Unsupported("without dim it runs over the images of a batch; give dim")
+    axis = 1 + call.axis(dim, x.shape)
+    return Final(call.graph.pending(x), Expression("argmax", (X,), (("axis", axis), ("keepdims", keepdim))))
+
+
+_MOVES = (
+    "broadcast_to", "channel_shuffle", "chunk", "diagonal", "expand", "flatten", "flip", "im2col", "index",
+    "index_select", "movedim", "narrow", "native_channel_shuffle", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "swapaxes", "t", "tile", "transpose", "tril", "triu", "unbind",
+    "unflatten", "unfold", "unsafe_view", "unsqueeze", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
+    "view",
+)  # fmt: skip
+_BY_MATRIX = ("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d")
+_SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
+
+
+def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return one handler for the operators of 1, 2 and 3 spatial axes."""
+    return {f"{name}{axes}d": handler for axes in (1, 2, 3)}
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(ELEMENTWISE, _function),
+    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys(_BY_MATRIX, _by_matrix),
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(("to", "to_copy", "type_as"), _to),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    **dict.fromkeys(("add", "sub", "rsub"), _sum),
+    **dict.fromkeys(("mul", "div"), _product),
+    **dict.fromkeys(("maximum", "minimum"), _extreme),
+    **dict.fromkeys(("max", "min"), _max),
+    **dict.fromkeys(("mean", "sum"), poolings.mean),
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
+    **dict.fromkeys(("matmul", "mm"), _matmul),
+    **dict.fromkeys(("cat", "stack"), _cat),
+    **dict.fromkeys(("copy", "select_scatter", "slice_scatter"), _gather),
+    **dict.fromkeys(("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like),
+    **_each("conv", _convolution),
+    **_each("conv_transpose", _conv_transpose),
+    **_each("avg_pool", poolings.avg_pool),
+    **_each("adaptive_avg_pool", poolings.adaptive_avg_pool),
+    **_each("max_pool", poolings.max_pool),
+    **_each("adaptive_max_pool", poolings.adaptive_max_pool),
+    "addmm": _addmm,
+    "amax": poolings.amax,
+    "amin": poolings.amin,
+    "argmax": _argmax,
+    "batch_norm": _batch_norm,
+    "constant_pad_nd": _constant_pad,
+    "linear": _linear,
+    "masked_fill": _masked_fill,
+    "native_batch_norm_legit_no_training": _batch_norm_of_constants,
+    "neg": _negative,
+    "pad": _pad,
+    "prelu": _prelu,
+    "rrelu": _rrelu,
+    "where": _where,
+}
+_NEAREST = {
+    "bmm": "a Linear or convolution with constant weights",
+    "cumsum": "a Linear layer with the weights 1",
+    "embedding": "one-hot images and a Linear layer",
+    "grid_sampler": "a convolution with constant weights",
+    "group_norm": "BatchNorm, whose statistics are constants",
+    "gru": "a convolution (Conv1d) over the sequence",
+    "instance_norm": "BatchNorm, whose statistics are constants",
+    "item": "operators on whole tensors: a circuit has no branches",
+    "layer_norm": "BatchNorm, whose statistics are constants",
+    "linalg_vector_norm": "a sum of abs or squares",
+    "lstm": "a convolution (Conv1d) over the sequence",
+    "norm": "a sum of abs or squares",
+    "rms_norm": "BatchNorm, whose statistics are constants",
+    "rnn_relu": "a convolution (Conv1d) over the sequence",
+    "rnn_tanh": "a convolution (Conv1d) over the sequence",
+    "scaled_dot_product_attention": "a convolution with constant weights",
+    "sort": "the plain logits; sort them after decryption",
+    "std": "BatchNorm, whose statistics are constants",
+    "topk": "the plain logits; sort them after decryption",
+    "var": "BatchNorm, whose statistics are constants",
+}
+
+
+def nearest(operation: str) -> str:
+    """Say what comes closest to an operator that is not supported."""
+    plain_name = operation.removeprefix("native_")
+    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.5))
+    return (
+        "it is neither linear nor a function of one variable that is known here; the nearest that is supported: "
+        + (close or "convolutions, linear layers, poolings, and functions of one variable")
+    )
