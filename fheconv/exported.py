@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fheconv.calls import BATCH, Call
 from fheconv.errors import UnsupportedLayerError
-from fheconv.graph import Final, Graph, Unsupported, Value
+from fheconv.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.network import Network
 from fheconv.operators import HANDLERS, nearest
 from fheconv.steps import Shape
@@ -116,14 +116,13 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     operation = _operation(node)
     arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     encrypted = [leaf for leaf in _leaves((arguments, options)) if isinstance(leaf, Value | Final)]
-    read = [n for n in node.all_input_nodes if isinstance(values[n], Value)]
     name, kind = _where(node)
     call = Call(
         graph=graph,
         node=node,
         name=name,
         operation=operation,
-        read_once=all(len(n.users) == 1 for n in read),
+        read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
     )
     try:
         if node.target is operator.getitem:
@@ -140,7 +139,8 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
             raise Unsupported(nearest(operation))
         return HANDLERS[operation](call, *arguments, **options)
     except Unsupported as error:
-        reason, cause = str(error), error
+        reason = str(error)
+        cause: Exception = error
     except Exception as error:  # an option that a handler does not know, or a tensor where it wants a number
         reason = f"it is called in a way that is not supported ({str(error).strip() or type(error).__name__})"
         cause = error
@@ -148,7 +148,23 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
 
 
-def _item(several: Any, number: int) -> Any:
+def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
+    """Whether no second operator reads what a node shows of an activation or a maximum, nor another view of it."""
+    looked_up = _functions(values[node])
+    if not looked_up:
+        return True
+    viewed = [n for n in node.all_input_nodes if looked_up & _functions(values[n])]
+    return len(node.users) == 1 and all(_is_read_once(n, values) for n in viewed)
+
+
+def _functions(value: Any) -> set[Any]:
+    """Return what identifies the activations and maxima of a node's values."""
+    leaves = list(_leaves(value))
+    pending = {(id(leaf.base), id(leaf.function)) for leaf in leaves if isinstance(leaf, Pending)}
+    return pending | {id(leaf) for leaf in leaves if isinstance(leaf, Pooled)}
+
+
+def _item(several: Any, number: Any) -> Any:
     if isinstance(several, list | tuple) and number >= len(several):
         raise Unsupported("only the values are supported, not the indices where they are")
     return several[number]

@@ -158,7 +158,7 @@ class Graph:
         self._layer(base, None, pending.name)
         plain = pending.function is X and view is None and last is None
         finish = None if plain else Finish(activation=pending.function, view=view, last=last)
-        return Network(input_shape=self.input_shape, layers=tuple(self.layers), finish=finish)
+        return Network(input_shape=self.input_shape, layers=_read(self.layers), finish=finish)
 
     # How values become layers.
 
@@ -262,6 +262,26 @@ class Graph:
         if pending.view is not None and _has_arrays(function):  # one number a channel of the view
             pending = self.pending(self.affine(pending))
         return replace(pending, name=name, function=function.of(pending.function))
+
+
+def _read(layers: Sequence[Layer | Maximum]) -> tuple[Layer | Maximum, ...]:
+    """Return the layers that the last one depends on, numbered anew.
+
+    A sum's layers are not read where a product turns out to be a function of what the sum is a function of.
+    """
+    wanted = {len(layers)}
+    for number in range(len(layers), 0, -1):
+        if number in wanted:
+            wanted.update(layers[number - 1].sources)
+    numbers = {old: new for new, old in enumerate(sorted(wanted | {0}))}
+    kept: list[Layer | Maximum] = []
+    for layer in (layers[number - 1] for number in sorted(wanted - {0})):
+        if isinstance(layer, Maximum):
+            kept.append(replace(layer, source=numbers[layer.source]))
+        else:
+            terms = tuple(replace(term, source=numbers[term.source]) for term in layer.terms)
+            kept.append(replace(layer, terms=terms))
+    return tuple(kept)
 
 
 def weighed(value: Affine, name: str) -> str:

@@ -226,14 +226,17 @@ def _sum(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Value:
         )
         return _with_constant(call, "add", scaled, constant(x, axes), call.read_once or factor != 1)
     pair = [broadcast(call, value, call.shape) for value in (x, y)]
-    # Of one value only while the functions are read nowhere else: there they would be looked up once more.
-    if call.read_once and any(isinstance(value, Pending) for value in pair):
-        common = call.graph.common(pair)
-        if common is not None:
-            function = Expression("add", tuple(common[1]), (("alpha", factor),) if factor != 1 else ())
-            return call.graph.apply(common[0], function, call.name)
+    common = call.graph.common(pair) if any(isinstance(value, Pending) for value in pair) else None
+    options = (("alpha", factor),) if factor != 1 else ()
+    function = None if common is None else Expression("add", tuple(common[1]), options)
+    if common is not None and function is not None and call.read_once:
+        return call.graph.apply(common[0], function, call.name)
+    # The functions are read elsewhere too: as one with the sum they would be looked up once more.
     a, b = (call.graph.affine(value) for value in pair)
-    return call.graph.add(a, b, call.name, factor)
+    total = call.graph.add(a, b, call.name, factor)
+    if common is not None and function is not None and common[0].view is None:
+        total.origin = (common[0].base, function)
+    return total
 
 
 def _product(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
@@ -340,7 +343,7 @@ def _argmax(call: Call, x: Value, dim: int | None = None, keepdim: bool = False)
 _MOVES = (
     "broadcast_to", "channel_shuffle", "chunk", "diagonal", "expand", "flatten", "flip", "im2col", "index",
     "index_select", "movedim", "narrow", "native_channel_shuffle", "permute", "pixel_shuffle",
-    "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "select", "slice", "split",
+    "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split",
     "split_with_sizes", "squeeze", "swapaxes", "t", "tile", "transpose", "tril", "triu", "unbind",
     "unflatten", "unfold", "unsafe_view", "unsqueeze", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
@@ -420,8 +423,9 @@ _NEAREST = {
 def nearest(operation: str) -> str:
     """Say what comes closest to an operator that is not supported."""
     plain_name = operation.removeprefix("native_")
-    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.5))
+    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
     return (
-        "it is neither linear nor a function of one variable that is known here; the nearest that is supported: "
+        "it is neither linear nor a function of one variable that is known here; the nearest that is "
+        "supported: "
         + (close or "convolutions, linear layers, poolings, and functions of one variable")
     )
