@@ -53,7 +53,7 @@ def network_of(program: Any, input_shape: Shape) -> Network:
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
     """
-    _remove_copies(program.graph)
+    _tidy(program.graph)
     (image,) = program.graph_signature.user_inputs
     graph = Graph(input_shape)
     values: dict[Node, Any] = {}
@@ -93,11 +93,16 @@ def _count(results: Any) -> str:
     return f"{len(results)} values" if len(results) != 1 else "a constant"
 
 
-def _remove_copies(graph: torch.fx.Graph) -> None:
-    """Let the readers of copies, such as dropout leaves, read what is copied: then each value has all of them."""
+def _tidy(graph: torch.fx.Graph) -> None:
+    """Drop assertions, and let the readers of copies, such as dropout leaves, read what is copied.
+
+    Then the users of a node are all that read its value.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and _operation(node) in ("alias", "clone", "detach", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
 
 
 def _constants(program: Any) -> dict[str, Any]:
