@@ -38,7 +38,7 @@ def _check_finite(layer: Layer) -> None:
     kernels = (step for term in layer.terms for step in term.steps if isinstance(step, Kernel))
     factors = np.array([term.factor for term in layer.terms])
     weights = (("weight", kernel.weight) for kernel in kernels)
-    for name, values in (("bias", layer.bias), ("weight", factors), *weights):
+    for name, values in (("weight", factors), *weights, ("bias", layer.bias)):  # a bad weight spoils the bias
         if not np.isfinite(values).all():
             raise CalibrationError(
                 f"The {name} of layer {layer.name!r} contains NaN or infinity; check the training."

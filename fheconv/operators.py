@@ -180,6 +180,7 @@ def _function(call: Call, *parts: Any, **options: Any) -> Value:
     variables = iter(functions)
     arguments = tuple(next(variables) if isinstance(part, Value) else _operand(call, part) for part in parts)
     function = Expression(call.operation, arguments, tuple(sorted(options.items())))
+    function(np.zeros((1, *call.shape[:1], *[1] * len(call.shape[1:]))))  # or it fails: an option it has not
     return call.graph.apply(value, function, call.name, call.read_once)
 
 
@@ -287,6 +288,10 @@ def _max(call: Call, x: Any, y: Any = None, *more: Any) -> Any:
     return ((poolings.amin if least else poolings.amax)(call, x, y, *more),)
 
 
+def _max_pool_and_indices(call: Call, x: Value, *arguments: Any) -> tuple[Value]:
+    return (poolings.max_pool(call, x, *arguments),)
+
+
 def _where(call: Call, condition: Any, x: Any, y: Any) -> Value:
     if isinstance(condition, Value):
         return _function(call, condition, x, y)
@@ -381,6 +386,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **_each("adaptive_avg_pool", poolings.adaptive_avg_pool),
     **_each("max_pool", poolings.max_pool),
     **_each("adaptive_max_pool", poolings.adaptive_max_pool),
+    **{f"{name}_with_indices": _max_pool_and_indices for name in ("max_pool1d", "max_pool2d", "max_pool3d")},
     "addmm": _addmm,
     "amax": poolings.amax,
     "amin": poolings.amin,
@@ -397,6 +403,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "where": _where,
 }
 _NEAREST = {
+    "batch_norm_legit": "BatchNorm with running statistics, which are constants",
     "bmm": "a Linear or convolution with constant weights",
     "cumsum": "a Linear layer with the weights 1",
     "embedding": "one-hot images and a Linear layer",

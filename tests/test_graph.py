@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -476,6 +478,10 @@ def test_functions_that_decrease_are_not_moved_before_a_maximum(activation):
     check(nn.Sequential(conv(1, 2), nn.MaxPool2d(2), activation), (1, 4, 4))
 
 
+def test_powers_of_sums_of_powers():
+    check(nn.Sequential(conv(1, 2), nn.LPPool2d(2, 2)), (1, 4, 4))
+
+
 def test_minima():
     check(Fn(lambda m, x: F.relu(m.c(x)).amin((2, 3)), c=conv(1, 2)), (1, 4, 4), lookups=32)
     check(Fn(lambda m, x: F.relu(m.c(x)).min(2)[0], c=conv(1, 2)), (1, 4, 4), lookups=32)
@@ -626,6 +632,61 @@ def test_models_with_nothing_in_them():
     check(nn.Flatten(), (2, 3), lookups=0, layers=1)
     check(nn.MaxPool1d(3), (2, 3), lookups=0)
     check(nn.Softmax(1), (2, 3), lookups=0)
+
+
+# Random networks.
+
+
+def random_model(seed):
+    """A network of 2 to 7 random blocks, and the shape of its images."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    channels, size = int(rng.integers(1, 4)), int(rng.integers(5, 9))
+    shape, blocks = (channels, size, size), []
+
+    def activation():
+        return [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1), nn.Identity(), nn.ReLU(inplace=True)][
+            rng.integers(6)
+        ]
+
+    for _ in range(rng.integers(2, 8)):
+        kind = rng.integers(10)
+        if kind < 3:
+            out = 2 * int(rng.integers(1, 3))
+            options = {"padding_mode": str(rng.choice(["zeros", "reflect"])), "stride": int(rng.integers(1, 3))}
+            blocks += [nn.Conv2d(channels, out, 3, padding=1, **options), nn.BatchNorm2d(out), activation()]
+            channels, size = out, (size - 1) // options["stride"] + 1
+        elif kind == 3 and size > 3:
+            pool = [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2, 1)]
+            blocks += [pool[rng.integers(4)]]
+            size = blocks[-1](torch.zeros(1, 1, size, size)).shape[-1]
+        elif kind == 4:
+            blocks += [Fn(lambda m, x: x + m.f(m.c(x)), c=conv(channels, channels), f=activation())]
+        elif kind == 5:
+            blocks += [Fn(lambda m, x: torch.cat([m.f(x), m.c(x)], 1), c=conv(channels, 2), f=activation())]
+            channels += 2
+        elif kind == 6 and channels % 2 == 0:
+            blocks += [Fn(lambda m, x: torch.cat([m.f(x.chunk(2, 1)[1]), x.chunk(2, 1)[0]], 1), f=activation())]
+        elif kind == 7 and channels % 4 == 0 and size < 5:
+            blocks += [nn.PixelShuffle(2)]
+            channels, size = channels // 4, 2 * size
+        elif kind == 8:
+            blocks += [Fn(lambda m, x: torch.maximum(m.f(x), m.n(x)), f=activation(), n=nn.BatchNorm2d(channels))]
+        else:
+            blocks += [nn.Dropout(), activation(), nn.ZeroPad2d((0, 1, 1, 0)) if size < 7 else nn.Identity()]
+            size += size < 7
+        if min(size, 3) < 3:
+            break
+    if rng.integers(2):
+        blocks += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3)]
+    return nn.Sequential(*blocks), shape
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_random_networks(seed):
+    model, shape = random_model(seed)
+    check(model, shape)
 
 
 # Modes and types.

@@ -143,8 +143,8 @@ def test_a_dense_term_computes_the_same(seed):
     assert len(dense.inexact()) == 1
 
 
-@given(seeds, st.booleans())
-def test_the_inputs_read_are_those_with_a_weight(seed, whole):
+@given(seeds)
+def test_the_inputs_read_are_those_with_a_weight(seed):
     rng = np.random.default_rng(seed)
     shape = random_shape(rng)
     (step,) = random_steps(rng, shape, 1)
