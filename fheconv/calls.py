@@ -68,8 +68,8 @@ def plain(value: Any, what: str) -> torch.Tensor:
     """Return a tensor of the model. Raises `Unsupported` if it is an encrypted value."""
     if isinstance(value, Value):
         raise Unsupported(
-            f"{what} would be encrypted values, and two encrypted values cannot be multiplied; the nearest that "
-            "is supported: constant ones"
+            f"{what} would be encrypted values, and two encrypted values cannot be multiplied; the nearest "
+            "that is supported: constant ones"
         )
     return value
 
@@ -97,7 +97,7 @@ def constant(value: Any, axes: int) -> Array:
 
 
 def per_channel(values: Array, shape: Shape) -> float | Array | None:
-    """Return constants for a tensor of `shape` as a number or (C, *1) of them; None if that does not hold them."""
+    """Return constants for a tensor of `shape` as a number or (C, *1); None if those do not hold them."""
     if values.size == 1:
         return float(values.item())
     rows = np.broadcast_to(values, shape).reshape(shape[0], -1)
@@ -194,7 +194,7 @@ def by_matrix(call: Call, value: Affine, target: Callable[[torch.Tensor], torch.
     channels, size = value.shape[0], math.prod(value.shape[1:])
     if size * math.prod(call.shape[1:]) > DENSE_LIMIT:
         raise Unsupported(
-            f"its windows differ, and the matrix of {size:,} × {math.prod(call.shape[1:]):,} that does it anyway "
+            f"its windows differ, and the matrix of {size:,} × {math.prod(call.shape[1:]):,} that does it "
             f"has more than {DENSE_LIMIT:,} weights; the nearest that is supported: windows of one size, "
             "ceil_mode=False and count_include_pad=True"
         )

@@ -13,12 +13,13 @@ from fheconv.steps import Kernel, Shape
 def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or a network,
-    which is returned as it is. A module that is not a single convolution is captured in evaluation mode with
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or a
+    network, which stays as it is. A module that is not a single convolution is captured in evaluation mode with
     `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
 
-    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, `CalibrationError`
-    for weights that are not finite, `InvalidArgumentError` for arrays and images that do not go together.
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
+    `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
+    not go together.
     """
     if isinstance(module, Network):
         network = module
@@ -56,23 +57,24 @@ def _of_module(module: Any, input_shape: Shape) -> Network:
         from fheconv.exported import export
 
         return export(module, input_shape)
+    convolution: Any = module
     transposed = type(module).__name__.startswith("ConvTranspose")
     conv = Conv.of(
-        module.weight,
-        module.bias,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        padding_mode=module.padding_mode,
+        convolution.weight,
+        convolution.bias,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        dilation=convolution.dilation,
+        groups=convolution.groups,
+        padding_mode=convolution.padding_mode,
         transposed=transposed,
-        output_padding=module.output_padding if transposed else 0,
+        output_padding=convolution.output_padding if transposed else 0,
     )
     return Network.of(conv, input_shape)
 
 
 def _is_plain_convolution(module: Any) -> bool:
-    """Whether a module is a convolution whose result its weights and options tell: no hooks, no own forward."""
+    """Whether weights and options tell what a module computes: no hooks, no forward of its own."""
     import torch
 
     names = (f"{word}{axes}d" for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3))

@@ -39,8 +39,8 @@ def export(module: torch.nn.Module, input_shape: Shape) -> Network:
     except Exception as error:  # whatever the user's own forward raises
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a model "
-            "whose path depends on the values of the image has no circuit."
+            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a "
+            "model whose path depends on the values of the image has no circuit."
         ) from error
     finally:
         for part in training:
@@ -71,8 +71,8 @@ def network_of(program: Any, input_shape: Shape) -> Network:
     result = values.get(results[0]) if len(results) == 1 else None
     if not isinstance(result, Value | Final):
         raise UnsupportedLayerError(
-            f"The model returns {_count(results)}; a circuit has one result, which depends on the image. Wrap the "
-            "model so that it returns the tensor you need, concatenated if there are several."
+            f"The model returns {_count(results)}; a circuit has one result, which depends on the image. "
+            "Wrap the model so that it returns the tensor you need, concatenated if there are several."
         )
     try:
         return graph.network(result)
@@ -154,7 +154,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
 
 
 def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether no second operator reads what a node shows of an activation or a maximum, nor another view of it."""
+    """Whether one operator alone reads what a node shows of an activation or maximum, and no other view."""
     looked_up = _functions(values[node])
     if not looked_up:
         return True

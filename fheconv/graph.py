@@ -26,7 +26,8 @@ DENSE_LIMIT = 2**24
 # Functions that never decrease, whatever numbers they are given; and if those are not negative.
 _INCREASING = {
     "atan", "ceil", "clamp", "clamp_max", "clamp_min", "erf", "exp", "expm1", "floor", "hardsigmoid",
-    "hardtanh", "log_sigmoid", "relu", "relu6", "round", "selu", "sigmoid", "sign", "softsign", "tanh", "trunc",
+    "hardtanh", "log_sigmoid", "relu", "relu6", "round", "selu", "sigmoid", "sign", "softsign", "tanh",
+    "trunc",
 }  # fmt: skip
 _INCREASING_IF_POSITIVE = {"celu", "elu", "leaky_relu", "prelu"}
 
@@ -144,6 +145,8 @@ class Graph:
         for base, function in first.readings():
             if all(id(base) in others for others in readings):
                 functions = [function, *(others[id(base)] for others in readings)]
+                if first.view is not None and any(map(_has_arrays, functions)):
+                    return None  # those are one number a channel of the base, not of the view
                 return Pending(first.name, base, X, first.view), functions
         return None
 

@@ -6,30 +6,27 @@ tensors; it returns a value, or several as torch does. It raises `Unsupported` f
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fheconv import poolings
+from fheconv import elementwise, poolings
 from fheconv.arithmetic.geometry import direct_form
 from fheconv.arrays import Array, frozen
 from fheconv.calls import (
     BATCH,
     Call,
     array,
-    broadcast,
     by_matrix,
     constant,
     gathered,
     move,
-    per_channel,
     plain,
     with_constant,
 )
 from fheconv.expression import ELEMENTWISE, Expression, X
-from fheconv.graph import Affine, Final, Pending, Unsupported, Value
+from fheconv.graph import Final, Unsupported, Value
 from fheconv.steps import Kernel, pointwise
 
 # Convolutions and linear layers.
@@ -164,151 +161,6 @@ def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor
     return made
 
 
-# Functions of one variable, and of several that are functions of the same one.
-
-
-def _function(call: Call, *parts: Any, **options: Any) -> Value:
-    parts = tuple(broadcast(call, part, call.shape) if isinstance(part, Value) else part for part in parts)
-    values = [part for part in parts if isinstance(part, Value)]
-    common = (values[0], [X]) if len(values) == 1 else call.graph.common(values)
-    if common is None:
-        raise Unsupported(
-            "two encrypted values cannot be multiplied or compared, unless both are functions of the same one "
-            "value; the nearest that is supported: sums, differences, and the maximum or minimum of two"
-        )
-    value, functions = common
-    variables = iter(functions)
-    arguments = tuple(next(variables) if isinstance(part, Value) else _operand(call, part) for part in parts)
-    function = Expression(call.operation, arguments, tuple(sorted(options.items())))
-    function(np.zeros((1, *call.shape[:1], *[1] * len(call.shape[1:]))))  # or it fails: an option it has not
-    return call.graph.apply(value, function, call.name, call.read_once)
-
-
-def _operand(call: Call, part: Any) -> Any:
-    if not isinstance(part, torch.Tensor | complex):
-        return part
-    operand = per_channel(constant(part, len(call.shape)), call.shape)
-    if operand is None:
-        raise Unsupported(
-            "its constants differ from place to place; the nearest that is supported: one a channel, or to "
-            "multiply with, add or take the maximum of such constants"
-        )
-    return operand
-
-
-def _prelu(call: Call, x: Value, slope: Any) -> Value:
-    slope = plain(slope, "its slope")
-    return _function(call, x, slope.reshape(-1, *[1] * (len(call.shape) - 1)))
-
-
-def _rrelu(call: Call, x: Value, low: float = 1 / 8, high: float = 1 / 3, training: bool = False) -> Value:
-    if training:
-        raise Unsupported("it draws at random; call model.eval()")
-    return call.graph.apply(x, Expression("leaky_relu", (X, (low + high) / 2)), call.name, call.read_once)
-
-
-def _sum(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Value:
-    """Add or subtract, where `alpha` is what the second is multiplied by."""
-    if call.node.meta["val"].dtype == torch.bool:
-        raise Unsupported(
-            "it adds truth values; the nearest that is supported: logical_or, or sums of floats"
-        )
-    if call.operation == "rsub":  # y − alpha · x
-        x, y = y, x
-        if alpha != 1:
-            raise Unsupported("rsub with alpha; the nearest that is supported: a difference")
-    factor = alpha if call.operation == "add" else -alpha
-    axes = len(call.shape)
-    if not isinstance(y, Value):
-        return _with_constant(call, "add", x, factor * constant(y, axes), call.read_once)
-    if not isinstance(x, Value):
-        scaled = (
-            _with_constant(call, "mul", y, np.asarray(float(factor)), call.read_once) if factor != 1 else y
-        )
-        return _with_constant(call, "add", scaled, constant(x, axes), call.read_once or factor != 1)
-    pair = [broadcast(call, value, call.shape) for value in (x, y)]
-    common = call.graph.common(pair) if any(isinstance(value, Pending) for value in pair) else None
-    options = (("alpha", factor),) if factor != 1 else ()
-    function = None if common is None else Expression("add", tuple(common[1]), options)
-    if common is not None and function is not None and call.read_once:
-        return call.graph.apply(common[0], function, call.name)
-    # The functions are read elsewhere too: as one with the sum they would be looked up once more.
-    a, b = (call.graph.affine(value) for value in pair)
-    total = call.graph.add(a, b, call.name, factor)
-    if common is not None and function is not None and common[0].view is None:
-        total.origin = (common[0].base, function)
-    return total
-
-
-def _product(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
-    axes = len(call.shape)
-    if rounding_mode is not None:
-        return _function(call, x, y, rounding_mode=rounding_mode)
-    if isinstance(x, Value) and not isinstance(y, Value):
-        return _with_constant(call, call.operation, x, constant(y, axes), call.read_once)
-    if isinstance(y, Value) and not isinstance(x, Value) and call.operation == "mul":
-        return _with_constant(call, "mul", y, constant(x, axes), call.read_once)
-    return _function(call, x, y)
-
-
-def _with_constant(call: Call, operation: str, value: Value, values: Array, read_once: bool) -> Value:
-    return with_constant(call, operation, broadcast(call, value, call.shape), values, read_once)
-
-
-def _negative(call: Call, x: Value) -> Value:
-    return with_constant(call, "mul", x, np.asarray(-1.0), call.read_once)
-
-
-def _extreme(call: Call, x: Any, y: Any) -> Value:
-    """Return the maximum or minimum of two: max(a, b) = b + relu(a − b), min(a, b) = a − relu(a − b)."""
-    pair = []
-    for part in (x, y):
-        if isinstance(part, Value):
-            pair.append(broadcast(call, part, call.shape))
-            continue
-        values = constant(part, len(call.shape))
-        if per_channel(values, call.shape) is not None:
-            return _function(call, x, y)
-        pair.append(Affine(call.name, (), np.broadcast_to(values, call.shape)))
-    if isinstance(x, Value) and isinstance(y, Value) and call.graph.common(pair) is not None:
-        return _function(call, x, y)
-    a, b = (call.graph.affine(value) for value in pair)
-    difference = call.graph.add(a, b, call.name, -1)
-    excess = call.graph.affine(Pending(call.name, difference, Expression("relu", (X,))))
-    if call.operation == "minimum":
-        return call.graph.add(a, excess, call.name, -1)
-    return call.graph.add(b, excess, call.name)
-
-
-def _max(call: Call, x: Any, y: Any = None, *more: Any) -> Any:
-    """Take torch.max and torch.min: of two tensors, or over an axis."""
-    least = call.operation == "min"
-    if isinstance(y, Value | torch.Tensor):
-        return _extreme(replace(call, operation="minimum" if least else "maximum"), x, y)
-    return ((poolings.amin if least else poolings.amax)(call, x, y, *more),)
-
-
-def _max_pool_and_indices(call: Call, x: Value, *arguments: Any) -> tuple[Value]:
-    return (poolings.max_pool(call, x, *arguments),)
-
-
-def _where(call: Call, condition: Any, x: Any, y: Any) -> Value:
-    if isinstance(condition, Value):
-        return _function(call, condition, x, y)
-    mask = torch.as_tensor(constant(condition, len(call.shape)).astype(bool))
-    parts = [
-        broadcast(call, part, call.shape)
-        if isinstance(part, Value)
-        else np.broadcast_to(constant(part, len(call.shape)), call.shape)
-        for part in (x, y)
-    ]
-    return gathered(call, parts, lambda a, b: torch.where(mask, a, b))
-
-
-def _masked_fill(call: Call, x: Any, mask: Any, value: Any) -> Value:
-    return _where(replace(call, operation="where"), mask, value, x)
-
-
 # What changes no value, and what only the client can compute.
 
 
@@ -364,16 +216,16 @@ def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any
 
 
 HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(ELEMENTWISE, _function),
+    **dict.fromkeys(ELEMENTWISE, elementwise.apply),
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys(_BY_MATRIX, _by_matrix),
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(("to", "to_copy", "type_as"), _to),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
-    **dict.fromkeys(("add", "sub", "rsub"), _sum),
-    **dict.fromkeys(("mul", "div"), _product),
-    **dict.fromkeys(("maximum", "minimum"), _extreme),
-    **dict.fromkeys(("max", "min"), _max),
+    **dict.fromkeys(("add", "sub", "rsub"), elementwise.add),
+    **dict.fromkeys(("mul", "div"), elementwise.product),
+    **dict.fromkeys(("maximum", "minimum"), elementwise.extreme),
+    **dict.fromkeys(("max", "min"), elementwise.extreme_or_over_axes),
     **dict.fromkeys(("mean", "sum"), poolings.mean),
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("matmul", "mm"), _matmul),
@@ -386,7 +238,10 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **_each("adaptive_avg_pool", poolings.adaptive_avg_pool),
     **_each("max_pool", poolings.max_pool),
     **_each("adaptive_max_pool", poolings.adaptive_max_pool),
-    **{f"{name}_with_indices": _max_pool_and_indices for name in ("max_pool1d", "max_pool2d", "max_pool3d")},
+    **{
+        f"{name}_with_indices": poolings.max_pool_and_indices
+        for name in ("max_pool1d", "max_pool2d", "max_pool3d")
+    },
     "addmm": _addmm,
     "amax": poolings.amax,
     "amin": poolings.amin,
@@ -394,13 +249,13 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "batch_norm": _batch_norm,
     "constant_pad_nd": _constant_pad,
     "linear": _linear,
-    "masked_fill": _masked_fill,
+    "masked_fill": elementwise.masked_fill,
     "native_batch_norm_legit_no_training": _batch_norm_of_constants,
-    "neg": _negative,
+    "neg": elementwise.negative,
     "pad": _pad,
-    "prelu": _prelu,
-    "rrelu": _rrelu,
-    "where": _where,
+    "prelu": elementwise.prelu,
+    "rrelu": elementwise.rrelu,
+    "where": elementwise.where,
 }
 _NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
@@ -433,6 +288,5 @@ def nearest(operation: str) -> str:
     close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
     return (
         "it is neither linear nor a function of one variable that is known here; the nearest that is "
-        "supported: "
-        + (close or "convolutions, linear layers, poolings, and functions of one variable")
+        "supported: " + (close or "convolutions, linear layers, poolings, and functions of one variable")
     )

@@ -18,7 +18,8 @@ def check_axes(value: Value, axes: int) -> None:
     """Raise `Unsupported` unless a value has so many spatial axes."""
     if len(value.shape) - 1 != axes:
         raise Unsupported(
-            f"it takes images of shape (C, *S) with {axes} spatial axes, not {value.shape}; keep the channel axis"
+            f"it takes images of shape (C, *S) with {axes} spatial axes, not {value.shape}; keep the "
+            "channel axis"
         )
 
 
@@ -100,6 +101,11 @@ def max_pool(
         starts = range(-p, -p + out * s, s)
         windows.append([[at for at in range(b, b + k * d, d) if 0 <= at < size] for b in starts])
     return _maximum(call, x, [[[at] for at in range(x.shape[0])], *windows])
+
+
+def max_pool_and_indices(call: Call, x: Value, *arguments: Any) -> tuple[Value]:
+    """Take maxima over windows; of torch's two results the first."""
+    return (max_pool(call, x, *arguments),)
 
 
 def adaptive_max_pool(call: Call, x: Value, output: Any) -> tuple[Value]:

@@ -151,7 +151,7 @@ class Term:
         return [at for at, step in enumerate(self.steps) if isinstance(step, Kernel) and not step.exact]
 
     def then(self, step: Step, shape: Shape, factor: float = 1.0) -> "Term":
-        """Return the term with one more step, from a source of `shape`, merged with its neighbour if it can be.
+        """Return the term with one more step, from a source of `shape`, merged with the last if possible.
 
         Selections compose, and so do convolutions of which one has a single tap.
         """

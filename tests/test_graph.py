@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fheconv.capture import capture
 from fheconv.network import Layer, Network
@@ -249,7 +249,9 @@ def test_batch_norm_costs_nothing(axes, affine):
     )
     options = {"kernel_size": 3, "padding": 1}
     check(
-        nn.Sequential(norm(2), make(2, 3, **options), norm(3), nn.ReLU(), norm(3), make(3, 2, **options), norm(2)),
+        nn.Sequential(
+            norm(2), make(2, 3, **options), norm(3), nn.ReLU(), norm(3), make(3, 2, **options), norm(2)
+        ),
         shape,
         lookups=size,
         layers=2,
@@ -257,8 +259,16 @@ def test_batch_norm_costs_nothing(axes, affine):
 
 
 def test_batch_norm_of_features():
-    check(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)), (4,), 3)
-    check(nn.Sequential(conv(1, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(27), nn.Linear(27, 2)), (1, 3, 3), 27)
+    check(
+        nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+        (4,),
+        3,
+    )
+    check(
+        nn.Sequential(conv(1, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(27), nn.Linear(27, 2)),
+        (1, 3, 3),
+        27,
+    )
 
 
 def test_batch_norm_after_an_activation_with_two_readers():
@@ -396,11 +406,24 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():
-        out = move.eval()(torch.zeros(2, 4, 4, 6)) if isinstance(move, nn.Module) else move(torch.zeros(2, 4, 4, 6))
+        out = (
+            move.eval()(torch.zeros(2, 4, 4, 6))
+            if isinstance(move, nn.Module)
+            else move(torch.zeros(2, 4, 4, 6))
+        )
     size = math.prod(out.shape[1:])
     check(Fn(lambda m, x: move(x)), (4, 4, 6), lookups=0, layers=1)
-    check(Fn(lambda m, x: move(F.relu(m.c(x))).reshape(len(x), -1).sum(1), c=conv(1, 4)), (1, 4, 6), lookups=96, layers=2)
-    check(Fn(lambda m, x: torch.sin(F.relu(move(m.c(x)))).reshape(len(x), -1).sum(1), c=conv(1, 4)), (1, 4, 6), lookups=size)
+    check(
+        Fn(lambda m, x: move(F.relu(m.c(x))).reshape(len(x), -1).sum(1), c=conv(1, 4)),
+        (1, 4, 6),
+        lookups=96,
+        layers=2,
+    )
+    check(
+        Fn(lambda m, x: torch.sin(F.relu(move(m.c(x)))).reshape(len(x), -1).sum(1), c=conv(1, 4)),
+        (1, 4, 6),
+        lookups=size,
+    )
 
 
 def test_pooling_in_other_numbers_of_axes():
@@ -470,7 +493,15 @@ def test_a_maximum_with_two_readers_is_taken_once():
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.LeakyReLU(-0.5), nn.GELU(), nn.ELU(-1.0), nn.PReLU(2), nn.SiLU(), nn.Hardshrink(), nn.Softplus(threshold=1)],
+    [
+        nn.LeakyReLU(-0.5),
+        nn.GELU(),
+        nn.ELU(-1.0),
+        nn.PReLU(2),
+        nn.SiLU(),
+        nn.Hardshrink(),
+        nn.Softplus(threshold=1),
+    ],
 )
 def test_functions_that_decrease_are_not_moved_before_a_maximum(activation):
     if isinstance(activation, nn.PReLU):
@@ -494,7 +525,9 @@ def test_maximum_and_minimum_of_two_tensors():
         check(Fn(lambda m, x, f=function: f(m.a(x), m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
         check(Fn(lambda m, x, f=function: f(m.a(x), torch.tensor(0.5)), a=a), (1, 4, 4), lookups=0)
         check(Fn(lambda m, x, f=function: f(torch.ones(2, 1, 1), m.a(x)), a=a), (1, 4, 4), lookups=0)
-        check(Fn(lambda m, x, f=function: f(m.a(x), torch.arange(16.0).view(4, 4)), a=a), (1, 4, 4), lookups=32)
+        check(
+            Fn(lambda m, x, f=function: f(m.a(x), torch.arange(16.0).view(4, 4)), a=a), (1, 4, 4), lookups=32
+        )
         check(Fn(lambda m, x, f=function: f(m.a(x), -m.a(x)), a=a), (1, 4, 4))
         check(Fn(lambda m, x, f=function: f(m.a(x)[:, :1], m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
     check(Fn(lambda m, x: torch.maximum(m.a(x), F.max_pool2d(m.a(x), 3, 1, 1)), a=a), (1, 4, 4))
@@ -503,8 +536,9 @@ def test_maximum_and_minimum_of_two_tensors():
 # Activations.
 
 ACTIVATIONS = [
-    nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2, 0.5), nn.Hardswish(), nn.Hardsigmoid(), nn.SiLU(), nn.Mish(), nn.GELU(),
-    nn.GELU("tanh"), nn.ELU(0.7), nn.CELU(0.7), nn.SELU(), nn.LeakyReLU(0.2), nn.PReLU(), nn.PReLU(2),
+    nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2, 0.5), nn.Hardswish(), nn.Hardsigmoid(), nn.SiLU(), nn.Mish(),
+    nn.GELU(), nn.GELU("tanh"),
+    nn.ELU(0.7), nn.CELU(0.7), nn.SELU(), nn.LeakyReLU(0.2), nn.PReLU(), nn.PReLU(2),
     nn.RReLU(), nn.Sigmoid(), nn.LogSigmoid(), nn.Tanh(), nn.Tanhshrink(), nn.Softplus(2, 1.5), nn.Softsign(),
     nn.Softshrink(0.3), nn.Hardshrink(0.3), nn.Threshold(0.1, -3),
     Fn(lambda m, x: x * F.relu6(x + 3) / 6),
@@ -553,6 +587,15 @@ def test_an_activation_of_a_view_is_one_layer():
     check(nn.Sequential(conv(1, 4), nn.ReLU(), nn.PixelShuffle(2), nn.Tanh(), conv(1, 2)), (1, 3, 3), 36)
 
 
+def test_slopes_of_channels_stay_with_their_channels_in_a_view():
+    def function(m, x):
+        y = m.p(m.c(x)).flatten(1)
+        return y + torch.sigmoid(y) + F.relu(y).flip(1)
+
+    check(Fn(function, c=conv(1, 3), p=nn.PReLU(3)), (1, 3, 3))
+    check(Fn(lambda m, x: torch.tanh(m.p(x).view(-1, 27)) - x.view(-1, 27), p=nn.PReLU(3)), (3, 3, 3))
+
+
 def test_what_is_looked_up_is_looked_up_once():
     def function(m, x):
         y = F.relu(m.a(x))
@@ -577,7 +620,9 @@ def test_residual_connections_and_concatenations():
             x = torch.cat([x, F.relu(layer(x))], 1)
         return m.d(x)
 
-    check(Fn(dense, a=conv(1, 2), b=conv(3, 2), c=conv(5, 2), d=conv(7, 1)), (1, 4, 4), lookups=3 * 32, layers=4)
+    check(
+        Fn(dense, a=conv(1, 2), b=conv(3, 2), c=conv(5, 2), d=conv(7, 1)), (1, 4, 4), lookups=3 * 32, layers=4
+    )
 
     def unet(m, x):
         a = F.relu(m.a(x))
@@ -645,15 +690,23 @@ def random_model(seed):
     shape, blocks = (channels, size, size), []
 
     def activation():
-        return [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1), nn.Identity(), nn.ReLU(inplace=True)][
-            rng.integers(6)
-        ]
+        return [
+            nn.ReLU(),
+            nn.SiLU(),
+            nn.Hardswish(),
+            nn.LeakyReLU(0.1),
+            nn.Identity(),
+            nn.ReLU(inplace=True),
+        ][rng.integers(6)]
 
     for _ in range(rng.integers(2, 8)):
         kind = rng.integers(10)
         if kind < 3:
             out = 2 * int(rng.integers(1, 3))
-            options = {"padding_mode": str(rng.choice(["zeros", "reflect"])), "stride": int(rng.integers(1, 3))}
+            options = {
+                "padding_mode": str(rng.choice(["zeros", "reflect"])),
+                "stride": int(rng.integers(1, 3)),
+            }
             blocks += [nn.Conv2d(channels, out, 3, padding=1, **options), nn.BatchNorm2d(out), activation()]
             channels, size = out, (size - 1) // options["stride"] + 1
         elif kind == 3 and size > 3:
@@ -666,12 +719,16 @@ def random_model(seed):
             blocks += [Fn(lambda m, x: torch.cat([m.f(x), m.c(x)], 1), c=conv(channels, 2), f=activation())]
             channels += 2
         elif kind == 6 and channels % 2 == 0:
-            blocks += [Fn(lambda m, x: torch.cat([m.f(x.chunk(2, 1)[1]), x.chunk(2, 1)[0]], 1), f=activation())]
+            blocks += [
+                Fn(lambda m, x: torch.cat([m.f(x.chunk(2, 1)[1]), x.chunk(2, 1)[0]], 1), f=activation())
+            ]
         elif kind == 7 and channels % 4 == 0 and size < 5:
             blocks += [nn.PixelShuffle(2)]
             channels, size = channels // 4, 2 * size
         elif kind == 8:
-            blocks += [Fn(lambda m, x: torch.maximum(m.f(x), m.n(x)), f=activation(), n=nn.BatchNorm2d(channels))]
+            blocks += [
+                Fn(lambda m, x: torch.maximum(m.f(x), m.n(x)), f=activation(), n=nn.BatchNorm2d(channels))
+            ]
         else:
             blocks += [nn.Dropout(), activation(), nn.ZeroPad2d((0, 1, 1, 0)) if size < 7 else nn.Identity()]
             size += size < 7
@@ -707,7 +764,9 @@ def test_the_mode_of_every_part_is_left_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_models_of_every_precision(dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(conv(1, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    model = nn.Sequential(
+        conv(1, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    )
     model = model.to(dtype).eval()
     network = capture(model, (1, 4, 4))
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)

@@ -27,7 +27,12 @@ def random_kernel(rng, channels, spatial):
         weight, geometry = rng.normal(size=(filters, channels // groups)), ConvGeometry.of((), groups=groups)
     elif rng.integers(4) == 0:
         shape = (channels, filters // groups, *kernel)
-        options = {"stride": rng.integers(1, 3, axes).tolist(), "padding": 0, "dilation": dilation, "groups": groups}
+        options = {
+            "stride": rng.integers(1, 3, axes).tolist(),
+            "padding": 0,
+            "dilation": dilation,
+            "groups": groups,
+        }
         weight, geometry = direct_form(
             rng.normal(size=shape), transposed=True, padding_mode="zeros", output_padding=0, **options
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fheconv import CalibrationError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.capture import capture
@@ -55,7 +55,7 @@ class Recurrent(nn.Module):
         (nn.RMSNorm(4), "rms_norm", "BatchNorm"),
         (nn.GLU(1), "glu", ""),
         (nn.LocalResponseNorm(2), "", ""),
-        (nn.MaxPool2d(2, return_indices=True), "", "2 values"),
+        (nn.MaxPool2d(2, return_indices=True), "", "indices"),
         (nn.Bilinear(1, 1, 1), "", "missing"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
@@ -64,7 +64,7 @@ def test_layers_are_named_as_in_the_users_model(layer, operator, near):
     message = refused(inside(layer))
     assert operator in message
     assert near in message
-    if near not in ("missing", "2 values"):
+    if near != "missing":
         assert "features.3" in message
         assert type(layer).__name__ in message
 
@@ -126,7 +126,10 @@ def test_attention_and_recurrence():
         (lambda m, x: x.norm(dim=1), "abs or squares"),
         (lambda m, x: x.std((2, 3)), "BatchNorm"),
         (lambda m, x: F.pad(x, (1, 1), value=-float("inf")), "-inf.*MaxPool"),
-        (lambda m, x: torch.maximum(x, torch.arange(4.0)) * torch.sin(x + torch.arange(4.0)) * x, "two encrypted"),
+        (
+            lambda m, x: torch.maximum(x, torch.arange(4.0)) * torch.sin(x + torch.arange(4.0)) * x,
+            "two encrypted",
+        ),
         (lambda m, x: torch.pow(x, torch.arange(4.0)), "place to place"),
         (lambda m, x: 1j * x, ""),
         (lambda m, x: torch.fft.fft(x).real, ""),
