@@ -14,8 +14,8 @@ def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
     `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or a
-    network, which stays as it is. A module that is not a single convolution is captured in evaluation mode with
-    `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
+    network, which stays as it is. A module that is not a single convolution is captured in evaluation mode
+    with `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
     `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
