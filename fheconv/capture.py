@@ -21,17 +21,21 @@ def capture(module: Any, input_shape: Shape) -> Network:
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, `CalibrationError`
     for weights that are not finite.
     """
-    if isinstance(module, Network):
-        network = module
-    elif _is_module(module) and not _is_convolution(module):
-        network = _export(module, input_shape)
-    else:
-        conv = module if isinstance(module, Conv) else _from_torch(module) if _is_module(module) else None
-        network = Network.of(conv or Conv.of(as_array(module, "weight")), input_shape)
+    conv = single_convolution(module)
+    network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
     return network
+
+
+def single_convolution(module: Any) -> Conv | None:
+    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other modules."""
+    if isinstance(module, Conv):
+        return module
+    if _is_module(module):
+        return _from_torch(module) if _is_convolution(module) else None
+    return Conv.of(as_array(module, "weight"))
 
 
 def _check_finite(layer: Layer) -> None:

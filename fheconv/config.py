@@ -1,6 +1,7 @@
 """What users choose: how to quantize, and how to compile."""
 
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,19 +12,45 @@ from fheconv.errors import InvalidArgumentError
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 
+# What holds for every layer, or for each by its name.
+PerLayer: TypeAlias = int | Mapping[str, int]
+Overflow: TypeAlias = Literal["proved", "calibrated"]
+Method: TypeAlias = Literal["auto", "mse", "accumulator"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How to quantize.
 
     weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
+    activation_bits: 1 to 8. How many bits the output of a lookup gets.
+    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset form;
+        None: whatever the weights need.
+    rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
+        rounded away, approximately, which makes the lookup cheaper. None: all.
+    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as calibration
+        observed, and `margin` more at both ends; values outside give wrong results.
+    margin: of "calibrated", as a share of the observed range.
+    method: how weights are rounded. "mse": each filter nearest to its float weights. "accumulator": nearest in
+        what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
+        "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
     input_bits: 1 to 16. How many bits an image value gets.
     per_channel: one weight scale for each output channel (True) or for the whole tensor.
     input_signed: image integers in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0, instead of
         [0, 2^bits − 1] with the zero-point that calibration asks for.
     input_range: the (smallest, greatest) image value, instead of what calibration shows.
+
+    The four kinds of bits of layers are one number for all layers, or a number for each by its name, such as
+    {"conv1": 3}; layers that are not named get the default.
     """
 
-    weight_bits: int = 4
+    weight_bits: PerLayer = 4
+    activation_bits: PerLayer = 4
+    accumulator_bits: PerLayer | None = None
+    rounding_bits: PerLayer | None = None
+    overflow: Overflow = "proved"
+    margin: float = 0.25
+    method: Method = "auto"
     input_bits: int = 4
     per_channel: bool = True
     input_signed: bool = False
@@ -33,8 +60,25 @@ class QuantConfig:
         for name in ("per_channel", "input_signed"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
-        check_integer("weight_bits", self.weight_bits, 1, 8)
+        for name, words in (("overflow", get_args(Overflow)), ("method", get_args(Method))):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in words:
+                raise InvalidArgumentError(
+                    f"{name}={getattr(self, name)!r}; it must be one of {', '.join(words)}."
+                )
+        if not (_is_number(self.margin) and 0 <= self.margin < np.inf):
+            raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0.")
+        for name, greatest in _LAYER_BITS.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                for layer, bits in value.items():
+                    check_integer(f"{name}[{layer!r}]", bits, 1, greatest)
+                value = {str(layer): int(bits) for layer, bits in value.items()}
+            elif value is not None or name in ("weight_bits", "activation_bits"):
+                check_integer(name, value, 1, greatest)
+                value = int(value)  # numpy's integers lack int's methods
+            object.__setattr__(self, name, value)
         check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
+        object.__setattr__(self, "input_bits", int(self.input_bits))
         if self.input_range is not None:
             try:
                 ends = tuple(self.input_range)
@@ -47,8 +91,25 @@ class QuantConfig:
                     f"input_range={self.input_range} must be two finite numbers, the smaller first."
                 )
             object.__setattr__(self, "input_range", (low, high))
-        for name in ("weight_bits", "input_bits"):  # numpy's integers lack int's methods
-            object.__setattr__(self, name, int(getattr(self, name)))
+
+    def of_layer(self, name: str, layer: str) -> Any:
+        """Return what holds for a layer of one of the numbers of bits, such as "weight_bits"."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return value
+        default = next(field.default for field in fields(self) if field.name == name)
+        return value.get(layer, default)
+
+    def check_layers(self, layers: Collection[str]) -> None:
+        """Raise `InvalidArgumentError` for a number of bits of a layer that there is not."""
+        for name in _LAYER_BITS:
+            value = getattr(self, name)
+            unknown = [layer for layer in value if layer not in layers] if isinstance(value, Mapping) else []
+            if unknown:
+                raise InvalidArgumentError(
+                    f"{name} names {', '.join(map(repr, unknown))}; the layers of this network are "
+                    f"{', '.join(map(repr, layers))}."
+                )
 
     def __str__(self) -> str:
         """Show the call that makes it, widths always and the rest where it is not the default."""
@@ -59,6 +120,9 @@ class QuantConfig:
             if field.name in always or getattr(self, field.name) != field.default
         )
         return f"QuantConfig({', '.join(shown)})"
+
+
+_LAYER_BITS = {"weight_bits": 8, "activation_bits": 8, "accumulator_bits": 16, "rounding_bits": 8}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,13 +45,14 @@ class Lookup:
 
     def rows(self, offset: Array) -> Array:
         """Return the activations for accumulators in offset form."""
-        return self.tables[self.which, self.round(offset)]
-
-    def round(self, offset: Array) -> Array:
-        """Return the columns for accumulators in offset form."""
-        if not self.dropped_bits:
-            return offset
-        return (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
+        columns = offset
+        if self.dropped_bits:
+            columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
+        if self.proved:
+            return self.tables[self.which, columns]
+        # As a lookup on the torus does: what lies outside comes out with the opposite sign.
+        turns, columns = np.divmod(columns, self.tables.shape[1])
+        return self.tables[self.which, columns] * np.where(turns % 2, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
