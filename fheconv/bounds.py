@@ -205,6 +205,11 @@ def _integers(value: Any, name: str) -> Array:
     return array
 
 
+def without_bias(layer: QuantizedLayer) -> QuantizedLayer:
+    """Return the layer as the circuit computes it: the client adds the bias."""
+    return replace(layer, bias=np.zeros_like(layer.bias))
+
+
 def layer_bounds(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorBounds:
     """Return the bounds of a layer's accumulators, `bias` included; `shapes` are those of all tensors.
 

@@ -20,7 +20,9 @@ DAMPING = 0.01
 ROUNDS = 3
 
 
-def round_budgeted(weight: Array, moment: Array, ranges: Array, bits: int, budget: int | None) -> IntegerWeight:
+def round_budgeted(
+    weight: Array, moment: Array, ranges: Array, bits: int, budget: int | None
+) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small error, each filter within the budget.
 
     `weight` is (K, n), `moment` H (n, n), `ranges` (n,) integers: how many steps the accumulator gains for

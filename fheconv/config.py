@@ -125,6 +125,9 @@ class QuantConfig:
 _LAYER_BITS = {"weight_bits": 8, "activation_bits": 8, "accumulator_bits": 16, "rounding_bits": 8}
 
 
+SECURITY_LEVELS = (128, 132)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """How to compile and run.
@@ -132,9 +135,16 @@ class CompileConfig:
     engine: "conv" (Concrete's convolution), "separable" (two passes, for filters of rank one), "shifts" (the
         sum of shifted images, which leaves out zero weights), "matrix" (the dense product x·B), or "auto":
         the one that is predicted to be cheapest.
-    p_error: probability that a result goes wrong. None: 2^−64, at the price of ciphertexts some 4 % larger
-        than with Concrete's own default.
-    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel), slower to run.
+    p_error: probability that a lookup goes wrong, or, in a network without lookups, a result. None: where
+        there are lookups, `global_p_error`; where there are none, 2^−64, at the price of ciphertexts some 4 %
+        larger than with Concrete's own default.
+    global_p_error: probability that anything goes wrong in one image. None, and no p_error: 10^−5, Concrete's
+        default. Lookups get cheaper with more, and what a failed one returns is mostly a neighbouring entry.
+    security_level: bits, 128 or 132.
+    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there are
+        lookups; a network without runs slower on them.
+    compress_evaluation_keys: smaller evaluation keys.
+    configuration: a `concrete.fhe.Configuration` with which everything else starts: parameters, strategies.
     lanes: how many images of a batch ride in one ciphertext of a network without lookups. "auto" takes as
         many as fit beside each other, 4 at most (more is no faster); 1 is none.
     in_process: run the native library in this process, for debugging. It then takes the process with
@@ -151,27 +161,39 @@ class CompileConfig:
 
     engine: Engine = "auto"
     p_error: float | None = None
-    compress_input: bool = False
+    global_p_error: float | None = None
+    security_level: int = 128
+    compress_input: bool | None = None
+    compress_evaluation_keys: bool = True
+    configuration: Any = None
     lanes: int | Literal["auto"] = "auto"
     in_process: bool = False
     time_limit: float | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("compress_input", "in_process"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name in ("compress_input", "compress_evaluation_keys", "in_process"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool | np.bool_) or (name == "compress_input" and value is None)):
+                raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
+        if self.security_level not in SECURITY_LEVELS:
+            raise InvalidArgumentError(
+                f"security_level={self.security_level!r}; Concrete has parameters for "
+                f"{' and '.join(map(str, SECURITY_LEVELS))} bits."
+            )
         if not isinstance(self.engine, str) or self.engine not in get_args(Engine):
             raise InvalidArgumentError(
                 f"engine={self.engine!r}; it must be one of {', '.join(get_args(Engine))}."
             )
         if not isinstance(self.lanes, str) or self.lanes != "auto":
             check_integer("lanes", self.lanes, 1, 64)
-        if self.p_error is not None:
-            # Concrete's optimiser dies of numbers that are hardly more than 0.
-            if not (_is_number(self.p_error) and 1e-300 <= self.p_error < 1):
-                raise InvalidArgumentError(f"p_error={self.p_error!r} must lie between 1e-300 and 1.")
-            object.__setattr__(self, "p_error", float(self.p_error))
+        for name in ("p_error", "global_p_error"):
+            value = getattr(self, name)
+            if value is not None:
+                # Concrete's optimiser dies of numbers that are hardly more than 0.
+                if not (_is_number(value) and 1e-300 <= value < 1):
+                    raise InvalidArgumentError(f"{name}={value!r} must lie between 1e-300 and 1.")
+                object.__setattr__(self, name, float(value))
         if self.time_limit is not None and not (_is_number(self.time_limit) and 0 < self.time_limit < np.inf):
             raise InvalidArgumentError(f"time_limit={self.time_limit!r} must be a number of seconds above 0.")
         if self.memory_limit is not None:

@@ -41,18 +41,19 @@ class Lookup:
 
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
-        return self.rows(accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2)))
+        offset = accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2))
+        return self.rows(offset, self.which)
 
-    def rows(self, offset: Array) -> Array:
-        """Return the activations for accumulators in offset form."""
+    def rows(self, offset: Array, which: Array) -> Array:
+        """Return the activations for accumulators in offset form, by the rows `which`."""
         columns = offset
         if self.dropped_bits:
             columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
         if self.proved:
-            return self.tables[self.which, columns]
+            return self.tables[which, columns]
         # As a lookup on the torus does: what lies outside comes out with the opposite sign.
         turns, columns = np.divmod(columns, self.tables.shape[1])
-        return self.tables[self.which, columns] * np.where(turns % 2, -1, 1)
+        return self.tables[which, columns] * np.where(turns % 2, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,6 +135,17 @@ class QuantizedNetwork:
     def shapes(self) -> tuple[Shape, ...]:
         """The shape of each tensor: the image, and each layer's output."""
         return (self.input_shape, *(layer.shape for layer in self.layers))
+
+    @cached_property
+    def quantizations(self) -> tuple[Quantization, ...]:
+        """How each tensor but the last is quantized."""
+        found = [self.input]
+        for layer in self.layers[:-1]:
+            if isinstance(layer, Maximum):
+                found.append(found[layer.source])
+            elif layer.lookup is not None:
+                found.append(layer.lookup.output)
+        return tuple(found)
 
     @property
     def last(self) -> QuantizedLayer:

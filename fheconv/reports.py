@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.arrays import Array
+from fheconv.lower import LoweredLayer
 from fheconv.rendering import Report
 
 # Fewer than one honest circuit in a million is suspected of failing more often than promised.
@@ -20,11 +21,12 @@ SIGNIFICANCE = 1e-6
 class Cost(Report):
     """What a circuit costs, known before any key is generated. Sizes in bytes, for one image alone.
 
-    `complexity` is the optimiser's estimate in its own unit. `engine_reason` says why `engine` was taken,
-    `accumulator_bits` is the proved width and `assigned_bits` what Concrete gives the results. `lanes`
-    images of a batch ride in one ciphertext.
+    `complexity` is the optimiser's estimate in its own unit. `accumulator_bits` is the width of the widest
+    accumulator and `assigned_bits` what Concrete gives the results. `lanes` images of a batch ride in one
+    ciphertext. `layers` says how each layer is computed, and why so.
     """
 
+    layers: tuple[LoweredLayer, ...]
     lookups: int
     multiply_adds: int
     complexity: float
@@ -33,11 +35,19 @@ class Cost(Report):
     output_bytes: int
     p_error: float
     global_p_error: float
-    engine: str
-    engine_reason: str
     accumulator_bits: int
     assigned_bits: int
     lanes: int
+
+    @property
+    def engine(self) -> str:
+        """The engines that compute the layers."""
+        return ", ".join(dict.fromkeys(layer.engine for layer in self.layers))
+
+    @property
+    def engine_reason(self) -> str:
+        """Why they were taken: of one layer. Of several, `layers` says it of each."""
+        return self.layers[0].reason if len(self.layers) == 1 else "see the layers"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""

@@ -111,7 +111,9 @@ class Rows:
 
     def ranges(self, row: Row) -> Array:
         """Return by how much the accumulator's range grows with one step of each weight of a row."""
-        return np.concatenate([np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row])
+        return np.concatenate(
+            [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
+        )
 
     def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
         """Return the covariance of two kinds of `windows` that the weights of a row meet."""
