@@ -57,8 +57,8 @@ class Cost(Report):
         table = Table(title="Cost of one encrypted image", title_justify="left", show_header=False)
         rows = {
             "engine": f"{self.engine} ({self.engine_reason})",
-            "accumulator": f"{self.accumulator_bits} bits proved, {self.assigned_bits} assigned",
-            "lanes": f"{self.lanes} images of a batch in one ciphertext",
+            "accumulator": f"{self.accumulator_bits} bits, the result {self.assigned_bits}",
+            **({} if self.lookups else {"lanes": f"{self.lanes} images of a batch in one ciphertext"}),
             "lookups": f"{self.lookups:,}",
             "multiply-adds": f"{self.multiply_adds:,}",
             "complexity": f"{self.complexity:,.0f}",
