@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from fheconv.ciphertext import Ciphertext
     from fheconv.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.config import CompileConfig, QuantConfig
-    from fheconv.network import Conv, QuantizedNetwork
+    from fheconv.network import Conv
+    from fheconv.quantized import QuantizedNetwork
     from fheconv.quantizer import quantize
     from fheconv.tiling import TiledCircuit, compile_tiled
 
@@ -53,7 +54,8 @@ _HOMES = {
     "fheconv.ciphertext": ("Ciphertext",),
     "fheconv.circuit": ("FheCircuit", "compile"),
     "fheconv.config": ("CompileConfig", "QuantConfig"),
-    "fheconv.network": ("Conv", "QuantizedNetwork"),
+    "fheconv.network": ("Conv",),
+    "fheconv.quantized": ("QuantizedNetwork",),
     "fheconv.quantizer": ("quantize",),
     "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
 }

@@ -9,7 +9,7 @@ are added up first. Taps that read a zero contribute the constant pad value. All
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,8 @@ from fheconv.arithmetic import OUTSIDE, ConvGeometry, exact_dtypes, tap_sources
 from fheconv.arrays import Array, as_array, channel_vector
 from fheconv.config import check_integer
 from fheconv.errors import InvalidArgumentError
-from fheconv.network import QuantizedConv
+from fheconv.quantized import QuantizedLayer
+from fheconv.steps import Shape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,37 +205,89 @@ def _integers(value: Any, name: str) -> Array:
     return array
 
 
-def layer_bounds(layer: QuantizedConv, spatial: Sequence[int]) -> AccumulatorBounds:
-    """Return the bounds of a quantized layer on inputs of sizes `spatial`, its bias included."""
-    return accumulator_bounds(
-        layer.weight,
-        layer.geometry,
-        spatial,
-        (layer.input.minimum, layer.input.maximum),
-        pad_value=layer.input.zero_point,
-        bias=layer.bias,
+def without_bias(layer: QuantizedLayer) -> QuantizedLayer:
+    """Return the layer as the circuit computes it: the client adds the bias."""
+    return replace(layer, bias=np.zeros_like(layer.bias))
+
+
+def layer_bounds(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorBounds:
+    """Return the bounds of a layer's accumulators, `bias` included; `shapes` are those of all tensors.
+
+    What a layer reads may be anything in its range: whether a whole network attains the bounds of its inner
+    layers is not asked. Terms that read one tensor are added up before, value by value.
+    """
+    spatial = layer.shape[1:]
+    if (kernel := layer.convolution) is not None:
+        (quantization,) = layer.inputs
+        bounds = accumulator_bounds(
+            kernel.weight,
+            kernel.geometry,
+            shapes[layer.sources[0]][1:],
+            (quantization.minimum, quantization.maximum),
+            pad_value=quantization.zero_point,
+        )
+    else:
+        minimum, maximum = _sums_of_terms(layer, shapes)
+        classes = tuple(np.arange(size) for size in spatial)
+        bounds = AccumulatorBounds(class_minimum=minimum, class_maximum=maximum, classes=classes)
+    if not layer.bias.any():
+        return bounds
+    if layer.bias.shape[1:] == (1,) * len(spatial):
+        return replace(
+            bounds,
+            class_minimum=bounds.class_minimum + layer.bias,
+            class_maximum=bounds.class_maximum + layer.bias,
+        )
+    return AccumulatorBounds(
+        class_minimum=bounds.minimum + layer.bias,
+        class_maximum=bounds.maximum + layer.bias,
+        classes=tuple(np.arange(size) for size in spatial),
     )
 
 
-def worst_case_inputs(layer: QuantizedConv, spatial: Sequence[int], bounds: AccumulatorBounds) -> Array:
+def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Array, Array]:
+    """Return the exact minimum and maximum of every accumulator, (C, *S) each, without the bias."""
+    matrices: dict[int, Any] = {}
+    minimum, maximum = np.zeros((2, *layer.shape), np.int64)
+    for term, quantization in zip(layer.terms, layer.inputs, strict=True):
+        shape = shapes[term.source]
+        matrix = term.matrix(shape)
+        matrices[term.source] = matrices[term.source] + matrix if term.source in matrices else matrix
+        constant = term.apply(np.zeros((1, *shape), np.int64), quantization.zero_point)[0]
+        minimum, maximum = minimum + constant, maximum + constant
+    ranges = dict(zip(layer.sources, layer.inputs, strict=True))
+    for source, matrix in matrices.items():
+        low, high = ranges[source].minimum, ranges[source].maximum
+        positive = np.asarray(matrix.maximum(0).sum(axis=0)).reshape(layer.shape)
+        negative = np.asarray(matrix.minimum(0).sum(axis=0)).reshape(layer.shape)
+        minimum, maximum = (
+            minimum + positive * low + negative * high,
+            maximum + positive * high + negative * low,
+        )
+    return minimum, maximum
+
+
+def worst_case_inputs(layer: QuantizedLayer, shape: Shape, bounds: AccumulatorBounds) -> Array:
     """Return images on which each channel attains its minimum and its maximum, (2·K, C, *S).
 
-    Image 2·c attains the minimum of channel c, image 2·c + 1 its maximum. Pixels that
-    do not matter are the smallest input in the first and the greatest in the second, so that the images
-    span the whole input range.
+    Of a layer that is one convolution of images of `shape`. Image 2·c attains the minimum of channel c,
+    image 2·c + 1 its maximum. Pixels that do not matter are the smallest input in the first and the greatest
+    in the second, so that the images span the whole input range.
     """
-    geometry, quantization = layer.geometry, layer.input
-    filters, per_group = layer.weight.shape[:2]
-    channels = per_group * geometry.groups
-    output = geometry.output_size(spatial)
+    kernel = layer.convolution
+    if kernel is None:
+        raise InvalidArgumentError(f"Layer {layer.name!r} is not one convolution.")
+    geometry, (quantization,) = kernel.geometry, layer.inputs
+    filters, per_group = kernel.weight.shape[:2]
+    spatial, output = shape[1:], layer.shape[1:]
     tables = [tap_sources(geometry, axis, spatial[axis], output[axis]) for axis in range(len(output))]
-    images = np.empty((2 * filters, channels, *spatial), np.int64)
+    images = np.empty((2 * filters, *shape), np.int64)
     images[0::2], images[1::2] = quantization.minimum, quantization.maximum
     for c in range(filters):
         first = c // (filters // geometry.groups) * per_group
         for which, position in enumerate((bounds.minimum_position(c), bounds.maximum_position(c))):
             rows = [table[o] for table, o in zip(tables, position, strict=True)]
-            taps, pixels = _merge(layer.weight[c], rows)
+            taps, pixels = _merge(kernel.weight[c], rows)
             greatest = (taps > 0) == bool(which)
             image: Any = images[2 * c + which, first : first + per_group]
             image[(slice(None), *np.ix_(*pixels))] = np.where(

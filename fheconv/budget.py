@@ -1,22 +1,30 @@
 """What the proved bounds mean for an accumulator of a given width, and what to do when it is too narrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fheconv.arrays import Array
+from fheconv.activations import input_quantization
 from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits
 from fheconv.config import QuantConfig, check_integer
 from fheconv.errors import AccumulatorOverflowError
-from fheconv.network import QuantizedConv, QuantizedNetwork
-from fheconv.quantizer import input_quantization
+from fheconv.lower import LoweredLayer, lower
+from fheconv.network import Layer, Maximum
+from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.rendering import Report
 from fheconv.rounding import round_weight
+from fheconv.steps import Kernel, Shape
+
+# What a lookup of so many bits costs, in millions of the optimiser's complexity, at Concrete's default
+# failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows by the same
+# factor a bit.
+LOOKUP_PRICE = {1: 28, 2: 32, 3: 47, 4: 67, 5: 117, 6: 502, 7: 1158, 8: 2610, 10: 13186}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +58,32 @@ class ChannelBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBudget:
-    """One layer: the widths its accumulators need, by three methods, and its channels."""
+    """One layer: what it is, what it costs, and the widths its accumulators need, by three methods.
+
+    `accumulator_bits` is the width that the circuit gives them, in offset form: `offset_bits`, and one more
+    where rounding could carry. `proved` says that no image leads outside; otherwise it is what calibration
+    observed, with a margin (`QuantConfig.overflow`). `lookup_bits` is what rounding leaves of it,
+    `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all lookups cost.
+    `channels` is empty for maxima, whose accumulators are differences of two.
+    """
 
     name: str
+    kind: str
+    shape: Shape
+    multiply_adds: int
+    lookups: int
     weight_bits: int
     input_bits: int
     taps: int
+    accumulator_bits: int
+    proved: bool
     offset_bits: int
     twos_complement_bits: int
     data_type_bits: int
     observed_bits: int | None
+    lookup_bits: int | None
+    table_entries: int
+    cost_share: float
     channels: tuple[ChannelBudget, ...]
 
     @property
@@ -84,8 +108,18 @@ class BudgetReport(Report):
 
     @property
     def accumulator_bits(self) -> int:
-        """The proved width of the widest accumulator, in offset form."""
-        return max(layer.offset_bits for layer in self.layers)
+        """The width of the widest accumulator, in offset form."""
+        return max(layer.accumulator_bits for layer in self.layers)
+
+    @property
+    def lookups(self) -> int:
+        """How many lookups one image takes."""
+        return sum(layer.lookups for layer in self.layers)
+
+    @property
+    def proved(self) -> bool:
+        """Whether no image can overflow an accumulator; otherwise some widths are observed only."""
+        return all(layer.proved for layer in self.layers)
 
     @property
     def fits(self) -> bool:
@@ -96,7 +130,7 @@ class BudgetReport(Report):
         """Return the report itself, or raise `AccumulatorOverflowError` if something does not fit."""
         if self.fits or self.limit is None:
             return self
-        layer = max(self.layers, key=lambda layer: layer.worst.span)
+        layer = max((one for one in self.layers if one.channels), key=lambda one: one.accumulator_bits)
         raise AccumulatorOverflowError(
             f"{_verdict(layer, self.limit)} {self.remedy}",
             layer=layer.name,
@@ -117,6 +151,10 @@ class BudgetReport(Report):
         }
 
     def __rich__(self) -> RenderableType:
+        table = self._channel_table() if len(self.layers) == 1 else self._layer_table()
+        return Group(table, *(Text(line) for line in self._lines()))
+
+    def _channel_table(self) -> Table:
         table = Table(title="Accumulator budget", title_justify="left")
         for heading in ("layer", "channel", "proved range", "offset form", "two's compl.", "observed range"):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
@@ -133,48 +171,119 @@ class BudgetReport(Report):
                     "–" if channel.observed is None else "{}..{}".format(*channel.observed),
                     style="red" if over else None,
                 )
-        return Group(table, *(Text(line) for line in self._lines()))
+        return table
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Accumulator budget", title_justify="left")
+        for heading in (
+            "layer",
+            "kind",
+            "shape",
+            "mult.-adds",
+            "lookups",
+            "bits",
+            "",
+            "seen",
+            "looked up",
+            "cost",
+        ):
+            table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
+        for layer in self.layers:
+            over = self.limit is not None and layer.accumulator_bits > self.limit
+            looked_up = "–"
+            if layer.lookup_bits is not None:
+                looked_up = f"{layer.lookup_bits} bits, {layer.table_entries} entries"
+            table.add_row(
+                Text(layer.name),
+                layer.kind,
+                "×".join(map(str, layer.shape)),
+                f"{layer.multiply_adds:,}",
+                f"{layer.lookups:,}",
+                str(layer.accumulator_bits),
+                "proved" if layer.proved else "observed only",
+                "–" if layer.observed_bits is None else str(layer.observed_bits),
+                looked_up,
+                f"{layer.cost_share:.0%}",
+                style="red" if over else None,
+            )
+        return table
 
     def _lines(self) -> Iterator[str]:
+        if len(self.layers) > 1:
+            proved = "proved: no image overflows them" if self.proved else "not all of them proved"
+            yield f"{self.lookups:,} lookups an image; accumulators of up to {self.accumulator_bits} bits, {proved}."
         for layer in self.layers:
-            observed = "" if layer.observed_bits is None else f", calibration observed {layer.observed_bits}"
-            yield (
-                f"{layer.name}: {layer.weight_bits}-bit weights, {layer.input_bits}-bit inputs, {layer.taps} "
-                f"taps. Proved {layer.offset_bits} bits; the data types alone would prove "
-                f"{layer.data_type_bits}{observed}."
-            )
-            if self.limit is not None:
+            if len(self.layers) == 1:
+                seen = "" if layer.observed_bits is None else f", calibration observed {layer.observed_bits}"
+                yield (
+                    f"{layer.name}: {layer.weight_bits}-bit weights, {layer.input_bits}-bit inputs, "
+                    f"{layer.taps} taps. Proved {layer.offset_bits} bits; the data types alone would prove "
+                    f"{layer.data_type_bits}{seen}."
+                )
+            over = self.limit is not None and layer.accumulator_bits > self.limit
+            if self.limit is not None and layer.channels and (over or len(self.layers) == 1):
                 yield _verdict(layer, self.limit)
         if self.remedy:
             yield self.remedy
 
 
 def report(network: QuantizedNetwork, limit: int | None = None) -> BudgetReport:
-    """Return the budget of a network, with a remedy that was tried where it does not fit `limit` bits.
+    """Return the budget of a network, with a remedy where it does not fit `limit` bits.
 
     Raises `InvalidArgumentError` for a limit that is not a positive integer.
     """
     if limit is not None:
         check_integer("accumulator_bits", limit, 1)
         limit = int(limit)
-    spatial = network.input_shape[1:]
-    layers = []
-    remedy = None
-    for number, layer in enumerate(network.layers):
-        observed = None if network.observed is None else network.observed[number]
-        budget = _layer(layer, network.config.weight_bits, spatial, observed)
-        layers.append(budget)
-        if limit is not None and budget.offset_bits > limit and remedy is None:
-            remedy = _remedy(network, number, spatial, limit)
-        spatial = layer.geometry.output_size(spatial)
-    return BudgetReport(layers=tuple(layers), limit=limit, remedy=remedy)
+    lowered = lower(network).layers
+    prices = [layer.lookups * lookup_price(layer.lookup_bits) for layer in lowered]
+    layers = tuple(
+        _layer(network, number, low, price / (sum(prices) or 1.0))
+        for number, (low, price) in enumerate(zip(lowered, prices, strict=True))
+    )
+    over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
+    remedy = _remedy(network, limit, layers) if limit is not None and over else None
+    return BudgetReport(layers=layers, limit=limit, remedy=remedy)
 
 
-def _layer(
-    layer: QuantizedConv, weight_bits: int, spatial: tuple[int, ...], observed: tuple[Array, Array] | None
-) -> LayerBudget:
-    bounds = layer_bounds(layer, spatial)
-    steps = layer.input.maximum - layer.input.minimum
+def lookup_price(bits: int) -> float:
+    """Return what a lookup of so many bits costs, in millions of the optimiser's complexity."""
+    if bits < 1:
+        return 0.0
+    known = np.array(sorted(LOOKUP_PRICE))
+    logarithms = np.log([LOOKUP_PRICE[b] for b in known.tolist()])
+    if bits <= known[-1]:
+        return float(np.exp(np.interp(bits, known, logarithms)))
+    slope = (logarithms[-1] - logarithms[-2]) / (known[-1] - known[-2])
+    return float(np.exp(logarithms[-1] + slope * (bits - known[-1])))
+
+
+def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share: float) -> LayerBudget:
+    layer = network.layers[number]
+    if isinstance(layer, Maximum):
+        return LayerBudget(
+            name=layer.name,
+            kind=f"maximum of {len(layer.index)}",
+            shape=layer.shape,
+            multiply_adds=0,
+            lookups=lowered.lookups,
+            weight_bits=1,
+            input_bits=network.quantizations[layer.source].bits,
+            taps=2,
+            accumulator_bits=lowered.bits,
+            proved=True,
+            offset_bits=lowered.bits,
+            twos_complement_bits=lowered.bits,
+            data_type_bits=lowered.bits,
+            observed_bits=None,
+            lookup_bits=lowered.bits,
+            table_entries=2**lowered.bits,
+            cost_share=share,
+            channels=(),
+        )
+    observed = network.observed[number]
+    bounds = layer_bounds(layer, network.shapes)
+    steps = max(quantization.maximum - quantization.minimum for quantization in layer.inputs)
     channels = tuple(
         ChannelBudget(
             channel=c,
@@ -183,46 +292,82 @@ def _layer(
             position=bounds.maximum_position(c),
             observed=None if observed is None else (int(observed[0][c]), int(observed[1][c])),
         )
-        for c in range(len(layer.weight))
+        for c in range(layer.shape[0])
     )
     widths = [(c.observed[1] - c.observed[0]).bit_length() for c in channels if c.observed is not None]
+    table = layer.lookup
     return LayerBudget(
         name=layer.name,
-        weight_bits=weight_bits,
-        input_bits=layer.input.bits,
+        kind=_kind(layer, network.source.layers[number]),
+        shape=layer.shape,
+        multiply_adds=lowered.multiply_adds,
+        lookups=lowered.lookups,
+        weight_bits=network.config.of_layer("weight_bits", layer.name),
+        input_bits=max(quantization.bits for quantization in layer.inputs),
         taps=layer.taps,
+        accumulator_bits=bounds.offset_bits if table is None else table.bits,
+        proved=table is None or table.proved,
         offset_bits=bounds.offset_bits,
         twos_complement_bits=bounds.twos_complement_bits,
         data_type_bits=(layer.taps * max(map(abs, layer.weight_range)) * steps).bit_length(),
         observed_bits=max(widths, default=None),
+        lookup_bits=None if table is None else table.bits - table.dropped_bits,
+        table_entries=0 if table is None else table.tables.shape[1],
+        cost_share=share,
         channels=channels,
     )
+
+
+def _kind(layer: QuantizedLayer, source: Layer | Maximum) -> str:
+    """Return what a layer is in a few words, such as "conv 3×3, relu"."""
+    kernels = [step for term in layer.terms for step in term.steps if isinstance(step, Kernel)]
+    sizes = ["×".join(map(str, kernel.geometry.kernel)) for kernel in kernels]
+    words = [f"conv {size}" if size.strip("×1") else "linear" if not size else "conv 1" for size in sizes]
+    function = getattr(source, "activation", None)
+    return " + ".join(dict.fromkeys(words)) + ("" if function is None else f", {function.operator}")
 
 
 def _verdict(layer: LayerBudget, limit: int) -> str:
     worst = layer.worst
     where = f"channel {worst.channel}, at position {worst.position}"
-    if layer.offset_bits <= limit:
+    if layer.accumulator_bits <= limit:
         return (
-            f"Layer {layer.name!r} fits {limit} bits with {limit - layer.offset_bits} to spare; its widest "
-            f"is {where}, which spans {worst.span} of {2**limit - 1} steps."
+            f"Layer {layer.name!r} fits {limit} bits with {limit - layer.accumulator_bits} to spare; its "
+            f"widest is {where}, which spans {worst.span} of {2**limit - 1} steps."
         )
     return (
-        f"Layer {layer.name!r} does not fit {limit} bits: it needs {layer.offset_bits}, "
-        f"{layer.offset_bits - limit} more, because of {where}, whose accumulator spans {worst.span} steps "
-        f"({worst.minimum}..{worst.maximum}) where {limit} bits hold {2**limit - 1}."
+        f"Layer {layer.name!r} does not fit {limit} bits: it needs {layer.accumulator_bits}, "
+        f"{layer.accumulator_bits - limit} more, because of {where}, whose accumulator spans "
+        f"{worst.span} steps ({worst.minimum}..{worst.maximum}) where {limit} bits hold {2**limit - 1}."
     )
 
 
-def _remedy(network: QuantizedNetwork, number: int, spatial: tuple[int, ...], limit: int) -> str:
+def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]) -> str:
+    """Say what to quantize with, or what else to do, for the network to fit."""
+    if (kernel := network.last.convolution) is not None and len(layers) == 1:
+        return _smaller_bits(network, kernel, limit)
+    # A weight of 1 needs as many bits as what it multiplies.
+    least = max(layer.input_bits for layer in layers)
+    if least > limit:
+        return (
+            f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; "
+            f"use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
+        )
+    config = replace(network.config, accumulator_bits=limit, overflow="proved", method="auto")
+    return f"Quantize with {config}: the weights are then chosen to keep to {limit} bits."
+
+
+def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:
     """Try smaller (weight_bits, input_bits) on the float weights, and name the first that fits.
 
     Those that give up the fewest bits in all come first, and among them those with the most weight bits.
     """
-    config, geometry, source = network.config, network.layers[number].geometry, network.source[number]
+    config = network.config
+    terms = (term for layer in network.source.layers if isinstance(layer, Layer) for term in layer.terms)
+    (source,) = (step.weight for term in terms for step in term.steps if isinstance(step, Kernel))
     weights = {
-        bits: round_weight(source.weight, bits, per_channel=config.per_channel).values
-        for bits in range(config.weight_bits, 0, -1)
+        bits: round_weight(source, bits, per_channel=config.per_channel).values
+        for bits in range(config.of_layer("weight_bits", network.last.name), 0, -1)
     }
     candidates = product(weights, range(config.input_bits, 1 if config.input_signed else 0, -1))
     tried: list[tuple[int, QuantConfig]] = []
@@ -231,8 +376,8 @@ def _remedy(network: QuantizedNetwork, number: int, spatial: tuple[int, ...], li
         inputs = input_quantization(network.calibrated, smaller)
         bits = accumulator_bounds(
             weights[weight_bits],
-            geometry,
-            spatial,
+            kernel.geometry,
+            network.input_shape[1:],
             (inputs.minimum, inputs.maximum),
             pad_value=inputs.zero_point,
         ).offset_bits

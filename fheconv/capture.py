@@ -13,26 +13,45 @@ from fheconv.steps import Kernel, Shape
 def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or a
-    network, which stays as it is. A module that is not a single convolution is captured in evaluation mode
-    with `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), or a `Conv`. A module
+    that is not a single convolution is captured in evaluation mode with `torch.export`: BatchNorm is folded,
+    dropout is dropped, whatever is linear merges.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
     `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
     not go together.
     """
-    if isinstance(module, Network):
-        network = module
-    elif isinstance(module, Conv):
-        network = Network.of(module, input_shape)
-    elif hasattr(module, "state_dict"):  # without importing torch for arrays
-        network = _of_module(module, input_shape)
-    else:
-        network = Network.of(Conv.of(as_array(module, "weight")), input_shape)
+    conv = single_convolution(module)
+    network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
     return network
+
+
+def single_convolution(module: Any) -> Conv | None:
+    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other modules.
+
+    Raises `UnsupportedLayerError` for other things that have a state, `InvalidArgumentError` for what is none
+    of those.
+    """
+    if isinstance(module, Conv):
+        return module
+    if not hasattr(module, "state_dict"):  # without importing torch for arrays
+        return Conv.of(as_array(module, "weight"))
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
+        )
+    return _from_torch(module) if _is_plain_convolution(module) else None
+
+
+def _export(module: Any, input_shape: Shape) -> Network:
+    from fheconv.exported import export
+
+    return export(module, input_shape)
 
 
 def _check_finite(layer: Layer) -> None:
@@ -46,31 +65,19 @@ def _check_finite(layer: Layer) -> None:
             )
 
 
-def _of_module(module: Any, input_shape: Shape) -> Network:
-    import torch
-
-    if not isinstance(module, torch.nn.Module):
-        raise UnsupportedLayerError(
-            f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
-        )
-    if not _is_plain_convolution(module):
-        from fheconv.exported import export
-
-        return export(module, input_shape)
-    convolution: Any = module
+def _from_torch(module: Any) -> Conv:
     transposed = type(module).__name__.startswith("ConvTranspose")
-    conv = Conv.of(
-        convolution.weight,
-        convolution.bias,
-        stride=convolution.stride,
-        padding=convolution.padding,
-        dilation=convolution.dilation,
-        groups=convolution.groups,
-        padding_mode=convolution.padding_mode,
+    return Conv.of(
+        module.weight,
+        module.bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
         transposed=transposed,
-        output_padding=convolution.output_padding if transposed else 0,
+        output_padding=module.output_padding if transposed else 0,
     )
-    return Network.of(conv, input_shape)
 
 
 def _is_plain_convolution(module: Any) -> bool:

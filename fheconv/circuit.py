@@ -5,7 +5,9 @@ import math
 import secrets
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -22,10 +24,13 @@ from fheconv.errors import (
     InvalidArgumentError,
     NotCompiledError,
 )
+from fheconv.keys import read_keys, write_keys
 from fheconv.lower import Lowered, lower
-from fheconv.network import QuantizedNetwork
 from fheconv.progress import status, track
+from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.reports import Cost, VerifyReport, compare
+from fheconv.steps import Shape
+from fheconv.timing import expected_seconds
 from fheconv.worker import CircuitForgotten, Compiled, Session, in_process, worker
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
@@ -115,19 +120,21 @@ class FheCircuit:
         """What one encrypted image costs, alone in its ciphertext."""
         compiled, lowered = self._one.compiled, self._one.lowered
         return Cost(
+            layers=lowered.layers,
             lookups=compiled.lookups,
-            multiply_adds=lowered.multiply_adds,
+            multiply_adds=sum(layer.multiply_adds for layer in lowered.layers),
             complexity=compiled.complexity,
             key_bytes=compiled.key_bytes,
             input_bytes=compiled.input_bytes,
             output_bytes=compiled.output_bytes,
             p_error=compiled.p_error,
             global_p_error=compiled.global_p_error,
-            engine=lowered.engine,
-            engine_reason=lowered.reason,
-            accumulator_bits=lowered.bits,
+            accumulator_bits=max(layer.bits for layer in lowered.layers),
             assigned_bits=compiled.output_bits,
             lanes=self._lanes,
+            seconds=expected_seconds(self._session, compiled.lookups, compiled.complexity)
+            if compiled.lookups
+            else None,
         )
 
     def keygen(self) -> None:
@@ -137,6 +144,33 @@ class FheCircuit:
         """
         with self._lock, status("Generating keys…"):
             self._make_keys(self._one, secrets.token_hex(16))
+
+    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the keys, secret ones included, to a file that only its owner may read.
+
+        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
+        """
+        with self._lock:
+            self._require_keys("save_keys")
+            program = self._one
+            write_keys(
+                Path(path),
+                program.compiled.fingerprint,
+                program.key_id,
+                program.keys or b"",
+                overwrite=overwrite,
+            )
+
+    def load_keys(self, path: str | Path) -> None:
+        """Use the keys of a file that `save_keys` wrote for this very circuit.
+
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        stay.
+        """
+        with self._lock:
+            key_id, keys = read_keys(Path(path), self._one.compiled.fingerprint)
+            self._restore(replace(self._one, key_id=key_id, keys=keys))
+            self._one.key_id, self._one.keys = key_id, keys
 
     def _make_keys(self, program: _Program, key_id: str) -> None:
         keys = self._request(program, "keygen", key_id)
@@ -182,7 +216,7 @@ class FheCircuit:
         """
         with self._lock:
             program = self._check(ciphertext, "output", "decrypt")
-            shape = (len(ciphertext.values), len(program.lowered.filters), *self.network.output_shape[1:])
+            shape = (len(ciphertext.values), len(program.lowered.outputs))
             results = np.zeros(shape, np.int64)
             if ciphertext.values:
                 results = self._request(program, "decrypt", list(ciphertext.values))
@@ -297,11 +331,17 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
 
 def _lanes(one: Lowered, config: CompileConfig) -> int:
     """Return how many images ride in a ciphertext, refusing widths on which the native compiler aborts."""
-    layer = one.layer
-    squares = [sum(int(w) ** 2 for w in filters) for filters in layer.weight.reshape(len(layer.weight), -1)]
-    channel = int(np.argmax(squares))
-    norm_bits = 0.5 * math.log2(max(squares[channel], 1))
-    width = max(one.bits, layer.input.bits) + norm_bits
+    if one.lookups:
+        if config.lanes not in ("auto", 1):
+            raise InvalidArgumentError(
+                f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."
+            )
+        return 1
+    layer = one.network.last
+    norms = _squares(layer, one.network.shapes)
+    channel = int(np.argmax(norms))
+    norm_bits = 0.5 * math.log2(max(float(norms[channel]), 1.0))
+    width = max(one.bits, one.network.input.bits) + norm_bits
 
     def all_lanes(lanes: int) -> float:
         return width + (lanes - 1) * one.lane_bits
@@ -323,3 +363,11 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
             remedy=remedy,
         )
     return lanes
+
+
+def _squares(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
+    """Return the sum of the squared weights that meet in an accumulator, the greatest of each channel."""
+    if (kernel := layer.convolution) is not None:
+        return np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
+    total = sum(term.matrix(shapes[term.source]).astype(np.float64).power(2) for term in layer.terms)
+    return np.asarray(total.sum(axis=0)).reshape(layer.shape[0], -1).max(axis=1)

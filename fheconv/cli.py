@@ -163,7 +163,7 @@ def check(
     _check_size(source, shape)
     # Widths do not depend on the images, so that there are none to calibrate on is no loss.
     config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
-    network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=None)
+    network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=(None,))
     report = network.budget(accumulator_bits)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

@@ -1,6 +1,7 @@
 """What users choose: how to quantize, and how to compile."""
 
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,19 +12,45 @@ from fheconv.errors import InvalidArgumentError
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 
+# What holds for every layer, or for each by its name.
+PerLayer: TypeAlias = int | Mapping[str, int]
+Overflow: TypeAlias = Literal["proved", "calibrated"]
+Method: TypeAlias = Literal["auto", "mse", "accumulator"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How to quantize.
 
     weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
+    activation_bits: 1 to 8. How many bits the output of a lookup gets.
+    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset form;
+        None: whatever the weights need.
+    rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
+        rounded away, approximately, which makes the lookup cheaper. None: all.
+    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
+        calibration observed, and `margin` more at both ends; values outside give wrong results.
+    margin: of "calibrated", as a share of the observed range.
+    method: how weights are rounded. "mse": each filter nearest to its float weights. "accumulator": nearest
+        in what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
+        "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
     input_bits: 1 to 16. How many bits an image value gets.
     per_channel: one weight scale for each output channel (True) or for the whole tensor.
     input_signed: image integers in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0, instead of
         [0, 2^bits − 1] with the zero-point that calibration asks for.
     input_range: the (smallest, greatest) image value, instead of what calibration shows.
+
+    The four kinds of bits of layers are one number for all layers, or a number for each by its name, such as
+    {"conv1": 3}; layers that are not named get the default.
     """
 
-    weight_bits: int = 4
+    weight_bits: PerLayer = 4
+    activation_bits: PerLayer = 4
+    accumulator_bits: PerLayer | None = None
+    rounding_bits: PerLayer | None = None
+    overflow: Overflow = "proved"
+    margin: float = 0.25
+    method: Method = "auto"
     input_bits: int = 4
     per_channel: bool = True
     input_signed: bool = False
@@ -33,8 +60,25 @@ class QuantConfig:
         for name in ("per_channel", "input_signed"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
-        check_integer("weight_bits", self.weight_bits, 1, 8)
+        for name, words in (("overflow", get_args(Overflow)), ("method", get_args(Method))):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in words:
+                raise InvalidArgumentError(
+                    f"{name}={getattr(self, name)!r}; it must be one of {', '.join(words)}."
+                )
+        if not (_is_number(self.margin) and 0 <= self.margin < np.inf):
+            raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0.")
+        for name, greatest in _LAYER_BITS.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                for layer, bits in value.items():
+                    check_integer(f"{name}[{layer!r}]", bits, 1, greatest)
+                value = {str(layer): int(bits) for layer, bits in value.items()}
+            elif value is not None or name in ("weight_bits", "activation_bits"):
+                check_integer(name, value, 1, greatest)
+                value = int(value)  # numpy's integers lack int's methods
+            object.__setattr__(self, name, value)
         check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
+        object.__setattr__(self, "input_bits", int(self.input_bits))
         if self.input_range is not None:
             try:
                 ends = tuple(self.input_range)
@@ -47,8 +91,25 @@ class QuantConfig:
                     f"input_range={self.input_range} must be two finite numbers, the smaller first."
                 )
             object.__setattr__(self, "input_range", (low, high))
-        for name in ("weight_bits", "input_bits"):  # numpy's integers lack int's methods
-            object.__setattr__(self, name, int(getattr(self, name)))
+
+    def of_layer(self, name: str, layer: str) -> Any:
+        """Return what holds for a layer of one of the numbers of bits, such as "weight_bits"."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return value
+        default = next(field.default for field in fields(self) if field.name == name)
+        return value.get(layer, default)
+
+    def check_layers(self, layers: Collection[str]) -> None:
+        """Raise `InvalidArgumentError` for a number of bits of a layer that there is not."""
+        for name in _LAYER_BITS:
+            value = getattr(self, name)
+            unknown = [layer for layer in value if layer not in layers] if isinstance(value, Mapping) else []
+            if unknown:
+                raise InvalidArgumentError(
+                    f"{name} names {', '.join(map(repr, unknown))}; the layers of this network are "
+                    f"{', '.join(map(repr, layers))}."
+                )
 
     def __str__(self) -> str:
         """Show the call that makes it, widths always and the rest where it is not the default."""
@@ -61,6 +122,12 @@ class QuantConfig:
         return f"QuantConfig({', '.join(shown)})"
 
 
+_LAYER_BITS = {"weight_bits": 8, "activation_bits": 8, "accumulator_bits": 16, "rounding_bits": 8}
+
+
+SECURITY_LEVELS = (128, 132)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """How to compile and run.
@@ -68,9 +135,16 @@ class CompileConfig:
     engine: "conv" (Concrete's convolution), "separable" (two passes, for filters of rank one), "shifts" (the
         sum of shifted images, which leaves out zero weights), "matrix" (the dense product x·B), or "auto":
         the one that is predicted to be cheapest.
-    p_error: probability that a result goes wrong. None: 2^−64, at the price of ciphertexts some 4 % larger
-        than with Concrete's own default.
-    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel), slower to run.
+    p_error: probability that a lookup goes wrong, or, in a network without lookups, a result. None: where
+        there are lookups, `global_p_error`; where there are none, 2^−64, at the price of ciphertexts some 4 %
+        larger than with Concrete's own default.
+    global_p_error: probability that anything goes wrong in one image. None, and no p_error: 10^−5, Concrete's
+        default. Lookups get cheaper with more, and what a failed one returns is mostly a neighbouring entry.
+    security_level: bits, 128 or 132.
+    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there
+        are lookups; a network without runs slower on them.
+    compress_evaluation_keys: smaller evaluation keys.
+    configuration: a `concrete.fhe.Configuration` with which everything else starts: parameters, strategies.
     lanes: how many images of a batch ride in one ciphertext of a network without lookups. "auto" takes as
         many as fit beside each other, 4 at most (more is no faster); 1 is none.
     in_process: run the native library in this process, for debugging. It then takes the process with
@@ -87,27 +161,39 @@ class CompileConfig:
 
     engine: Engine = "auto"
     p_error: float | None = None
-    compress_input: bool = False
+    global_p_error: float | None = None
+    security_level: int = 128
+    compress_input: bool | None = None
+    compress_evaluation_keys: bool = True
+    configuration: Any = None
     lanes: int | Literal["auto"] = "auto"
     in_process: bool = False
     time_limit: float | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("compress_input", "in_process"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name in ("compress_input", "compress_evaluation_keys", "in_process"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool | np.bool_) or (name == "compress_input" and value is None)):
+                raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
+        if self.security_level not in SECURITY_LEVELS:
+            raise InvalidArgumentError(
+                f"security_level={self.security_level!r}; Concrete has parameters for "
+                f"{' and '.join(map(str, SECURITY_LEVELS))} bits."
+            )
         if not isinstance(self.engine, str) or self.engine not in get_args(Engine):
             raise InvalidArgumentError(
                 f"engine={self.engine!r}; it must be one of {', '.join(get_args(Engine))}."
             )
         if not isinstance(self.lanes, str) or self.lanes != "auto":
             check_integer("lanes", self.lanes, 1, 64)
-        if self.p_error is not None:
-            # Concrete's optimiser dies of numbers that are hardly more than 0.
-            if not (_is_number(self.p_error) and 1e-300 <= self.p_error < 1):
-                raise InvalidArgumentError(f"p_error={self.p_error!r} must lie between 1e-300 and 1.")
-            object.__setattr__(self, "p_error", float(self.p_error))
+        for name in ("p_error", "global_p_error"):
+            value = getattr(self, name)
+            if value is not None:
+                # Concrete's optimiser dies of numbers that are hardly more than 0.
+                if not (_is_number(value) and 1e-300 <= value < 1):
+                    raise InvalidArgumentError(f"{name}={value!r} must lie between 1e-300 and 1.")
+                object.__setattr__(self, name, float(value))
         if self.time_limit is not None and not (_is_number(self.time_limit) and 0 < self.time_limit < np.inf):
             raise InvalidArgumentError(f"time_limit={self.time_limit!r} must be a number of seconds above 0.")
         if self.memory_limit is not None:

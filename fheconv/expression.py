@@ -40,6 +40,24 @@ class Expression:
         shown = [*map(_shown, self.arguments), *(f"{name}={_shown(value)}" for name, value in self.options)]
         return f"{self.operator}({', '.join(shown)})"
 
+    def arrays(self) -> list[Array]:
+        """Return the arrays among the constants."""
+        inner = (part.arrays() for part in self.arguments if isinstance(part, Expression))
+        own = [part for part in self.arguments if isinstance(part, np.ndarray) and part.ndim]
+        return [*own, *(array for arrays in inner for array in arrays)]
+
+    def at(self, shape: tuple[int, ...], positions: Array) -> "Expression":
+        """Return the function at some flat positions of a tensor (C, *S), for values (positions, …)."""
+
+        def part(value: Any) -> Any:
+            if isinstance(value, Expression):
+                return value.at(shape, positions)
+            if isinstance(value, np.ndarray) and value.ndim:
+                return np.broadcast_to(value, shape).ravel()[positions][:, None]
+            return value
+
+        return Expression(self.operator, tuple(map(part, self.arguments)), self.options)
+
     def of(self, inner: "Expression") -> "Expression":
         """Return this function of the other one."""
         if self.operator == "x":

@@ -145,7 +145,7 @@ class Graph:
         for base, function in first.readings():
             if all(id(base) in others for others in readings):
                 functions = [function, *(others[id(base)] for others in readings)]
-                if first.view is not None and any(map(_has_arrays, functions)):
+                if first.view is not None and any(f.arrays() for f in functions):
                     return None  # those are one number a channel of the base, not of the view
                 return Pending(first.name, base, X, first.view), functions
         return None
@@ -262,7 +262,7 @@ class Graph:
             inner = value.inner
             return replace(value, inner=replace(inner, function=function.of(inner.function)))
         pending = self.pending(value)
-        if pending.view is not None and _has_arrays(function):  # one number a channel of the view
+        if pending.view is not None and function.arrays():  # one number a channel of the view
             pending = self.pending(self.affine(pending))
         return replace(pending, name=name, function=function.of(pending.function))
 
@@ -319,15 +319,8 @@ def _same_view(a: Select | None, b: Select | None) -> bool:
 def _increases(function: Expression) -> bool:
     """Whether a single operator never decreases, and is the same for all elements."""
     variable, *numbers = function.arguments
-    if variable is not X or _has_arrays(function):
+    if variable is not X or function.arrays():
         return False
     if function.operator in _INCREASING_IF_POSITIVE:
         return all(number >= 0 for number in numbers)
     return function.operator in _INCREASING
-
-
-def _has_arrays(function: Expression) -> bool:
-    return any(
-        _has_arrays(part) if isinstance(part, Expression) else np.ndim(part) > 0
-        for part in function.arguments
-    )

@@ -1,47 +1,64 @@
 """From the integer network to one function that numpy and Concrete both run."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand
-from fheconv.arithmetic.matrix import DENSE_LIMIT, csr_filter_matrix
+from fheconv import engines
+from fheconv.arithmetic import OUTSIDE
+from fheconv.arithmetic.matrix import DENSE_LIMIT
 from fheconv.arrays import Array
-from fheconv.bounds import AccumulatorBounds, accumulator_bounds, worst_case_inputs
+from fheconv.bounds import AccumulatorBounds, layer_bounds, without_bias
 from fheconv.config import Engine
+from fheconv.engines import UNIT_COST, WHY, take
 from fheconv.errors import InvalidArgumentError
-from fheconv.network import QuantizedConv, QuantizedNetwork
-from fheconv.pruning import Pruned, prune
+from fheconv.network import Maximum, Quantization
+from fheconv.pruning import Plain, demand, masks_within, prune
+from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork
+from fheconv.steps import Kernel, Shape, Term
 
-# Microseconds of one multiply-add, measured by tests/benchmarks/engines.py. Only their ratios matter: they
-# choose the engine.
-UNIT_COST = {"conv": 1.2, "separable": 2.6, "shifts": 2.7, "matrix": 0.3}
+# From the tensors so far, each (N, values that are read), to the next.
+Function: TypeAlias = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredLayer:
+    """How a layer is computed: with which engine and why, for how many multiplications and lookups.
+
+    `lookup_bits` is the width of what enters its lookups, after rounding, `bits` before.
+    """
+
+    name: str
+    engine: str
+    reason: str
+    multiply_adds: int
+    lookups: int
+    bits: int
+    lookup_bits: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lowered:
     """The circuit's function, and what it takes to feed it and to read its results.
 
-    `function` maps integer images (1, C, *S), numpy array or Concrete tracer, to accumulators in offset
-    form (1, K, *Out): never negative, at most `bits` wide, by the proof in `bounds` (which leaves the
-    bias out). Only the input channels `channels` and the output channels `filters` take part; the others
-    have no weights. `reason` says why `engine` was taken, `multiply_adds` what it costs.
+    `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
+    those at `outputs` of the last accumulators in offset form (1, m): never negative, at most `bits` wide, by
+    the proof in `bounds` (which leaves the bias out). Values that no result depends on are left out, and so
+    are results that are constant.
 
     `lanes` images ride in one: image i is shifted up by i·`lane_bits`, and because every result lies between
     0 and 2^lane_bits − 1, no lane borrows from or carries into another.
     """
 
     function: Callable[[Any], Any]
-    layer: QuantizedConv
-    spatial: tuple[int, ...]
+    network: QuantizedNetwork
+    layers: tuple[LoweredLayer, ...]
     bounds: AccumulatorBounds
-    channels: Array
-    filters: Array
-    engine: str
-    reason: str
-    multiply_adds: int
+    inputs: Array
+    outputs: Array
     lanes: int
 
     @property
@@ -54,32 +71,38 @@ class Lowered:
         """The proved width of the function's results, all lanes together."""
         return self.bounds.offset_bits + (self.lanes - 1) * self.lane_bits
 
+    @property
+    def lookups(self) -> int:
+        """The number of lookups of one image."""
+        return sum(layer.lookups for layer in self.layers)
+
     def prepare(self, q: Array) -> Array:
-        """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, C', *S)."""
+        """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
         empty = -len(q) % self.lanes
-        filler = np.full((empty, *q.shape[1:]), self.layer.input.zero_point)
-        by_lane = np.concatenate([q, filler])[:, self.channels].reshape(
-            (len(q) + empty) // self.lanes, self.lanes, len(self.channels), *q.shape[2:]
-        )
+        filler = np.full((empty, *q.shape[1:]), self.network.input.zero_point)
+        read = np.concatenate([q, filler]).reshape(len(q) + empty, -1)[:, self.inputs]
+        by_lane = read.reshape((len(q) + empty) // self.lanes, self.lanes, len(self.inputs))
         return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
 
-    def worst_cases(self) -> Array:
-        """Return inputs of the circuit on which each channel attains its minimum and its maximum."""
-        worst = worst_case_inputs(self.layer, self.spatial, self.bounds)
-        return self.prepare(np.repeat(worst, self.lanes, axis=0))
+    def inputset(self) -> Array:
+        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
+        image = self.network.input
+        ends = [image.minimum, image.maximum] if image.minimum < 0 else [0]
+        images = [np.full((self.lanes, *self.network.input_shape), end, np.int64) for end in ends]
+        return self.prepare(np.concatenate(images))
 
     def accumulators(self, results: Array, images: int) -> Array:
         """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""
-        lanes = (
-            results[:, None] >> np.arange(self.lanes).reshape(-1, *[1] * (results.ndim - 1)) * self.lane_bits
-        )
+        shifts = np.arange(self.lanes)[:, None] * self.lane_bits
+        lanes = results[:, None] >> shifts
         if self.lanes > 1:
             lanes &= 2**self.lane_bits - 1
-        lanes = lanes.reshape(len(results) * self.lanes, *results.shape[1:])[:images]
-        shift = self.layer.bias + self.bounds.channel_minimum
-        y = np.zeros((images, len(shift), *results.shape[2:]), np.int64)
-        y[:, self.filters] = lanes
-        return y + shift.reshape(-1, *[1] * len(self.spatial))
+        lanes = lanes.reshape(len(results) * self.lanes, len(self.outputs))[:images]
+        layer = self.network.last
+        y = np.zeros((images, math.prod(layer.shape)), np.int64)
+        y[:, self.outputs] = lanes
+        start = self.bounds.channel_minimum.reshape(-1, *[1] * (len(layer.shape) - 1))
+        return y.reshape(images, *layer.shape) + start + layer.bias
 
 
 def _lane_steps(lanes: int, lane_bits: int) -> Array:
@@ -90,211 +113,265 @@ def _lane_steps(lanes: int, lane_bits: int) -> Array:
 def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
     """Return the function of a network, by the engine named or by the one that is predicted cheapest.
 
-    `lanes` images ride in one (see `Lowered`); the caller checks that so many bits can be held.
+    `lanes` images ride in one (see `Lowered`); the caller checks that so many bits can be held. Only networks
+    without lookups take several.
 
-    What has no weights is left out first: input and output channels, and rows and columns around the
-    kernel. The offset (minus each channel's attainable minimum) goes into the convolution's own bias,
-    because a separate addition is one more node whose width Concrete measures.
-
-    Raises `InvalidArgumentError` if the engine named cannot run the layer.
+    Raises `InvalidArgumentError` if the engine named cannot run a layer.
     """
-    (layer,) = network.layers
-    spatial = network.input_shape[1:]
-    bounds = accumulator_bounds(
-        layer.weight,
-        layer.geometry,
-        spatial,
-        (layer.input.minimum, layer.input.maximum),
-        pad_value=layer.input.zero_point,
-    )
-    pruned = prune(layer, spatial, bounds)
-    counts = pruned.multiply_adds(spatial)
-    if engine == "auto":
-        predicted = {name: counts[name] * UNIT_COST[name] / 1000 for name in counts}
-        chosen = min(predicted, key=predicted.__getitem__)
-        shown = ", ".join(f"{name} {ms:,.3g}" for name, ms in sorted(predicted.items(), key=lambda p: p[1]))
-        reason = f"cheapest predicted, in ms: {shown}"
-    else:
-        chosen, reason = engine, "asked for"
-    if chosen not in counts:
-        raise InvalidArgumentError(
-            f"engine={chosen!r} cannot run layer {layer.name!r}; those that can are {', '.join(counts)}. "
-            + _WHY[chosen]
-        )
-    # What is the same for every lane is there in each of them.
+    masks = demand(network)
+    bounds = layer_bounds(without_bias(network.last), network.shapes)
+    changes = bounds.maximum != bounds.channel_minimum.reshape(-1, *[1] * (len(network.last.shape) - 1))
+    if changes.any():
+        masks[-1] = changes
     every = int(_lane_steps(lanes, max(bounds.offset_bits, 1)).sum())
-    pruned = replace(pruned, offset=pruned.offset * every)
+    functions, layers = [], []
+    for number, layer in enumerate(network.layers):
+        wanted = masks[number + 1]
+        if isinstance(layer, Maximum):
+            function, lowered = _maximum(layer, masks, wanted, network)
+        else:
+            function, lowered = _layer(layer, masks, wanted, network.shapes, bounds, engine, every, lanes)
+        functions.append(function)
+        layers.append(lowered)
+    image_bits = _unsigned_bits(network.input) + (lanes - 1) * max(bounds.offset_bits, 1)
+
+    def circuit(x: Any) -> Any:
+        tensors = [x if network.input.minimum < 0 else _hint(x, image_bits)]
+        for function in functions:
+            tensors.append(function(tensors))
+        return tensors[-1]
+
     return Lowered(
-        function=_MAKERS[chosen](pruned, spatial, layer.input.zero_point * every),
-        layer=layer,
-        spatial=spatial,
+        function=circuit,
+        network=network,
+        layers=tuple(layers),
         bounds=bounds,
-        channels=pruned.channels,
-        filters=pruned.filters,
-        engine=chosen,
-        reason=reason,
-        multiply_adds=counts[chosen],
+        inputs=np.flatnonzero(masks[0]),
+        outputs=np.flatnonzero(masks[-1]),
         lanes=lanes,
     )
 
 
-def _conv_function(pruned: Pruned, spatial: tuple[int, ...], zero: int) -> Callable[[Any], Any]:
-    def function(x: Any) -> Any:
-        return _conv(_expand(x, pruned.geometry, zero), pruned.weight, pruned.offset, pruned.geometry)
+def _layer(
+    layer: QuantizedLayer,
+    masks: list[Array],
+    wanted: Array,
+    shapes: tuple[Shape, ...],
+    last: AccumulatorBounds,
+    engine: Engine,
+    every: int,
+    lanes: int,
+) -> tuple[Function, LoweredLayer]:
+    table = layer.lookup
+    start = last.channel_minimum if table is None else table.minimum
+    outputs = np.flatnonzero(wanted)
+    offset = -np.broadcast_to(start.reshape(-1, *[1] * (len(layer.shape) - 1)), layer.shape).ravel()[outputs]
+    programs = [
+        _Program.of(layer.name, term, quantization, masks[term.source], shapes[term.source], wanted, engine)
+        for term, quantization in zip(layer.terms, layer.inputs, strict=True)
+    ]
+    for program in programs:
+        offset = offset + program.constant
+    offset = (offset * every).reshape(1, -1)
+    bits = last.offset_bits + (lanes - 1) * max(last.offset_bits, 1) if table is None else table.bits
+    which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
 
-    return function
+    def function(tensors: list[Any]) -> Any:
+        total: Any = None
+        for program in programs:
+            summand = program(tensors[program.source], every)
+            total = summand if total is None else total + summand
+        total = _hint(total + offset, bits)
+        return total if table is None else _look_up(table, which, total)
+
+    return function, LoweredLayer(
+        name=layer.name,
+        engine=" + ".join(dict.fromkeys(program.engine for program in programs)),
+        reason=programs[0].reason,
+        multiply_adds=sum(program.multiply_adds for program in programs),
+        lookups=0 if table is None else len(outputs),
+        bits=bits,
+        lookup_bits=0 if table is None else bits - table.dropped_bits,
+    )
 
 
-def _separable_function(pruned: Pruned, spatial: tuple[int, ...], zero: int) -> Callable[[Any], Any]:
-    separated = pruned.separated()
-    if separated is None:
-        raise InvalidArgumentError(_WHY["separable"])
-    columns, rows = separated
-    geometry = pruned.geometry
-    down, across = (
-        replace(
-            geometry,
-            kernel=kernel.shape[2:],
-            stride=(geometry.stride[0], 1) if axis == 0 else (1, geometry.stride[1]),
-            dilation=(geometry.dilation[0], 1) if axis == 0 else (1, geometry.dilation[1]),
-            groups=geometry.groups if axis == 0 else len(pruned.weight),
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Program:
+    """How one term is computed from the values that are read of its source, (N, n), to (N, m).
+
+    Either one product with `matrix` (n, m), or convolutions one after the other: `stages` holds each of them
+    with its engine and the places in the values before it that it reads; `places` is what is read at the end.
+    `constant` (m,) has to be added.
+    """
+
+    source: int
+    engine: str
+    reason: str
+    multiply_adds: int
+    constant: Array
+    matrix: Array | None
+    stages: tuple[tuple[str, Plain, Array, int], ...]
+    places: Array
+
+    def __call__(self, x: Any, every: int) -> Any:
+        if self.matrix is not None:
+            return x @ self.matrix
+        for engine, plain, places, pad in self.stages:
+            y = engines.run(engine, plain, take(x, places, pad * every), every)
+            x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
+        return take(x, self.places, 0)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        term: Term,
+        quantization: Quantization,
+        mask: Array,
+        shape: Shape,
+        wanted: Array,
+        engine: Engine,
+    ) -> "_Program":
+        """Choose how to compute a term of the layer `name`."""
+        inputs, outputs = np.flatnonzero(mask), np.flatnonzero(wanted)
+        places = np.full(math.prod(shape), OUTSIDE)
+        places[inputs] = np.arange(len(inputs))
+        pad, stages, counts = quantization.zero_point, [], []
+        steps = zip(term.steps, term.shapes(shape)[:-1], masks_within(term, shape, wanted)[1:], strict=True)
+        for step, before, after in steps:
+            if isinstance(step, Kernel):
+                plain = prune(step, before, after, pad)
+                stages.append((plain, np.where(plain.index == OUTSIDE, OUTSIDE, places[plain.index]), pad))
+                counts.append(plain.multiply_adds())
+                places = np.full(after.size, OUTSIDE)
+                places[plain.outputs.ravel()] = np.arange(plain.outputs.size)
+                pad = 0
+            else:
+                places = np.where(step.index == OUTSIDE, OUTSIDE, places[step.index]).ravel()
+        possible = {
+            one: sum(count.get(one, count.get("conv", 0)) for count in counts)
+            for one in ("conv", "separable", "shifts")
+            if any(one in count for count in counts)
+        }
+        if not all(counts):
+            possible = {}
+        if 8 * len(inputs) * len(outputs) <= DENSE_LIMIT:
+            possible["matrix"] = len(inputs) * len(outputs)
+        chosen, reason = _choose(name, engine, possible)
+        zeros = np.zeros((1, *shape), np.int64)
+        matrix, constant = None, np.zeros(len(outputs), np.int64)
+        if chosen == "matrix":
+            matrix = term.matrix(shape)[inputs][:, outputs].toarray()
+            # The matrix reads no padding: what a zero-point there adds is a constant.
+            constant = term.apply(zeros, quantization.zero_point).ravel()[outputs]
+        return cls(
+            source=term.source,
+            engine=chosen,
+            reason=reason,
+            multiply_adds=possible[chosen],
+            constant=constant,
+            matrix=matrix,
+            stages=tuple(
+                (chosen if chosen in count else "conv", *stage)
+                for stage, count in zip(stages, counts, strict=True)
+            ),
+            places=places[outputs],
         )
-        for axis, kernel in enumerate((columns, rows))
-    )
-
-    def function(x: Any) -> Any:
-        half = _conv(_expand(x, geometry, zero), columns, np.zeros_like(pruned.offset), down)
-        return _conv(half, rows, pruned.offset, across)
-
-    return function
 
 
-def _shifts_function(pruned: Pruned, spatial: tuple[int, ...], zero: int) -> Callable[[Any], Any]:
-    geometry = pruned.geometry
-    output = geometry.output_size(spatial)
-    taps = pruned.nonzero_taps()
-    one = replace(
-        geometry,
-        kernel=(1,) * len(spatial),
-        stride=(1,) * len(spatial),
-        dilation=(1,) * len(spatial),
-    )
+def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
+    """Return the engine to run with, and why."""
+    if engine == "auto":
+        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
+        shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
+        return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
+    if engine not in possible:
+        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
+        raise InvalidArgumentError(
+            f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
+            + WHY.get(engine, too_large)
+        )
+    return engine, "asked for"
 
-    def function(x: Any) -> Any:
-        x = _expand(x, geometry, zero)
-        y = None
-        for tap in taps:
-            shifted = x[
-                (
-                    slice(None),
-                    slice(None),
-                    *(
-                        slice(t * d, t * d + (o - 1) * s + 1, s)
-                        for t, o, s, d in zip(tap, output, geometry.stride, geometry.dilation, strict=True)
-                    ),
-                )
-            ]
-            weight = pruned.weight[(slice(None), slice(None), *(slice(t, t + 1) for t in tap))]
-            offset = pruned.offset if y is None else np.zeros_like(pruned.offset)
-            term = _conv(shifted, weight, offset, one)
-            y = term if y is None else y + term
+
+def _maximum(
+    layer: Maximum, masks: list[Array], wanted: Array, network: QuantizedNetwork
+) -> tuple[Function, LoweredLayer]:
+    """Take maxima of two at a time: max(a, b) = b + relu(a − b), one lookup each."""
+    places = np.full(masks[layer.source].size, OUTSIDE)
+    places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
+    candidates = places[layer.index[:, wanted]]
+    quantization = network.quantizations[layer.source]
+    steps = quantization.maximum - quantization.minimum
+    table = np.maximum(np.arange(2 ** (2 * steps).bit_length()) - steps, 0)
+    table = np.minimum(table, steps)
+    source, bits = layer.source, _unsigned_bits(quantization)
+
+    def function(tensors: list[Any]) -> Any:
+        x = tensors[source]
+        y = take(x, candidates[0], 0)
+        for rest in candidates[1:]:
+            other = take(x, rest, 0)
+            difference = _hint(other - y + steps, (2 * steps).bit_length())
+            y = y + _table(table[None], np.zeros(candidates.shape[1], np.int64), difference)
+            y = y if quantization.minimum < 0 else _hint(y, bits)
         return y
 
-    return function
+    return function, LoweredLayer(
+        name=layer.name,
+        engine="maximum",
+        reason="a lookup for each comparison of two",
+        multiply_adds=0,
+        lookups=(len(candidates) - 1) * candidates.shape[1],
+        bits=(2 * steps).bit_length(),
+        lookup_bits=(2 * steps).bit_length(),
+    )
 
 
-def _matrix_function(pruned: Pruned, spatial: tuple[int, ...], zero: int) -> Callable[[Any], Any]:
-    geometry = pruned.geometry
-    output = geometry.output_size(spatial)
-    matrix = csr_filter_matrix(pruned.weight, geometry, spatial, output).toarray()
-    # The matrix reads no padding: what a zero-point there would have added is a constant.
-    border = expand(np.zeros((1, len(pruned.channels), *spatial), np.int64), geometry, zero)
-    constant = _conv(border, pruned.weight, pruned.offset, geometry).reshape(1, -1)
-
-    def function(x: Any) -> Any:
-        y = x.reshape((x.shape[0], len(matrix))) @ matrix + constant
-        return y.reshape((x.shape[0], len(pruned.weight), *output))
-
-    return function
-
-
-_MAKERS = {
-    "conv": _conv_function,
-    "separable": _separable_function,
-    "shifts": _shifts_function,
-    "matrix": _matrix_function,
-}
-_WHY = {
-    "conv": "It has no weights, or reads nothing but padding.",
-    "shifts": "It has no weights, or reads nothing but padding.",
-    "matrix": f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB.",
-    "separable": "Two passes need 2-d filters that read one channel each and have rank one.",
-}
+def _unsigned_bits(quantization: Quantization) -> int:
+    return quantization.maximum.bit_length()
 
 
 # The operations that numpy and Concrete spell differently.
 
 
-def _expand(x: Any, geometry: ConvGeometry, value: int) -> Any:
-    if isinstance(x, np.ndarray) or not geometry.expands:
-        return expand(x, geometry, value)
+def _hint(x: Any, bits: int) -> Any:
+    """Tell Concrete the width of a value: it would only know what it sees at compilation."""
+    if isinstance(x, np.ndarray):
+        return x
     from concrete import fhe
 
-    grids = [geometry.grid(axis, size) for axis, size in enumerate(x.shape[2:])]
-    if geometry.padding_mode != "zeros":
-        for axis, grid in enumerate(grids):
-            x = x[(*(slice(None),) * (2 + axis), grid.tolist())]
-        return x
-    filled = [np.flatnonzero(grid != OUTSIDE) for grid in grids]
-    read = tuple(slice(int(g[f[0]]), int(g[f[-1]]) + 1) for g, f in zip(grids, filled, strict=True))
-    x = x[(slice(None), slice(None), *read)]
-    if all(len(f) == len(g) for f, g in zip(filled, grids, strict=True)):
-        return x
-    written = tuple(
-        slice(int(f[0]), int(f[-1]) + 1, step)
-        for f, step in zip(filled, geometry.input_dilation, strict=True)
-    )
-    shape = (*x.shape[:2], *map(len, grids))
-    expanded = fhe.zeros(shape) if value == 0 else value * fhe.ones(shape)
-    expanded[(slice(None), slice(None), *written)] = x
-    return expanded
+    return fhe.hint(x, bit_width=max(bits, 1))
 
 
-def _conv(expanded: Any, weight: Array, bias: Array, geometry: ConvGeometry) -> Any:
-    if isinstance(expanded, np.ndarray):
-        return conv(
-            expanded, weight, bias, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
-        )
+def _look_up(table: Lookup, which: Array, x: Any) -> Any:
+    """Return the activations for accumulators in offset form (N, m), which use rows `which` of the table."""
+    if isinstance(x, np.ndarray):
+        return table.rows(x, which)
     from concrete import fhe
 
-    stride, dilation = geometry.stride, geometry.dilation
-    images, channels, *sizes = expanded.shape
-    if len(sizes) == 1:  # as an image of one row
-        y = fhe.conv(
-            expanded.reshape((images, channels, 1, *sizes)),
-            weight[:, :, None],
-            bias,
-            strides=(1, *stride),
-            dilations=(1, *dilation),
-            group=geometry.groups,
+    if table.dropped_bits:
+        x = fhe.round_bit_pattern(
+            x,
+            lsbs_to_remove=table.dropped_bits,
+            overflow_protection=False,
+            exactness=fhe.Exactness.APPROXIMATE,
         )
-        return y.reshape((images, len(weight), y.shape[-1]))
-    if len(sizes) == 2:
-        return fhe.conv(expanded, weight, bias, strides=stride, dilations=dilation, group=geometry.groups)
-    # The taps along the depth become channels, and the output's depth the batch: one 2-d convolution.
-    outputs = (sizes[0] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
-    taps = np.flatnonzero(weight.any(axis=(0, 1, 3, 4)))
-    flat = fhe.zeros((outputs, channels * len(taps), *sizes[1:]))
-    for number, tap in enumerate(taps.tolist()):
-        start = tap * dilation[0]
-        slab = expanded[0, :, start : start + (outputs - 1) * stride[0] + 1 : stride[0]]
-        flat[:, number :: len(taps)] = slab.transpose((1, 0, 2, 3))
-    y = fhe.conv(
-        flat,
-        weight[:, :, taps].reshape(len(weight), -1, *weight.shape[3:]),
-        bias,
-        strides=stride[1:],
-        dilations=dilation[1:],
-        group=geometry.groups,
-    )
-    return y.transpose((1, 0, 2, 3)).reshape((1, len(weight), outputs, *y.shape[2:]))
+    # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads
+    # one.
+    return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
+
+
+def _table(rows: Array, which: Array, x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return rows[which, x]
+    from concrete import fhe
+
+    used, at = np.unique(which, return_inverse=True)
+    tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
+    if len(tables) == 1:
+        return tables[0][x]
+    each = np.empty((1, len(which)), object)
+    for place, row in enumerate(at):
+        each[0, place] = tables[row]
+    return fhe.LookupTable(each)[x]

@@ -4,16 +4,17 @@ Its users talk to it through `fheconv.worker`, because the native library may ta
 """
 
 import hashlib
+import time
 import warnings
 from typing import Any
 
 import numpy as np
 
 from fheconv.arrays import Array
-from fheconv.config import CompileConfig
-from fheconv.errors import CompilationError
-from fheconv.lower import lower
-from fheconv.network import QuantizedNetwork
+from fheconv.config import SECURITY_LEVELS, CompileConfig
+from fheconv.errors import ArtifactError, CompilationError
+from fheconv.lower import Lowered, lower
+from fheconv.quantized import QuantizedNetwork
 from fheconv.worker import CircuitForgotten, Compiled
 
 with warnings.catch_warnings():
@@ -48,32 +49,33 @@ class NativeCircuits:
 
         `keys` are what `keygen` returned for `key_id`.
 
-        The inputset holds, for every output channel, the images on which it attains its minimum and
-        its maximum: Concrete then measures the proved ranges, whatever the calibration images were.
+        Concrete would give each value the width that it sees on some inputs; here every width comes as a
+        hint, from the proof, and the inputs show no more than the sign.
         """
         lowered = lower(network, config.engine, lanes)
         compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
-        configuration = fhe.Configuration(
-            p_error=config.p_error or LINEAR_P_ERROR,
-            compress_input_ciphertexts=config.compress_input,
-            dump_artifacts_on_unexpected_failures=False,
-        )
-        name = network.layers[0].name
+        names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
-            circuit = compiler.compile([image[None] for image in lowered.worst_cases()], configuration)
+            circuit = compiler.compile([x[None] for x in lowered.inputset()], _configuration(lowered, config))
         except RuntimeError as error:
+            widest = max(lowered.layers, key=lambda layer: layer.bits)
             raise CompilationError(
-                f"Concrete cannot compile layer {name!r}, whose accumulator is proved to need {lowered.bits} "
-                f"bits: {error}. Use fewer weight_bits, input_bits or lanes, or a larger p_error."
+                f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
+                f"of layer {widest.name!r}, {widest.bits} bits. Quantize with fewer accumulator_bits or "
+                "rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
+                "larger p_error."
             ) from error
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
             raise CompilationError(
-                f"Concrete gave the result of layer {name!r} {output.dtype.bit_width} "
+                f"Concrete gave the result of layer {lowered.layers[-1].name!r} {output.dtype.bit_width} "
                 f"bits, but {lowered.bits} are proved necessary; please report this network."
             )
         if keys is not None:
-            circuit.keys.load_from_bytes(keys)
+            try:
+                circuit.keys.load_from_bytes(keys)
+            except RuntimeError as error:
+                raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
         self._circuits[number] = (key_id, circuit)
         return Compiled(
             fingerprint=hashlib.sha256(circuit.client.specs.serialize() + circuit.mlir.encode()).hexdigest(),
@@ -115,6 +117,25 @@ class NativeCircuits:
         circuit.enable_fhe_simulation()
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
+    def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
+        """Return the complexity and the seconds of a lookup of so many bits, of which some run at once."""
+        table = fhe.LookupTable(list(range(2**bits)))
+
+        def function(x: Any) -> Any:
+            return table[fhe.hint(x, bit_width=bits)]
+
+        configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
+        zeros = np.zeros(lookups, np.int64)
+        circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
+        circuit.keygen()
+        encrypted = circuit.encrypt(zeros)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            circuit.run(encrypted)
+            seconds.append(time.perf_counter() - started)
+        return circuit.complexity / lookups, min(seconds) / lookups
+
     def release(self, numbers: list[int]) -> None:
         """Forget circuits that nobody holds any longer."""
         for number in numbers:
@@ -125,6 +146,27 @@ class NativeCircuits:
         if held != key_id:
             raise CircuitForgotten(f"Circuit {number} is not here with these keys.")
         return circuit
+
+
+def _configuration(lowered: Lowered, config: CompileConfig) -> Any:
+    """Return what Concrete is configured with."""
+    looks_up = lowered.lookups > 0
+    p_error = config.p_error
+    if p_error is None and config.global_p_error is None and not looks_up:
+        p_error = LINEAR_P_ERROR
+    base = fhe.Configuration() if config.configuration is None else config.configuration
+    changes: dict[str, Any] = {"dump_artifacts_on_unexpected_failures": False}
+    if config.configuration is None or config.compress_input is not None:
+        compress = looks_up if config.compress_input is None else config.compress_input
+        changes["compress_input_ciphertexts"] = compress
+    if config.configuration is None or not config.compress_evaluation_keys:
+        changes["compress_evaluation_keys"] = config.compress_evaluation_keys
+    for name, value in (("p_error", p_error), ("global_p_error", config.global_p_error)):
+        if value is not None:
+            changes[name] = value
+    if config.security_level != SECURITY_LEVELS[0]:
+        changes["security_level"] = type(base.security_level)(config.security_level)
+    return base.fork(**changes)
 
 
 def _each(images: Array) -> list[Array]:

@@ -114,6 +114,10 @@ class Quantization:
         """The width that holds `maximum − minimum`."""
         return (self.maximum - self.minimum).bit_length()
 
+    def nearest(self, x: Array) -> Array:
+        """Return the int64 integers nearest to the real numbers `x`, clipped to the range."""
+        return np.clip(np.rint(x / self.scale + self.zero_point), self.minimum, self.maximum).astype(np.int64)
+
     def integers(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`.
 

@@ -1,45 +1,64 @@
-"""What of a layer has to be computed: weights that are zero, or read only padding, cost nothing."""
+"""What of a network has to be computed: not what nobody reads, and no weights that are zero."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from fheconv.arithmetic import OUTSIDE, ConvGeometry, tap_sources
-from fheconv.arithmetic.matrix import DENSE_LIMIT
+from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array
-from fheconv.bounds import AccumulatorBounds
-from fheconv.network import QuantizedConv
+from fheconv.network import Maximum
+from fheconv.quantized import QuantizedNetwork
+from fheconv.steps import Kernel, Shape, Term
+
+
+def demand(network: QuantizedNetwork) -> list[Array]:
+    """Return, for each tensor, as a mask of its shape, the values that the network's results depend on.
+
+    Traced backwards from the results. A value counts as read if the trained weights read it, even where their
+    integers have become zero. Results that are constant are not computed.
+    """
+    masks = [np.zeros(shape, bool) for shape in network.shapes]
+    masks[-1][:] = True
+    for number in reversed(range(len(network.layers))):
+        layer, wanted = network.source.layers[number], masks[number + 1]
+        if isinstance(layer, Maximum):
+            masks[layer.source].reshape(-1)[layer.index[:, wanted].ravel()] = True
+        else:
+            for term in layer.terms:
+                masks[term.source] |= term.read(wanted, network.shapes[term.source])
+    return masks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pruned:
-    """A convolution without what has no weights: `weight` (K', C'/groups, *k'), and what is left of which."""
+class Plain:
+    """A convolution without padding, of what is left of a kernel: `weight` (K', C'/groups, *k').
+
+    `index` (C', *S') says which values of the kernel's input it runs over, flat positions, `OUTSIDE` for the
+    padding; `outputs` (K', *Out') which values of the kernel's output it computes. `constant` (K',) is what
+    those taps add that read nothing but padding.
+    """
 
     weight: Array
-    offset: Array
-    geometry: ConvGeometry
-    channels: Array
-    filters: Array
+    index: Array
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    outputs: Array
+    constant: Array
 
-    def multiply_adds(self, spatial: tuple[int, ...]) -> dict[str, int]:
+    def multiply_adds(self) -> dict[str, int]:
         """Return the number of multiplications of each engine that can run it."""
-        outputs = math.prod(self.geometry.output_size(spatial))
-        inputs = len(self.channels) * math.prod(spatial)
-        filters = len(self.weight)
+        outputs = math.prod(self.outputs.shape[1:])
         counts = {}
-        grids = (self.geometry.grid(axis, size) for axis, size in enumerate(spatial))
-        reads = all((grid != OUTSIDE).any() for grid in grids)
-        reads = reads and bool(self.weight.any())
-        if reads:  # Concrete builds no convolution from nothing but zeros
+        # Concrete builds no convolution from nothing but zeros.
+        if self.weight.any() and (self.index != OUTSIDE).any():
             counts["conv"] = self.weight.size * outputs
-            counts["shifts"] = filters * self.weight.shape[1] * len(self.nonzero_taps()) * outputs
-        if 8 * inputs * filters * outputs <= DENSE_LIMIT:
-            counts["matrix"] = inputs * filters * outputs
-        if reads and self.separated() is not None:
-            height, width = self.geometry.kernel
-            half = self.geometry.output_size(spatial)[0] * self.geometry.expanded_size(spatial)[1]
-            counts["separable"] = filters * (height * half + width * outputs)
+            counts["shifts"] = math.prod(self.weight.shape[:2]) * len(self.nonzero_taps()) * outputs
+            if self.separated() is not None:
+                height, width = self.weight.shape[2:]
+                half = self.outputs.shape[1] * self.index.shape[2]
+                counts["separable"] = len(self.weight) * (height * half + width * outputs)
         return counts
 
     def nonzero_taps(self) -> list[tuple[int, ...]]:
@@ -47,7 +66,7 @@ class Pruned:
         return [tuple(map(int, tap)) for tap in np.argwhere(self.weight.any(axis=(0, 1)))]
 
     def separated(self) -> tuple[Array, Array] | None:
-        """Return integer columns (K, 1, Hf, 1) and rows (K, 1, 1, Wf) whose product is the weight, or None.
+        """Return integer columns (K', 1, Hf, 1) and rows (K', 1, 1, Wf) whose product is the weight, or None.
 
         That is, if every filter reads one channel and has rank one.
         """
@@ -67,43 +86,76 @@ class Pruned:
         return column[:, None, :, None], row[:, None, None, :]
 
 
-def prune(layer: QuantizedConv, spatial: tuple[int, ...], bounds: AccumulatorBounds) -> Pruned:
-    """Leave out of a layer, on inputs of sizes `spatial`, what has no weights or reads no pixel."""
-    weight, geometry = layer.weight, layer.geometry
-    # Taps that read nothing but padding, wherever the kernel stands, contribute a constant.
-    output = geometry.output_size(spatial)
-    for axis, size in enumerate(spatial):
-        reads = (tap_sources(geometry, axis, size, output[axis]) != OUTSIDE).any(axis=0)
-        weight = weight * reads.reshape(-1, *[1] * (len(spatial) - 1 - axis))
-    constant = (layer.weight - weight).reshape(len(weight), -1).sum(axis=1) * layer.input.zero_point
-    offset = constant - bounds.channel_minimum
-    channels, filters = np.arange(weight.shape[1] * geometry.groups), np.arange(len(weight))
-    if weight.any():
+def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
+    """Return what has to be computed of a kernel on inputs of `shape`, padded with `pad`.
+
+    `wanted` is a mask (K, *Out) of its outputs. What is computed beyond them is what lies between them on a
+    grid.
+    """
+    geometry, weight = kernel.geometry, kernel.weight
+    grids, starts, steps, counts, outputs = [], [], [], [], []
+    for axis, size in enumerate(shape[1:]):
+        others = tuple(a for a in range(wanted.ndim) if a != 1 + axis)
+        read = np.flatnonzero(wanted.any(axis=others))
+        if not len(read):
+            read = np.zeros(1, np.int64)
+        step = int(np.gcd.reduce(np.diff(read))) or 1
+        outputs.append(np.arange(read[0], read[-1] + 1, step))
+        starts.append(int(read[0]) * geometry.stride[axis])
+        steps.append(step * geometry.stride[axis])
+        counts.append(len(outputs[-1]))
+        grids.append(geometry.grid(axis, size))
+    # Taps that read nothing but padding contribute a constant.
+    kept = weight
+    for axis, grid in enumerate(grids):
+        places = starts[axis] + np.arange(counts[axis])[:, None] * steps[axis]
+        taps = places + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+        reads = (grid[taps] != OUTSIDE).any(axis=0)
+        kept = kept * reads.reshape(-1, *[1] * (len(grids) - 1 - axis))
+    constant = (weight - kept).reshape(len(weight), -1).sum(axis=1) * pad
+    weight, groups = kept, geometry.groups
+    channels, filters = np.arange(shape[0]), np.arange(len(weight))
+    used = weight.reshape(len(weight), -1).any(axis=1) & wanted.reshape(len(weight), -1).any(axis=1)
+    if used.any():
         # Whole groups, because those that stay must be alike; channels and filters if there is one group.
-        by_group = weight.reshape(geometry.groups, -1, *weight.shape[1:])
-        groups = np.flatnonzero(by_group.any(axis=tuple(range(1, by_group.ndim))))
-        channels = channels.reshape(geometry.groups, -1)[groups].ravel()
-        filters = filters.reshape(geometry.groups, -1)[groups].ravel()
-        weight = weight[filters]
-        if len(groups) == 1:
-            read = weight.any(axis=(0, *range(2, weight.ndim)))
-            used = weight.any(axis=tuple(range(1, weight.ndim)))
-            channels, filters, weight = channels[read], filters[used], weight[used][:, read]
-        weight, geometry = _crop(weight, geometry, len(groups))
-    return Pruned(
-        weight=weight, offset=offset[filters], geometry=geometry, channels=channels, filters=filters
+        alive = np.flatnonzero(used.reshape(groups, -1).any(axis=1))
+        channels = channels.reshape(groups, -1)[alive].ravel()
+        filters = filters.reshape(groups, -1)[alive].ravel()
+        weight, groups = weight[filters], len(alive)
+        if groups == 1:
+            weight, filters = weight[used[filters]], filters[used[filters]]
+            read_channels = weight.any(axis=(0, *range(2, weight.ndim)))
+            channels, weight = channels[read_channels], weight[:, read_channels]
+    # Rows, columns… around the kernel in which no filter has a weight.
+    for axis, dilation in enumerate(geometry.dilation):
+        others = tuple(a for a in range(weight.ndim) if a != 2 + axis)
+        taps = np.flatnonzero(weight.any(axis=others)) if weight.any() else np.arange(weight.shape[2 + axis])
+        weight = np.take(weight, range(taps[0], taps[-1] + 1), axis=2 + axis)
+        begin = starts[axis] + int(taps[0]) * dilation
+        extent = (counts[axis] - 1) * steps[axis] + (weight.shape[2 + axis] - 1) * dilation + 1
+        grids[axis] = grids[axis][begin : begin + extent]
+    return Plain(
+        weight=weight,
+        index=_flat_positions([channels, *grids], shape),
+        stride=tuple(steps),
+        dilation=geometry.dilation,
+        groups=groups,
+        outputs=_flat_positions([filters, *outputs], wanted.shape),
+        constant=constant[filters],
     )
 
 
-def _crop(weight: Array, geometry: ConvGeometry, groups: int) -> tuple[Array, ConvGeometry]:
-    """Cut off the rows, columns… around the kernel in which no filter has a weight."""
-    kernel, padding = list(geometry.kernel), list(geometry.padding)
-    if geometry.padding_mode == "zeros":  # other paddings cannot be cut
-        for axis, dilation in enumerate(geometry.dilation):
-            others = tuple(a for a in range(weight.ndim) if a != 2 + axis)
-            used = np.flatnonzero(weight.any(axis=others))
-            before, after = int(used[0]), int(kernel[axis] - 1 - used[-1])
-            kernel[axis] -= before + after
-            weight = np.take(weight, range(before, before + kernel[axis]), axis=2 + axis)
-            padding[axis] = (padding[axis][0] - before * dilation, padding[axis][1] - after * dilation)
-    return weight, replace(geometry, kernel=tuple(kernel), padding=tuple(padding), groups=groups)
+def _flat_positions(axes: list[Array], shape: Shape) -> Array:
+    """Return the flat positions in a tensor of `shape` of all combinations, `OUTSIDE` where an axis is."""
+    grids = np.meshgrid(*axes, indexing="ij")
+    outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
+    position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), shape)
+    return np.where(outside, OUTSIDE, position)
+
+
+def masks_within(term: Term, shape: Shape, wanted: Array) -> list[Array]:
+    """Return what has to be there before each step of a term, and after the last, as masks."""
+    masks = [wanted]
+    for step, before in reversed(list(zip(term.steps, term.shapes(shape)[:-1], strict=True))):
+        masks.insert(0, step.read(masks[0], before))
+    return masks

@@ -1,8 +1,8 @@
 """A network in exact integers: what is proved, compiled and run.
 
-An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a table
-of integers, and the last accumulators become real numbers again. No float is computed in between, so that
-clear, simulated and encrypted runs agree on every machine.
+An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a
+table of integers, and the last accumulators become real numbers again. No float is computed in between, so
+that clear, simulated and encrypted runs agree on every machine.
 """
 
 from collections.abc import Sequence
@@ -41,17 +41,19 @@ class Lookup:
 
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
-        return self.rows(accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2)))
+        offset = accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2))
+        return self.rows(offset, self.which)
 
-    def rows(self, offset: Array) -> Array:
-        """Return the activations for accumulators in offset form."""
-        return self.tables[self.which, self.round(offset)]
-
-    def round(self, offset: Array) -> Array:
-        """Return the columns for accumulators in offset form."""
-        if not self.dropped_bits:
-            return offset
-        return (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
+    def rows(self, offset: Array, which: Array) -> Array:
+        """Return the activations for accumulators in offset form, by the rows `which`."""
+        columns = offset
+        if self.dropped_bits:
+            columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
+        if self.proved:
+            return self.tables[which, columns]
+        # As a lookup on the torus does: what lies outside comes out with the opposite sign.
+        turns, columns = np.divmod(columns, self.tables.shape[1])
+        return self.tables[which, columns] * np.where(turns % 2, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,8 +115,9 @@ AnyLayer: TypeAlias = QuantizedLayer | Maximum
 class QuantizedNetwork:
     """What `fheconv.quantize` returns: exact integer arithmetic between float images and float results.
 
-    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the calibration
-    images (None: nobody looked), `source` the float network it was made from, `calibrated` the images' range.
+    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
+    calibration images (None: nobody looked), `source` the float network it was made from, `calibrated` the
+    images' range.
     """
 
     config: QuantConfig
@@ -133,6 +136,17 @@ class QuantizedNetwork:
     def shapes(self) -> tuple[Shape, ...]:
         """The shape of each tensor: the image, and each layer's output."""
         return (self.input_shape, *(layer.shape for layer in self.layers))
+
+    @cached_property
+    def quantizations(self) -> tuple[Quantization, ...]:
+        """How each tensor but the last is quantized."""
+        found = [self.input]
+        for layer in self.layers[:-1]:
+            if isinstance(layer, Maximum):
+                found.append(found[layer.source])
+            elif layer.lookup is not None:
+                found.append(layer.lookup.output)
+        return tuple(found)
 
     @property
     def last(self) -> QuantizedLayer:

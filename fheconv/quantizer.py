@@ -1,139 +1,228 @@
-"""From float layers and calibration images to an integer network."""
+"""From a trained model and calibration images to an integer network."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fheconv.arrays import Array, as_array, frozen
-from fheconv.capture import capture
+from fheconv.activations import activation_quantizations, input_quantization
+from fheconv.arrays import Array, as_array, first_position, frozen
+from fheconv.bounds import layer_bounds
+from fheconv.capture import capture, single_convolution
 from fheconv.config import QuantConfig
-from fheconv.errors import CalibrationError, InvalidArgumentError
-from fheconv.network import CalibratedInput, Conv, Quantization, QuantizedConv, QuantizedNetwork
-from fheconv.rounding import round_weight
+from fheconv.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
+from fheconv.network import CalibratedInput, Conv, Layer, Maximum, Network, Quantization
+from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork
+from fheconv.steps import Shape
+from fheconv.tables import compressed, half_step, lookup, width
+from fheconv.weights import IntegerTerms, round_by_output, round_nearest
 
 # The integers of a bias must stay exact in float64, through which they are computed.
 BIAS_LIMIT = 2**53
 
 
 def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
-    """Turn a trained convolution into exact integer arithmetic.
+    """Turn a trained model into exact integer arithmetic.
 
-    `module` is a `torch.nn` convolution (1-d to 3-d, transposed or not), a weight array (K, C/groups, *k) or
-    (Hf, Wf), or a `fheconv.Conv`; `calibration` some images (N, C, *S) or one (C, *S), which fix the image
-    size and the input scale. Integer images that fit `input_bits` are taken as they are, with scale 1 and the
+    `module` is a `torch.nn.Module`, a weight array (K, C/groups, *k) or (Hf, Wf), or a `fheconv.Conv`;
+    `calibration` a batch of images (N, C, *S), or one (C, *S) for a single convolution, which fix the image
+    size and the scales. Integer images that fit `input_bits` are taken as they are, with scale 1 and the
     whole range of the data type; other images are scaled so that their range, and 0, is covered.
 
-    Raises `UnsupportedLayerError` for other layers, `CalibrationError` where no scale can be chosen,
-    `InvalidArgumentError` for images that do not go with the layer.
+    Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
+    the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
+    deliver.
+
+    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
+    chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
+    images that do not go with the model.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
-    layer = capture(module)
-    images = _calibration_images(calibration, layer)
+    conv = single_convolution(module)
+    images = _calibration_images(calibration, conv)
+    network = capture(module, images.shape[1:]) if conv is None else Network.of(conv, images.shape[1:])
+    config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()), maximum=float(images.max()), integral=images.dtype.kind in "iub"
     )
-    quantization = input_quantization(calibrated, config)
-    quantized = _quantize_conv(layer, quantization, config)
-    accumulators = quantized.accumulate(quantization.integers(images))
-    per_channel = np.moveaxis(accumulators, 1, 0).reshape(len(quantized.weight), -1)
+    image = input_quantization(calibrated, config)
+    floats = network.tensors(images)
+    quantizations = activation_quantizations(network, floats, image, config)
+    tensors = [image.integers(images)]
+    layers: list[AnyLayer] = []
+    observed: list[tuple[Array, Array] | None] = []
+    for layer, output in zip(network.layers, quantizations[1:], strict=True):
+        if isinstance(layer, Maximum):
+            layers.append(layer)
+            observed.append(None)
+        else:
+            inputs = [q for source in layer.sources if (q := quantizations[source]) is not None]
+            quantized, seen = _quantize_layer(layer, network, inputs, output, floats, tensors, config)
+            layers.append(quantized)
+            observed.append(seen)
+        tensors.append(layers[-1].output(tensors))
     return QuantizedNetwork(
         config=config,
-        input_shape=images.shape[1:],
+        input=image,
         calibrated=calibrated,
-        layers=(quantized,),
-        observed=((per_channel.min(axis=1), per_channel.max(axis=1)),),
-        source=(layer,),
+        layers=tuple(layers),
+        observed=tuple(observed),
+        source=network,
     )
 
 
-def _calibration_images(calibration: Any, layer: Conv) -> Array:
+def _calibration_images(calibration: Any, conv: Conv | None) -> Array:
     images = as_array(calibration, "calibration")
-    axes = len(layer.geometry.kernel)
-    if images.ndim == axes + 1:
-        images = images[None]
-    if images.ndim != axes + 2 or images.shape[1] != layer.in_channels:
+    if conv is not None:
+        axes = len(conv.geometry.kernel)
+        if images.ndim == axes + 1:
+            images = images[None]
+        if images.ndim != axes + 2 or images.shape[1] != conv.in_channels:
+            raise InvalidArgumentError(
+                f"calibration has shape {images.shape}; layer {conv.name!r} takes images (n, "
+                f"{conv.in_channels}, {', '.join('MND'[:axes])}), or one of them without n."
+            )
+    elif images.ndim < 2:
         raise InvalidArgumentError(
-            f"calibration has shape {images.shape}; layer {layer.name!r} takes images (n, "
-            f"{layer.in_channels}, {', '.join('MND'[:axes])}), or one of them without n."
+            f"calibration has shape {images.shape}; a model takes a batch, (n, C, M, N) for images."
         )
     if images.size == 0:
         raise CalibrationError("calibration is empty; give at least one image.")
     if not np.isfinite(images).all():
         raise CalibrationError("calibration contains NaN or infinity; remove those images.")
-    layer.geometry.output_size(images.shape[2:])
+    if conv is not None:
+        conv.geometry.output_size(images.shape[2:])
     return images
 
 
-def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantization:
-    """Return how `config` quantizes images such as calibration showed.
-
-    Raises `CalibrationError` where they leave `input_range`, or no scale can be chosen.
-    """
-    if config.input_signed:
-        least, greatest = -(2 ** (config.input_bits - 1)), 2 ** (config.input_bits - 1) - 1
-    else:
-        least, greatest = 0, 2**config.input_bits - 1
-    seen = images.minimum, images.maximum
-    low, high = config.input_range or seen
-    if seen[0] < low or seen[1] > high:
-        raise CalibrationError(
-            f"calibration reaches from {seen[0]:g} to {seen[1]:g}, outside input_range={config.input_range}; "
-            "clip the images or widen the range."
-        )
-    if images.integral and least <= low and high <= greatest:
-        if config.input_range is not None:
-            least, greatest = int(np.ceil(low)), int(np.floor(high))
-        return Quantization(
-            scale=1.0, zero_point=0, minimum=min(least, 0), maximum=max(greatest, 0), integral=True
-        )
-    # 0 must have an integer of its own, because it is what images are padded with (Jacob et al. 2018).
-    low, high = min(low, 0.0), max(high, 0.0)
-    if config.input_signed:
-        scale, zero_point = max(low / least, high / greatest), 0
-    else:
-        scale = (high - low) / greatest
-        zero_point = int(np.rint(-low / scale)) if scale > 0 else 0
-    if not np.finfo(np.float64).tiny <= scale < np.inf:
-        raise CalibrationError(
-            f"No input scale can be chosen from images between {low:g} and {high:g}; calibrate on images "
-            "that are not all zero, or set QuantConfig.input_range."
-        )
-    return Quantization(scale=scale, zero_point=zero_point, minimum=least, maximum=greatest)
-
-
-def _quantize_conv(layer: Conv, quantization: Quantization, config: QuantConfig) -> QuantizedConv:
-    weight, scale, weight_range = round_weight(
-        layer.weight, config.weight_bits, per_channel=config.per_channel
+def _quantize_layer(
+    layer: Layer,
+    network: Network,
+    inputs: Sequence[Quantization],
+    output: Quantization | None,
+    floats: Sequence[Array],
+    tensors: Sequence[Array],
+    config: QuantConfig,
+) -> tuple[QuantizedLayer, tuple[Array, Array]]:
+    """Return the layer in integers, and the least and the greatest accumulator of each channel observed."""
+    weight_bits, limit, rounding_bits = (
+        config.of_layer(name, layer.name) for name in ("weight_bits", "accumulator_bits", "rounding_bits")
     )
-    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.astype(np.float64)
-    with np.errstate(over="ignore"):  # what overflows is refused below
-        # A filter of zeros gives its bias everywhere: take that as the step, and the bias is exactly ±1.
-        scale = np.where(scale > 0, scale, np.where(bias != 0, np.abs(bias) / quantization.scale, 1.0))
-        steps = scale * quantization.scale
-        usable = np.isfinite(steps) & (steps >= np.finfo(np.float64).tiny)
-        if not usable.all():
-            channel = int(np.argmin(usable))
-            raise CalibrationError(
-                f"One accumulator step of channel {channel} of layer {layer.name!r} would be "
-                f"{scale[channel]:g} · {quantization.scale:g}, which float64 does not hold; rescale "
-                "the weights or the images, or prune the channel."
-            )
-        integer_bias = np.rint(bias / steps)
-    if (np.abs(integer_bias) >= BIAS_LIMIT).any():
-        channel = int(np.argmax(np.abs(integer_bias)))
-        raise CalibrationError(
-            f"Channel {channel} of layer {layer.name!r} has bias {bias[channel]:g}, but one accumulator step "
-            f"is {steps[channel]:g}: too many to count. Its weights are vanishingly small; prune the channel."
-        )
-    folded = quantization.zero_point * weight.reshape(len(weight), -1).sum(axis=1)
-    return QuantizedConv(
+    rounding_bits = None if layer.activation is None else rounding_bits
+    alone = len(network.layers) == 1 and len(layer.terms) == 1
+    if config.method == "mse" or (config.method == "auto" and alone and limit is None):
+        rounded = round_nearest(layer, inputs, network.shapes, weight_bits, per_channel=config.per_channel)
+        bias = layer.bias
+    else:
+        budget = None if limit is None else 2**limit - 1 - half_step(limit, rounding_bits)
+        rounded = round_by_output(layer, inputs, network.shapes, floats, tensors, weight_bits, budget)
+        bias = layer.bias + _mean_error(layer, rounded, inputs, floats, tensors)
+    step = _steps(layer, rounded.step, bias)
+    zero = _sums_at_zero(rounded, inputs, network.shapes)
+    counted = np.zeros(layer.shape, np.int64)
+    if layer.activation is None:
+        counted = _bias_in_steps(layer, bias, step) - zero
+    quantized = QuantizedLayer(
         name=layer.name,
-        weight=frozen(weight),
-        bias=frozen(integer_bias.astype(np.int64) - folded),
-        geometry=layer.geometry,
-        weight_scale=frozen(scale),
-        weight_range=weight_range,
-        input=quantization,
+        shape=layer.shape,
+        terms=rounded.terms,
+        inputs=tuple(inputs),
+        scale=frozen(compressed(step)),
+        bias=frozen(compressed(counted)),
+        weight_range=rounded.range,
+        lookup=None,
     )
+    accumulators = np.moveaxis(quantized.accumulate(tensors), 1, 0).reshape(layer.shape[0], -1)
+    observed = accumulators.min(axis=1), accumulators.max(axis=1)
+    bounds = layer_bounds(quantized, network.shapes)
+    minimum, span, proved = bounds.channel_minimum, int(bounds.channel_span.max()), True
+    if layer.activation is None or output is None:
+        bits = bounds.offset_bits
+    else:
+        extra = np.ceil(config.margin * (observed[1] - observed[0])).astype(np.int64)
+        expected = int((observed[1] - observed[0] + 2 * extra).max())
+        if config.overflow == "calibrated" and expected < span:
+            minimum, span, proved = observed[0] - extra, expected, False
+        bits = width(layer.name, span, rounding_bits)
+        table = lookup(
+            layer.name,
+            layer.activation,
+            output,
+            step=step,
+            bias=bias - step * zero,
+            minimum=minimum,
+            bits=bits,
+            rounding_bits=rounding_bits,
+            proved=proved,
+        )
+        quantized = replace(quantized, lookup=table)
+    if limit is not None and bits > limit:
+        raise AccumulatorOverflowError(
+            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
+            'use method="accumulator", which keeps to them.',
+            layer=layer.name,
+            value=span,
+            limit=2**limit - 1,
+            remedy='method="accumulator"',
+        )
+    return quantized, observed
+
+
+def _sums_at_zero(rounded: IntegerTerms, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> Array:
+    """Return the accumulators (C, *S) where every real input is zero: what the zero-points add up to."""
+    total: Array = np.zeros((), np.int64)
+    for term, quantization in zip(rounded.terms, inputs, strict=True):
+        zeros = np.full((1, *shapes[term.source]), quantization.zero_point, np.int64)
+        total = total + term.apply(zeros, quantization.zero_point)[0]
+    return total
+
+
+def _mean_error(
+    layer: Layer,
+    rounded: IntegerTerms,
+    inputs: Sequence[Quantization],
+    floats: Sequence[Array],
+    tensors: Sequence[Array],
+) -> Array:
+    """Return by how much the layer's sums are too small on average, for each channel (C, *1).
+
+    The bias makes up for it, at no cost (Nagel et al. 2019).
+    """
+    sums = sum(
+        term.apply(tensors[term.source] - quantization.zero_point)
+        for term, quantization in zip(rounded.terms, inputs, strict=True)
+    )
+    error = layer.sums(floats) - layer.bias - rounded.step * sums
+    return error.mean(axis=(0, *range(2, error.ndim))).reshape(-1, *[1] * (len(layer.shape) - 1))
+
+
+def _steps(layer: Layer, step: Array, bias: Array) -> Array:
+    """Return the real size of an accumulator step for each value, (C, *S), none of them 0.
+
+    Raises `CalibrationError` where float64 does not hold it.
+    """
+    # A filter of zeros gives its bias everywhere: take that as the step, and the bias is exactly ±1.
+    step = np.where(step != 0, step, np.where(bias != 0, np.abs(bias), 1.0))
+    usable = np.isfinite(step) & (np.abs(step) >= np.finfo(np.float64).tiny)
+    if not usable.all():
+        where = first_position(~usable)
+        raise CalibrationError(
+            f"One accumulator step of channel {where[0]} of layer {layer.name!r} would be {step[where]:g}, "
+            "which float64 does not hold; rescale the weights or the images, or prune the channel."
+        )
+    return step
+
+
+def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        steps = np.rint(bias / step)
+    if (np.abs(steps) >= BIAS_LIMIT).any():
+        where = first_position(np.abs(steps) >= BIAS_LIMIT)
+        raise CalibrationError(
+            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step is "
+            f"{step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
+        )
+    return steps.astype(np.int64)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.arrays import Array
+from fheconv.lower import LoweredLayer
 from fheconv.rendering import Report
 
 # Fewer than one honest circuit in a million is suspected of failing more often than promised.
@@ -20,11 +21,13 @@ SIGNIFICANCE = 1e-6
 class Cost(Report):
     """What a circuit costs, known before any key is generated. Sizes in bytes, for one image alone.
 
-    `complexity` is the optimiser's estimate in its own unit. `engine_reason` says why `engine` was taken,
-    `accumulator_bits` is the proved width and `assigned_bits` what Concrete gives the results. `lanes`
-    images of a batch ride in one ciphertext.
+    `complexity` is the optimiser's estimate in its own unit. `accumulator_bits` is the width of the widest
+    accumulator and `assigned_bits` what Concrete gives the results. `lanes` images of a batch ride in one
+    ciphertext. `layers` says how each layer is computed, and why so. `seconds` is an estimate for this
+    machine (see `fheconv.timing`), None for networks without lookups.
     """
 
+    layers: tuple[LoweredLayer, ...]
     lookups: int
     multiply_adds: int
     complexity: float
@@ -33,11 +36,20 @@ class Cost(Report):
     output_bytes: int
     p_error: float
     global_p_error: float
-    engine: str
-    engine_reason: str
     accumulator_bits: int
     assigned_bits: int
     lanes: int
+    seconds: float | None
+
+    @property
+    def engine(self) -> str:
+        """The engines that compute the layers."""
+        return ", ".join(dict.fromkeys(layer.engine for layer in self.layers))
+
+    @property
+    def engine_reason(self) -> str:
+        """Why they were taken: of one layer. Of several, `layers` says it of each."""
+        return self.layers[0].reason if len(self.layers) == 1 else "see the layers"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""
@@ -47,18 +59,30 @@ class Cost(Report):
         table = Table(title="Cost of one encrypted image", title_justify="left", show_header=False)
         rows = {
             "engine": f"{self.engine} ({self.engine_reason})",
-            "accumulator": f"{self.accumulator_bits} bits proved, {self.assigned_bits} assigned",
-            "lanes": f"{self.lanes} images of a batch in one ciphertext",
+            "accumulator": f"{self.accumulator_bits} bits, the result {self.assigned_bits}",
+            **({} if self.lookups else {"lanes": f"{self.lanes} images of a batch in one ciphertext"}),
             "lookups": f"{self.lookups:,}",
             "multiply-adds": f"{self.multiply_adds:,}",
             "complexity": f"{self.complexity:,.0f}",
             "evaluation keys": decimal(self.key_bytes),
             "encrypted image": decimal(self.input_bytes),
             "encrypted result": decimal(self.output_bytes),
-            "failure probability": f"{self.p_error:.1e} for each " + ("lookup" if self.lookups else "result"),
+            "failure probability": f"{self.p_error:.1e} for each "
+            + (f"lookup, {self.global_p_error:.1e} for an image" if self.lookups else "result"),
+            **({} if self.seconds is None else {"expected time": f"{self.seconds:.2g} s on this machine"}),
         }
         for name, value in rows.items():
             table.add_row(name, value)
+        return table if len(self.layers) == 1 else Group(table, self._layer_table())
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Layer by layer", title_justify="left")
+        for heading in ("layer", "engine", "multiply-adds", "lookups", "bits", "looked up"):
+            table.add_column(heading, justify="left" if heading in ("layer", "engine") else "right")
+        for layer in self.layers:
+            looked_up = f"{layer.lookup_bits} bits" if layer.lookups else "–"
+            counts = f"{layer.multiply_adds:,}", f"{layer.lookups:,}", str(layer.bits)
+            table.add_row(Text(layer.name), layer.engine, *counts, looked_up)
         return table
 
 

@@ -32,9 +32,11 @@ def round_weight(weight: Array, bits: int, *, per_channel: bool = True) -> Integ
     rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
     q, scale = zip(*(_nearest(row, bits) for row in rows), strict=True)
     end = max(2 ** (bits - 1) - 1, 1)
+    # In lowest terms: the same weights from narrower accumulators.
+    divisor = np.maximum(np.gcd.reduce(np.stack(q), axis=1), 1)
     return IntegerWeight(
-        np.stack(q).reshape(weight.shape),
-        np.broadcast_to(np.array(scale) * largest[:, 0], len(weight)).copy(),
+        (np.stack(q) // divisor[:, None]).reshape(weight.shape),
+        np.broadcast_to(np.array(scale) * divisor * largest[:, 0], len(weight)).copy(),
         (-end, end),
     )
 

@@ -150,8 +150,14 @@ class Term:
         """Return the places of the convolutions whose weights are to be quantized."""
         return [at for at, step in enumerate(self.steps) if isinstance(step, Kernel) and not step.exact]
 
+    def is_plain(self) -> bool:
+        """Whether values are only moved about, each with the same weight, 1 or −1."""
+        kernels = [step for step in self.steps if isinstance(step, Kernel)]
+        plain = all(_is_pointwise(kernel) and _is_depthwise(kernel) for kernel in kernels)
+        return plain and abs(self.factor) == 1 and all((kernel.weight == 1).all() for kernel in kernels)
+
     def then(self, step: Step, shape: Shape, factor: float = 1.0) -> "Term":
-        """Return the term with one more step, from a source of `shape`, merged with the last if possible.
+        """Return the term with one more step, merged with its neighbour if it can be; `shape` is the source's.
 
         Selections compose, and so do convolutions of which one has a single tap.
         """

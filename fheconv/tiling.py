@@ -19,9 +19,11 @@ from fheconv.arrays import Array, as_array
 from fheconv.circuit import Fhe, FheCircuit
 from fheconv.config import CompileConfig, check_integer
 from fheconv.errors import InputRangeError, InvalidArgumentError
-from fheconv.network import QuantizedNetwork
+from fheconv.network import Conv, Network
 from fheconv.progress import track
+from fheconv.quantized import QuantizedNetwork
 from fheconv.reports import Cost, VerifyReport, compare
+from fheconv.steps import Term
 
 
 class TiledCircuit:
@@ -36,8 +38,12 @@ class TiledCircuit:
     """
 
     def __init__(self, network: QuantizedNetwork, tile: PerAxis, config: CompileConfig) -> None:
-        (layer,) = network.layers
-        geometry = layer.geometry
+        layer, kernel = network.last, network.last.convolution
+        if kernel is None or len(network.layers) > 1:
+            raise InvalidArgumentError(
+                "Tiles are for networks of a single convolution; compile this one whole."
+            )
+        self._kernel, geometry = kernel, kernel.geometry
         axes = len(geometry.kernel)
         self.network = network
         self.tile = per_axis(tile, axes, "tile", 1)
@@ -47,13 +53,12 @@ class TiledCircuit:
         )
         self._step = tuple(size * step for size, step in zip(self.tile, geometry.stride, strict=True))
         plain = replace(geometry, padding=((0, 0),) * axes, padding_mode="zeros", input_dilation=(1,) * axes)
+        window = (network.input_shape[0], *self._window)
+        conv = Conv(name=layer.name, weight=kernel.weight, bias=None, geometry=plain)
+        term = Term(source=0, steps=(replace(kernel, geometry=plain),))
+        tile_layer = replace(layer, shape=(len(kernel.weight), *self.tile), terms=(term,))
         self.circuit = FheCircuit(
-            replace(
-                network,
-                input_shape=(network.input_shape[0], *self._window),
-                layers=(replace(layer, geometry=plain),),
-            ),
-            config,
+            replace(network, layers=(tile_layer,), observed=(None,), source=Network.of(conv, window)), config
         )
         self._unfinished: tuple[str, dict[int, Array]] = ("", {})
 
@@ -76,7 +81,7 @@ class TiledCircuit:
         `fhe` is "disable", "simulate" or "execute", as for `FheCircuit.predict`. Raises
         `InputRangeError` for an image that cannot be represented, `NotCompiledError` before `keygen`.
         """
-        return self.network.dequantize(self._integers(self._quantize(x), fhe))
+        return self.network.dequantize(self._integers(self._quantize(x), fhe)[None])[0]
 
     def verify(self, x: Any, *, show: int = 10) -> VerifyReport:
         """Run an image encrypted, tile by tile, and compare every result with the clear integers."""
@@ -95,7 +100,7 @@ class TiledCircuit:
         return self.network.input.integers(x)
 
     def _integers(self, q: Array, fhe: Fhe) -> Array:
-        output = self.network.layers[0].geometry.output_size(q.shape[1:])
+        output = self._kernel.geometry.output_size(q.shape[1:])
         counts = self._counts(q.shape[1:])
         windows = self._windows(q, counts)
         name = hashlib.sha256(q.tobytes() + repr((q.shape, fhe)).encode()).hexdigest()
@@ -112,18 +117,18 @@ class TiledCircuit:
         return self._assemble(finished, counts, output)
 
     def _counts(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        output = self.network.layers[0].geometry.output_size(spatial)
+        output = self._kernel.geometry.output_size(spatial)
         return tuple(-(-size // tile) for size, tile in zip(output, self.tile, strict=True))
 
     def _windows(self, q: Array, counts: Sequence[int]) -> Array:
         """Return a view of the tiles of an integer image (C, *S): (*counts, C, *window)."""
-        layer = self.network.layers[0]
-        expanded = expand(q[None], layer.geometry, layer.input.zero_point)[0]
+        zero = self.network.input.zero_point
+        expanded = expand(q[None], self._kernel.geometry, zero)[0]
         ends = [(n - 1) * step + size for n, step, size in zip(counts, self._step, self._window, strict=True)]
         # Cut what no output reads, fill up the last tiles.
         cropped = expanded[(slice(None), *map(slice, ends))]
         missing = [(0, end - size) for end, size in zip(ends, cropped.shape[1:], strict=True)]
-        full = np.pad(cropped, [(0, 0), *missing], constant_values=layer.input.zero_point)
+        full = np.pad(cropped, [(0, 0), *missing], constant_values=zero)
         views: Array = np.lib.stride_tricks.sliding_window_view(  # type: ignore[call-overload]
             full, self._window, axis=tuple(range(1, full.ndim))
         )
@@ -131,7 +136,7 @@ class TiledCircuit:
         return np.moveaxis(views, 0, len(counts))
 
     def _assemble(self, tiles: dict[int, Array], counts: Sequence[int], output: Sequence[int]) -> Array:
-        y = np.empty((len(self.network.layers[0].weight), *output), np.int64)
+        y = np.empty((len(self._kernel.weight), *output), np.int64)
         for number, tile in tiles.items():
             at = np.unravel_index(number, counts)
             where = tuple(

@@ -5,7 +5,7 @@ Every function is N-d: `*S` stands for the spatial sizes (M, N for an image), `*
 """
 
 from fheconv.arithmetic.exact import exact_dtypes
-from fheconv.arithmetic.formulations import conv, conv_gradients, conv_transpose
+from fheconv.arithmetic.formulations import conv, conv_gradients, conv_transpose, im2col
 from fheconv.arithmetic.geometry import (
     OUTSIDE,
     ConvGeometry,
@@ -26,6 +26,7 @@ __all__ = [
     "exact_dtypes",
     "expand",
     "filter_matrix",
+    "im2col",
     "tap_sources",
     "transposed_weight",
 ]

@@ -128,7 +128,7 @@ def conv_gradients(
     working, result = exact_dtypes(grad, x, grad.size // grad.shape[1], None)
     positions = grad.size // len(weight)
     by_group = np.moveaxis(grad, 1, -1).reshape(positions, groups, len(weight) // groups).astype(working)
-    rows = _im2col_rows(x.astype(working), geometry)
+    rows = im2col(x.astype(working), geometry)
     grad_weight = (by_group.transpose(1, 2, 0) @ rows).reshape(
         len(weight), *weight.shape[2:], weight.shape[1]
     )
@@ -218,7 +218,7 @@ def _shifts(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
 
 def _im2col(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
     output = geometry.output_size(x.shape[2:])
-    rows = _im2col_rows(x, geometry)
+    rows = im2col(x, geometry)
     columns = np.moveaxis(weight, 1, -1).reshape(geometry.groups, -1, rows.shape[-1])
     y = rows @ columns.swapaxes(-1, -2)
     return _channels_first(y.reshape(geometry.groups, len(x), *output, len(weight) // geometry.groups))
@@ -262,7 +262,7 @@ def _windows(x: Array, geometry: ConvGeometry) -> Array:
     return windows[(slice(None), slice(None), *steps)]
 
 
-def _im2col_rows(x: Array, geometry: ConvGeometry) -> Array:
+def im2col(x: Array, geometry: ConvGeometry) -> Array:
     """Return the windows as rows, (groups, N·ΠOut, Πk·C/groups).
 
     Channels come last, in the memory too: their runs are what is copied, four times faster on

@@ -1,0 +1,138 @@
+"""How the values of tensors become integers: scales of images and of activations, from calibration."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from fheconv.arrays import Array
+from fheconv.config import QuantConfig
+from fheconv.errors import CalibrationError
+from fheconv.network import CalibratedInput, Layer, Maximum, Network, Quantization
+
+# Greatest values that are tried, as shares of the greatest that calibration observed.
+CLIPS = np.linspace(0.3, 1.0, 36)
+# On so many values the error of a clip is measured.
+MOST_VALUES = 200_000
+
+
+def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantization:
+    """Return how `config` quantizes images such as calibration showed.
+
+    Raises `CalibrationError` where they leave `input_range`, or no scale can be chosen.
+    """
+    if config.input_signed:
+        least, greatest = -(2 ** (config.input_bits - 1)), 2 ** (config.input_bits - 1) - 1
+    else:
+        least, greatest = 0, 2**config.input_bits - 1
+    seen = images.minimum, images.maximum
+    low, high = config.input_range or seen
+    if seen[0] < low or seen[1] > high:
+        raise CalibrationError(
+            f"calibration reaches from {seen[0]:g} to {seen[1]:g}, outside input_range={config.input_range}; "
+            "clip the images or widen the range."
+        )
+    if images.integral and least <= low and high <= greatest:
+        if config.input_range is not None:
+            least, greatest = int(np.ceil(low)), int(np.floor(high))
+        return Quantization(
+            scale=1.0, zero_point=0, minimum=min(least, 0), maximum=max(greatest, 0), integral=True
+        )
+    # 0 must have an integer of its own, because it is what images are padded with (Jacob et al. 2018).
+    low, high = min(low, 0.0), max(high, 0.0)
+    if config.input_signed:
+        scale, zero_point = max(low / least, high / greatest), 0
+    else:
+        scale = (high - low) / greatest
+        zero_point = int(np.rint(-low / scale)) if scale > 0 else 0
+    if not np.finfo(np.float64).tiny <= scale < np.inf:
+        raise CalibrationError(
+            f"No input scale can be chosen from images between {low:g} and {high:g}; calibrate on images "
+            "that are not all zero, or set QuantConfig.input_range."
+        )
+    return Quantization(scale=scale, zero_point=zero_point, minimum=least, maximum=greatest)
+
+
+def activation_quantizations(
+    network: Network, tensors: Sequence[Array], image: Quantization, config: QuantConfig
+) -> list[Quantization | None]:
+    """Return how each tensor is quantized (None: the last, whose accumulators are decrypted).
+
+    `tensors` are those of the calibration images, in floats. The scale of an activation is that of the least
+    mean squared error over a grid of clips. Tensors that are added up as they are get one scale, so that the
+    sum needs no weights.
+
+    Raises `CalibrationError` for activations that are not finite.
+    """
+    found: list[Quantization | None] = [image]
+    for layer, values in zip(network.layers, tensors[1:], strict=True):
+        if isinstance(layer, Maximum):
+            found.append(found[layer.source])
+        elif layer.activation is None:
+            found.append(None)
+        else:
+            bits = config.of_layer("activation_bits", layer.name)
+            found.append(_least_error(layer.name, values, bits))
+    for together in _sharing(network):
+        quantizations = [found[number] for number in together]
+        scale = max(quantization.scale for quantization in quantizations if quantization is not None)
+        for number, quantization in zip(together, quantizations, strict=True):
+            if quantization is not None:
+                found[number] = _at_scale(quantization, scale)
+    return [
+        found[layer.source] if number and isinstance(layer := network.layers[number - 1], Maximum) else mine
+        for number, mine in enumerate(found)
+    ]
+
+
+def _least_error(name: str, values: Array, bits: int) -> Quantization:
+    """Return the quantization to [0, 2^bits − 1] of least mean squared error on `values`."""
+    if not np.isfinite(values).all():
+        raise CalibrationError(
+            f"The activation of layer {name!r} is not finite on the calibration images; check the model."
+        )
+    seen = values.ravel()[:: -(-values.size // MOST_VALUES)]
+    low, high, levels = min(float(values.min()), 0.0), max(float(values.max()), 0.0), 2**bits - 1
+    if low == high:
+        return Quantization(scale=1.0, zero_point=0, minimum=0, maximum=levels)
+    zero_point = int(np.rint(-low / (high - low) * levels))
+    candidates = [
+        Quantization(scale=float(scale), zero_point=zero_point, minimum=0, maximum=levels)
+        for scale in CLIPS * (high - low) / levels
+    ]
+    return min(
+        candidates,
+        key=lambda one: float(np.square((one.nearest(seen) - one.zero_point) * one.scale - seen).mean()),
+    )
+
+
+def _at_scale(quantization: Quantization, scale: float) -> Quantization:
+    """Return the quantization of the same range by a greater scale: fewer integers."""
+    ratio = quantization.scale / scale
+    below = int(np.ceil(quantization.zero_point * ratio))
+    above = int(np.ceil((quantization.maximum - quantization.zero_point) * ratio))
+    return Quantization(scale=scale, zero_point=below, minimum=0, maximum=below + above)
+
+
+def _sharing(network: Network) -> list[list[int]]:
+    """Return the activations that are to have one scale, because they are added up without weights."""
+    pairs = []
+    for layer in network.layers:
+        if isinstance(layer, Layer):
+            plain = [_origin(network, term.source) for term in layer.terms if term.is_plain()]
+            pairs += [(plain[0], other) for other in plain[1:]]
+    count = len(network.layers) + 1
+    edges = np.array(pairs, np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1]
+    groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+    # The image's scale is its own.
+    return [group for group in groups if len(group) > 1 and 0 not in group]
+
+
+def _origin(network: Network, number: int) -> int:
+    """Return the tensor of which tensor `number` takes maxima, or itself."""
+    while number and isinstance(layer := network.layers[number - 1], Maximum):
+        number = layer.source
+    return number

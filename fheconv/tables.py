@@ -1,0 +1,92 @@
+"""Lookup tables: an activation, with all that lies between two accumulators, as integers.
+
+A table holds, for every accumulator that can enter it, the integer of the activation that follows: the
+layer's scale, bias and zero-points, BatchNorm, the activation itself and the next layer's scale are all in
+it.
+"""
+
+import numpy as np
+
+from fheconv.arrays import Array, frozen
+from fheconv.errors import AccumulatorOverflowError, CalibrationError
+from fheconv.expression import Expression
+from fheconv.network import Quantization
+from fheconv.quantized import Lookup
+
+# Concrete looks up at most so many bits.
+LOOKUP_LIMIT = 16
+
+
+def half_step(bits: int, rounding_bits: int | None) -> int:
+    """Return what rounding `bits` to `rounding_bits` may add to a value before bits are dropped."""
+    dropped = bits - rounding_bits if rounding_bits is not None else 0
+    return 1 << (dropped - 1) if dropped > 0 else 0
+
+
+def width(name: str, span: int, rounding_bits: int | None) -> int:
+    """Return the least width that holds 0 to `span`, and no carry when it is rounded.
+
+    Raises `AccumulatorOverflowError` above what Concrete looks up.
+    """
+    for bits in range(max(span.bit_length(), 1), LOOKUP_LIMIT + 1):
+        if span + half_step(bits, rounding_bits) < 2**bits:
+            return bits
+    raise AccumulatorOverflowError(
+        f"Layer {name!r} spans {span} accumulator steps, more than the {LOOKUP_LIMIT} bits that can enter a "
+        "lookup; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or input_bits.",
+        layer=name,
+        value=span,
+        limit=2**LOOKUP_LIMIT - 1,
+        remedy=f"accumulator_bits={LOOKUP_LIMIT} or less",
+    )
+
+
+def lookup(
+    name: str,
+    activation: Expression,
+    output: Quantization,
+    *,
+    step: Array,
+    bias: Array,
+    minimum: Array,
+    bits: int,
+    rounding_bits: int | None,
+    proved: bool,
+) -> Lookup:
+    """Return the tables of a layer whose accumulator `a` stands for the real number a · step + bias.
+
+    `step` and `bias` have the layer's shape (C, *S), `minimum` (C,) is what the accumulators start from.
+    Values that mean the same share a table. Raises `CalibrationError` where the activation is not a number.
+    """
+    shape = step.shape
+    dropped = 0 if rounding_bits is None else max(bits - rounding_bits, 0)
+    start = np.broadcast_to(minimum.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    offset = bias + step * start
+    constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
+    keys = np.stack([values.ravel() for values in (step, offset, *constants)])
+    _, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    # What is rounded to a column lies around it, half a step of the accumulator lower on average.
+    columns = np.arange(2.0 ** (bits - dropped)) * 2.0**dropped - (0.5 if dropped else 0.0)
+    real = keys[0, first, None] * columns + keys[1, first, None]
+    values = activation.at(shape, first)(real)
+    if np.isnan(values).any():
+        row, column = np.argwhere(np.isnan(values))[0]
+        raise CalibrationError(
+            f"The activation {activation} of layer {name!r} is not a number at {real[row, column]:g}, which "
+            "its accumulator can reach; clamp what enters it."
+        )
+    return Lookup(
+        tables=frozen(output.nearest(values)),
+        which=frozen(compressed(which.reshape(shape))),
+        minimum=frozen(minimum),
+        bits=bits,
+        dropped_bits=dropped,
+        output=output,
+        proved=proved,
+    )
+
+
+def compressed(values: Array) -> Array:
+    """Return (C, *S) as (C, *1) if each channel has one value."""
+    first = values.reshape(len(values), -1)[:, :1].reshape(-1, *[1] * (values.ndim - 1))
+    return first if (values == first).all() else values
