@@ -211,7 +211,8 @@ class BudgetReport(Report):
     def _lines(self) -> Iterator[str]:
         if len(self.layers) > 1:
             proved = "proved: no image overflows them" if self.proved else "not all of them proved"
-            yield f"{self.lookups:,} lookups an image; accumulators of up to {self.accumulator_bits} bits, {proved}."
+            width = f"accumulators of up to {self.accumulator_bits} bits"
+            yield f"{self.lookups:,} lookups an image; {width}, {proved}."
         for layer in self.layers:
             if len(self.layers) == 1:
                 seen = "" if layer.observed_bits is None else f", calibration observed {layer.observed_bits}"

@@ -108,10 +108,10 @@ def _quantize_layer(
     config: QuantConfig,
 ) -> tuple[QuantizedLayer, tuple[Array, Array]]:
     """Return the layer in integers, and the least and the greatest accumulator of each channel observed."""
-    weight_bits, limit, rounding_bits = (
-        config.of_layer(name, layer.name) for name in ("weight_bits", "accumulator_bits", "rounding_bits")
-    )
-    rounding_bits = None if layer.activation is None else rounding_bits
+    looks_up = layer.activation is not None
+    weight_bits = config.of_layer("weight_bits", layer.name)
+    rounding_bits = config.of_layer("rounding_bits", layer.name) if looks_up else None
+    limit = config.accumulator_bits_of(layer.name, looks_up=looks_up)
     alone = len(network.layers) == 1 and len(layer.terms) == 1
     if config.method == "mse" or (config.method == "auto" and alone and limit is None):
         rounded = round_nearest(layer, inputs, network.shapes, weight_bits, per_channel=config.per_channel)
@@ -222,7 +222,7 @@ def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
     if (np.abs(steps) >= BIAS_LIMIT).any():
         where = first_position(np.abs(steps) >= BIAS_LIMIT)
         raise CalibrationError(
-            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step is "
-            f"{step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
+            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
+            f"is {step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
         )
     return steps.astype(np.int64)
