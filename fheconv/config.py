@@ -23,11 +23,11 @@ class QuantConfig:
     """How to quantize.
 
     weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
-    activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits if
-        that is less, so that an accumulator holds some products.
-    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset form;
-        None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits: rounding loses
-        what weights gain from more.
+    activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits
+        if that is less, so that an accumulator holds some products.
+    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset
+        form; None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits:
+        rounding loses what weights gain from more.
     rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
         rounded away, approximately, which makes the lookup cheaper. None: all.
     overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
