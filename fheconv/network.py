@@ -243,6 +243,7 @@ class Network:
         """The shape of each tensor."""
         return (self.input_shape, *(layer.shape for layer in self.layers))
 
+    @np.errstate(over="ignore", invalid="ignore")  # who needs them finite says what is wrong
     def tensors(self, x: Array) -> list[Array]:
         """Return every tensor for a batch of images, float64."""
         tensors = [x.astype(np.float64)]
