@@ -141,6 +141,7 @@ class Rows:
                 found.append(im2col(expand(x, geometry).astype(np.float64), geometry))
         return found
 
+    @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it
     def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
         """Return the terms with the integers and the scale of each row."""
         weights = [np.zeros(part.kernel.weight.shape, np.int64) for part in self.parts]
