@@ -40,9 +40,9 @@ def oracle(network, x):
     x = np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
     batch = x.reshape(-1, *network.input_shape)
     q = np.rint(batch.astype(np.float64) / network.input.scale) + network.input.zero_point
-    layer = network.layers[0]
-    y = torch.conv2d(torch.tensor(q), torch.tensor(layer.weight, dtype=torch.float64))
-    y = y.numpy().astype(np.int64) + layer.bias.reshape(-1, 1, 1)
+    weight = network.last.convolution.weight
+    y = torch.conv2d(torch.tensor(q), torch.tensor(weight, dtype=torch.float64))
+    y = y.numpy().astype(np.int64) + network.last.bias
     return y if x.ndim == 4 else y[0]
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fheconv import (
@@ -423,15 +423,38 @@ def test_steps_that_cannot_be_counted_are_refused_with_the_channel(weight, bias,
 
 @pytest.mark.parametrize(
     "module",
-    [
-        torch.nn.Linear(4, 2),
-        torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3)),
-    ],
+    [torch.nn.LSTM(4, 2), torch.nn.MultiheadAttention(4, 2), torch.nn.Bilinear(4, 4, 2)],
     ids=lambda module: type(module).__name__,
 )
-def test_other_modules_are_refused_by_name(module):
-    with pytest.raises(UnsupportedLayerError, match=type(module).__name__):
+def test_modules_that_cannot_be_compiled_are_refused_by_name(module):
+    with pytest.raises(UnsupportedLayerError, match=rf"(?i)\b{type(module).__name__}\b"):
         quantize(module, np.ones((1, 4, 4)))
+
+
+@settings(max_examples=15)  # each is exported by torch
+@given(layer_problems())
+def test_a_model_of_one_layer_is_that_layer(problem):
+    expected = network_of(problem)
+    model = quantize(torch.nn.Sequential(problem.module).double(), problem.images, problem.config)
+    assert model.input == expected.input
+    np.testing.assert_array_equal(model.last.convolution.weight, expected.last.convolution.weight)
+    np.testing.assert_array_equal(model.integers(problem.images), expected.integers(problem.images))
+    np.testing.assert_array_equal(model(problem.images), expected(problem.images))
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), bits=st.integers(1, 8))
+def test_a_linear_layer_is_the_convolution_of_one_tap_over_no_axes(seed, bits):
+    rng = np.random.default_rng(seed)
+    module = torch.nn.Linear(5, 3).double()
+    weight, bias = rng.standard_normal((3, 5)), rng.standard_normal(3)
+    module.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    images, config = rng.random((4, 5)), QuantConfig(weight_bits=bits)
+    expected = quantize(Conv.of(weight[:, :, None], bias), images[:, :, None], config)
+    network = quantize(module, images, config)
+    np.testing.assert_array_equal(network.last.convolution.weight, expected.last.convolution.weight[..., 0])
+    np.testing.assert_array_equal(network.integers(images), expected.integers(images[:, :, None])[..., 0])
+    np.testing.assert_array_equal(network(images), expected(images[:, :, None])[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -469,6 +492,21 @@ def test_arguments_that_do_not_go_together_are_refused(module, images):
         ({"input_range": (0, 1, 2)}, "two finite numbers"),
         ({"input_range": 5}, "two finite numbers"),
         ({"input_range": ("a", "b")}, "two finite numbers"),
+        ({"weight_bits": None}, "weight_bits=None"),
+        ({"weight_bits": {"conv1": 9}}, r"weight_bits\['conv1'\]=9 must be an integer from 1 to 8"),
+        ({"activation_bits": 9}, "from 1 to 8"),
+        ({"activation_bits": None}, "activation_bits=None"),
+        ({"accumulator_bits": 17}, "from 1 to 16"),
+        ({"accumulator_bits": {"fc": 0}}, r"accumulator_bits\['fc'\]=0"),
+        ({"rounding_bits": 0}, "from 1 to 8"),
+        ({"overflow": "never"}, "one of proved, calibrated"),
+        ({"overflow": None}, "one of proved, calibrated"),
+        ({"method": "gptq"}, "one of auto, mse, accumulator"),
+        ({"margin": -0.1}, "margin=-0.1"),
+        ({"margin": np.inf}, "margin=inf"),
+        ({"margin": np.nan}, "margin=nan"),
+        ({"margin": "1"}, "margin='1'"),
+        ({"margin": True}, "margin=True"),
     ],
 )
 def test_configurations_without_meaning_are_refused(options, words):
@@ -476,10 +514,20 @@ def test_configurations_without_meaning_are_refused(options, words):
         QuantConfig(**options)
 
 
+def layers_bits(greatest):
+    return st.dictionaries(st.sampled_from(["conv1", "a.b", "it's"]), st.integers(1, greatest))
+
+
 @given(
     st.builds(
         QuantConfig,
-        weight_bits=st.integers(1, 8),
+        weight_bits=st.integers(1, 8) | layers_bits(8),
+        activation_bits=st.integers(1, 8) | layers_bits(8),
+        accumulator_bits=st.none() | st.integers(1, 16) | layers_bits(16),
+        rounding_bits=st.none() | st.integers(1, 8) | layers_bits(8),
+        overflow=st.sampled_from(["proved", "calibrated"]),
+        margin=st.floats(0, 9),
+        method=st.sampled_from(["auto", "mse", "accumulator"]),
         input_bits=st.integers(2, 16),
         per_channel=st.booleans(),
         input_signed=st.booleans(),
@@ -506,3 +554,13 @@ def test_widths_and_ranges_may_be_numpys():
     for ends in (("0", "1"), (0, 1, 2), 3, (0, None)):
         with pytest.raises(InvalidArgumentError, match="input_range"):
             QuantConfig(input_range=ends)
+
+
+def test_bits_of_a_layer_that_there_is_not_are_refused_and_those_of_others_are_the_default():
+    weight, images = np.array([[1.0, 7.0], [-3.0, 2.0]]), np.random.default_rng(0).random((1, 4, 4))
+    with pytest.raises(InvalidArgumentError, match="weight_bits names 'fc'; the layers .* are 'conv'"):
+        quantize(weight, images, QuantConfig(weight_bits={"fc": 2}))
+    narrow, named = (quantize(weight, images, QuantConfig(weight_bits=b)) for b in (2, {"conv": 2}))
+    np.testing.assert_array_equal(named.integers(images), narrow.integers(images))
+    default, empty = (quantize(weight, images, config) for config in (None, QuantConfig(weight_bits={})))
+    np.testing.assert_array_equal(empty.integers(images), default.integers(images))
