@@ -97,7 +97,7 @@ class Lowered:
         lanes = results[:, None] >> shifts
         if self.lanes > 1:
             lanes &= 2**self.lane_bits - 1
-        lanes = lanes.reshape(len(results) * self.lanes, -1)[:images]
+        lanes = lanes.reshape(len(results) * self.lanes, len(self.outputs))[:images]
         layer = self.network.last
         y = np.zeros((images, math.prod(layer.shape)), np.int64)
         y[:, self.outputs] = lanes
