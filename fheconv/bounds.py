@@ -271,8 +271,8 @@ def worst_case_inputs(layer: QuantizedLayer, shape: Shape, bounds: AccumulatorBo
     """Return images on which each channel attains its minimum and its maximum, (2·K, C, *S).
 
     Of a layer that is one convolution of images of `shape`. Image 2·c attains the minimum of channel c,
-    image 2·c + 1 its maximum. Pixels that do not matter are the smallest input in the first and the greatest in
-    the second, so that the images span the whole input range.
+    image 2·c + 1 its maximum. Pixels that do not matter are the smallest input in the first and the greatest
+    in the second, so that the images span the whole input range.
     """
     kernel = layer.convolution
     if kernel is None:

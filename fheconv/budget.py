@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.activations import input_quantization
-from fheconv.arrays import Array
 from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits
 from fheconv.config import QuantConfig, check_integer
 from fheconv.errors import AccumulatorOverflowError
@@ -22,8 +21,9 @@ from fheconv.rendering import Report
 from fheconv.rounding import round_weight
 from fheconv.steps import Kernel, Shape
 
-# What a lookup of so many bits costs, in millions of the optimiser's complexity, at Concrete's default failure
-# probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows by the same factor a bit.
+# What a lookup of so many bits costs, in millions of the optimiser's complexity, at Concrete's default
+# failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows by the same
+# factor a bit.
 LOOKUP_PRICE = {1: 28, 2: 32, 3: 47, 4: 67, 5: 117, 6: 502, 7: 1158, 8: 2610, 10: 13186}
 
 
@@ -60,11 +60,11 @@ class ChannelBudget:
 class LayerBudget:
     """One layer: what it is, what it costs, and the widths its accumulators need, by three methods.
 
-    `accumulator_bits` is the width that the circuit gives them, in offset form: `offset_bits`, and one more where
-    rounding could carry. `proved` says that no image leads outside; otherwise it is what calibration observed,
-    with a margin (`QuantConfig.overflow`). `lookup_bits` is what rounding leaves of it, `table_entries` the size
-    of a lookup's table, and `cost_share` the layer's share of what all lookups cost. `channels` is empty for
-    maxima, whose accumulators are differences of two.
+    `accumulator_bits` is the width that the circuit gives them, in offset form: `offset_bits`, and one more
+    where rounding could carry. `proved` says that no image leads outside; otherwise it is what calibration
+    observed, with a margin (`QuantConfig.overflow`). `lookup_bits` is what rounding leaves of it,
+    `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all lookups cost.
+    `channels` is empty for maxima, whose accumulators are differences of two.
     """
 
     name: str
@@ -210,14 +210,14 @@ class BudgetReport(Report):
 
     def _lines(self) -> Iterator[str]:
         if len(self.layers) > 1:
-            proved = "proved: no image can overflow" if self.proved else "not all proved: see above"
-            yield f"{self.lookups:,} lookups an image; accumulators of at most {self.accumulator_bits} bits, {proved}."
+            proved = "proved: no image overflows them" if self.proved else "not all of them proved"
+            yield f"{self.lookups:,} lookups an image; accumulators of up to {self.accumulator_bits} bits, {proved}."
         for layer in self.layers:
             if len(self.layers) == 1:
                 seen = "" if layer.observed_bits is None else f", calibration observed {layer.observed_bits}"
                 yield (
-                    f"{layer.name}: {layer.weight_bits}-bit weights, {layer.input_bits}-bit inputs, {layer.taps} "
-                    f"taps. Proved {layer.offset_bits} bits; the data types alone would prove "
+                    f"{layer.name}: {layer.weight_bits}-bit weights, {layer.input_bits}-bit inputs, "
+                    f"{layer.taps} taps. Proved {layer.offset_bits} bits; the data types alone would prove "
                     f"{layer.data_type_bits}{seen}."
                 )
             over = self.limit is not None and layer.accumulator_bits > self.limit
@@ -332,13 +332,13 @@ def _verdict(layer: LayerBudget, limit: int) -> str:
     where = f"channel {worst.channel}, at position {worst.position}"
     if layer.accumulator_bits <= limit:
         return (
-            f"Layer {layer.name!r} fits {limit} bits with {limit - layer.accumulator_bits} to spare; its widest "
-            f"is {where}, which spans {worst.span} of {2**limit - 1} steps."
+            f"Layer {layer.name!r} fits {limit} bits with {limit - layer.accumulator_bits} to spare; its "
+            f"widest is {where}, which spans {worst.span} of {2**limit - 1} steps."
         )
     return (
         f"Layer {layer.name!r} does not fit {limit} bits: it needs {layer.accumulator_bits}, "
-        f"{layer.accumulator_bits - limit} more, because of {where}, whose accumulator spans {worst.span} steps "
-        f"({worst.minimum}..{worst.maximum}) where {limit} bits hold {2**limit - 1}."
+        f"{layer.accumulator_bits - limit} more, because of {where}, whose accumulator spans "
+        f"{worst.span} steps ({worst.minimum}..{worst.maximum}) where {limit} bits hold {2**limit - 1}."
     )
 
 
@@ -350,8 +350,8 @@ def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]
     least = max(layer.input_bits for layer in layers)
     if least > limit:
         return (
-            f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; use "
-            f"activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
+            f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; "
+            f"use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
         )
     config = replace(network.config, accumulator_bits=limit, overflow="proved", method="auto")
     return f"Quantize with {config}: the weights are then chosen to keep to {limit} bits."
@@ -363,14 +363,11 @@ def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:
     Those that give up the fewest bits in all come first, and among them those with the most weight bits.
     """
     config = network.config
-    (layer,) = network.source.layers
-    ((step,),) = (term.steps for term in layer.terms if isinstance(layer, Layer))
-    name = layer.name
-    most = config.of_layer("weight_bits", name)
+    terms = (term for layer in network.source.layers if isinstance(layer, Layer) for term in layer.terms)
+    (source,) = (step.weight for term in terms for step in term.steps if isinstance(step, Kernel))
     weights = {
-        bits: round_weight(step.weight, bits, per_channel=config.per_channel).values
-        for bits in range(most, 0, -1)
-        if isinstance(step, Kernel)
+        bits: round_weight(source, bits, per_channel=config.per_channel).values
+        for bits in range(config.of_layer("weight_bits", network.last.name), 0, -1)
     }
     candidates = product(weights, range(config.input_bits, 1 if config.input_signed else 0, -1))
     tried: list[tuple[int, QuantConfig]] = []

@@ -18,6 +18,7 @@ SCALES = np.geomspace(0.25, 4.0, 33)
 DAMPING = 0.01
 # How often integers and scale are adapted to each other.
 ROUNDS = 3
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def round_budgeted(
@@ -33,7 +34,7 @@ def round_budgeted(
     """
     greatest = max(2 ** (bits - 1) - 1, 1)
     filters, taps = weight.shape
-    moment = moment + np.eye(taps) * max(DAMPING * float(np.trace(moment)) / taps, np.finfo(float).tiny)
+    moment = moment + np.eye(taps) * max(DAMPING * float(np.trace(moment)) / taps, TINY)
     largest = np.abs(weight).max(axis=1)
     alive = np.flatnonzero(largest > 0)
     q, scale = np.zeros((filters, taps), np.int64), np.zeros(filters)
@@ -82,7 +83,7 @@ def _decrement(q: Array, w: Array, s: Array, moment: Array, ranges: Array, budge
         at = np.arange(len(over))
         pull += unit[at, tap][:, None] * moment[tap]
         q[over, tap] -= np.sign(q[over, tap])
-        used[over] -= ranges[tap]
+        used[over] = used[over] - ranges[tap]
         still = used[over] > budget
         over, pull = over[still], pull[still]
 
@@ -94,7 +95,7 @@ def _descend(
     q = q.copy()
     diagonal = np.diag(moment)
     steps = np.array([1, -1])[:, None]
-    tolerance = 1e-9 * max(float(w @ moment @ w), np.finfo(float).tiny)
+    tolerance = 1e-9 * max(float(w @ moment @ w), TINY)
     for _ in range(ROUNDS):
         s = _best_scale(w, q, moment)
         if s == 0:

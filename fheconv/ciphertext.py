@@ -1,36 +1,21 @@
-"""Encrypted images and results, and the bytes in which they travel.
+"""Encrypted images and results, and the bytes in which they travel (see `fheconv.envelope`).
 
-The bytes are, integers big-endian:
-
-    8   magic, b"fheconv" and a zero byte
-    2   format version, 1
-    4   length of the header
-    8   length of the payload
-        header: JSON in UTF-8, an object of `kind`, `fingerprint`, `key_id`, `images`, `batched`, `lengths`
-        payload: the ciphertexts one after another, their lengths as the header says
-    32  SHA-256 of everything before it
-
-The digest is there because the native library does not notice damage inside a ciphertext: it decrypts to
-noise. It protects from accidents. Whoever alters bytes on purpose can compute it anew, and no check without
-the secret key can tell: send ciphertexts over an authenticated channel.
+The header is an object of `kind`, `fingerprint`, `key_id`, `images`, `batched`, `lengths`; the payload is the
+ciphertexts one after another, their lengths as the header says.
 """
 
-import hashlib
-import json
-import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from fheconv.config import check_integer
+from fheconv.envelope import MAX_BYTES, Envelope
 from fheconv.errors import ArtifactError
 
-MAGIC = b"fheconv\0"
-VERSION = 1
-MAX_BYTES = 2**31
-# Far more than any batch needs (8 bytes an image); it bounds what parsing the JSON of a stranger can take.
-HEADER_LIMIT = 2**24
-_PREFIX = struct.Struct(">8sHIQ")
-_DIGEST_BYTES = hashlib.sha256().digest_size
+ENVELOPE = Envelope(
+    magic=b"fheconv\0",
+    what="ciphertext",
+    maker="to_bytes()",
+    names=("kind", "fingerprint", "key_id", "images", "batched", "lengths"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +59,19 @@ class Ciphertext:
         return sum(map(len, self.values))
 
     def to_bytes(self) -> bytes:
-        """Return everything as bytes, in the format that this module documents.
+        """Return everything as bytes, in the format of `fheconv.envelope`.
 
         Raises `ArtifactError` for batches whose header would be longer than `from_bytes` reads.
         """
-        header = json.dumps(
-            {
-                "kind": self.kind,
-                "fingerprint": self.fingerprint,
-                "key_id": self.key_id,
-                "images": self.images,
-                "batched": self.batched,
-                "lengths": [len(value) for value in self.values],
-            }
-        ).encode()
-        if len(header) > HEADER_LIMIT:
-            raise ArtifactError(
-                f"The header of {len(self.values):,} images takes {len(header):,} bytes, more than "
-                f"{HEADER_LIMIT:,}; encrypt fewer images at a time."
-            )
-        prefix = _PREFIX.pack(MAGIC, VERSION, len(header), self.nbytes)
-        body = b"".join((prefix, header, *self.values))
-        return body + hashlib.sha256(body).digest()
+        header = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "key_id": self.key_id,
+            "images": self.images,
+            "batched": self.batched,
+            "lengths": [len(value) for value in self.values],
+        }
+        return ENVELOPE.pack(header, self.values)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":
@@ -104,67 +80,18 @@ class Ciphertext:
         Sizes are checked first, then the digest, and only then is anything read. Nothing is unpickled.
         Raises `ArtifactError` that says what is wrong with `data`.
         """
-        check_integer("max_bytes", max_bytes, 1)
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise ArtifactError(f"from_bytes takes bytes, not {type(data).__name__}.")
-        size = memoryview(data).nbytes
-        if size > max_bytes:
-            raise ArtifactError(
-                f"The ciphertext has {size:,} bytes, more than {max_bytes:,}; pass a larger max_bytes "
-                f"if you expect it."
-            )
-        data = memoryview(bytes(data))  # a copy that nobody changes between the check and the reading
-        least = _PREFIX.size + _DIGEST_BYTES
-        if bytes(data[: len(MAGIC)]) != MAGIC[: len(data)] or not data:
-            raise ArtifactError("These bytes are no ciphertext: they begin otherwise than to_bytes() begins.")
-        if len(data) < least:
-            raise ArtifactError(
-                f"The ciphertext is truncated: {len(data):,} bytes, of at least {least}. Send it again."
-            )
-        _, version, header_size, payload_size = _PREFIX.unpack_from(data)
-        if version != VERSION:
-            raise ArtifactError(
-                f"The ciphertext has format version {version}, and this fheconv reads version {VERSION}; "
-                f"use the fheconv that wrote it."
-            )
-        if header_size > HEADER_LIMIT:
-            raise ArtifactError(
-                f"The ciphertext's header claims {header_size:,} bytes, more than {HEADER_LIMIT:,}: it is "
-                f"altered or not made by to_bytes()."
-            )
-        expected = least + header_size + payload_size
-        if len(data) != expected:
-            what = "truncated" if len(data) < expected else "followed by other bytes, or altered"
-            raise ArtifactError(
-                f"The ciphertext is {what}: {len(data):,} bytes where its prefix says {expected:,}. Send it "
-                f"again."
-            )
-        if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
-            raise ArtifactError("The ciphertext is altered: its SHA-256 does not fit. Send it again.")
-        start = _PREFIX.size + header_size
-        fields = _parse(bytes(data[_PREFIX.size : start]))
+        fields, payload = ENVELOPE.unpack(data, max_bytes)
         lengths = fields.pop("lengths")
         whole = isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)
-        if not whole or sum(lengths) != payload_size:
+        if not whole or sum(lengths) != len(payload):
             raise ArtifactError(
-                f"The ciphertext's lengths do not add up to its payload of {payload_size:,} bytes."
+                f"The ciphertext's lengths do not add up to its payload of {len(payload):,} bytes."
             )
-        values = []
+        values, start = [], 0
         for length in lengths:
-            values.append(bytes(data[start : start + length]))
+            values.append(bytes(payload[start : start + length]))
             start += length
         return cls(**fields, values=tuple(values))
 
     def __repr__(self) -> str:
         return f"Ciphertext({self.kind}, {self.images} images, {self.nbytes:,} bytes)"
-
-
-def _parse(header: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(header.decode())
-    except (ValueError, RecursionError) as error:  # ValueError: of UTF-8, of JSON, of endless integers
-        raise ArtifactError(f"The ciphertext's header is not JSON: {error}.") from error
-    names = {"kind", "fingerprint", "key_id", "images", "batched", "lengths"}
-    if not isinstance(fields, dict) or set(fields) != names:
-        raise ArtifactError(f"The ciphertext's header must be an object of {', '.join(sorted(names))}.")
-    return fields

@@ -5,8 +5,9 @@ import math
 import secrets
 import threading
 import weakref
-from dataclasses import dataclass, field, replace
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -23,11 +24,13 @@ from fheconv.errors import (
     InvalidArgumentError,
     NotCompiledError,
 )
+from fheconv.keys import read_keys, write_keys
 from fheconv.lower import Lowered, lower
 from fheconv.progress import status, track
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.reports import Cost, VerifyReport, compare
 from fheconv.steps import Shape
+from fheconv.timing import expected_seconds
 from fheconv.worker import CircuitForgotten, Compiled, Session, in_process, worker
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
@@ -129,6 +132,9 @@ class FheCircuit:
             accumulator_bits=max(layer.bits for layer in lowered.layers),
             assigned_bits=compiled.output_bits,
             lanes=self._lanes,
+            seconds=expected_seconds(self._session, compiled.lookups, compiled.complexity)
+            if compiled.lookups
+            else None,
         )
 
     def keygen(self) -> None:
@@ -138,6 +144,33 @@ class FheCircuit:
         """
         with self._lock, status("Generating keys…"):
             self._make_keys(self._one, secrets.token_hex(16))
+
+    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the keys, secret ones included, to a file that only its owner may read.
+
+        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
+        """
+        with self._lock:
+            self._require_keys("save_keys")
+            program = self._one
+            write_keys(
+                Path(path),
+                program.compiled.fingerprint,
+                program.key_id,
+                program.keys or b"",
+                overwrite=overwrite,
+            )
+
+    def load_keys(self, path: str | Path) -> None:
+        """Use the keys of a file that `save_keys` wrote for this very circuit.
+
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        stay.
+        """
+        with self._lock:
+            key_id, keys = read_keys(Path(path), self._one.compiled.fingerprint)
+            self._restore(replace(self._one, key_id=key_id, keys=keys))
+            self._one.key_id, self._one.keys = key_id, keys
 
     def _make_keys(self, program: _Program, key_id: str) -> None:
         keys = self._request(program, "keygen", key_id)

@@ -28,11 +28,11 @@ class QuantConfig:
         None: whatever the weights need.
     rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
         rounded away, approximately, which makes the lookup cheaper. None: all.
-    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as calibration
-        observed, and `margin` more at both ends; values outside give wrong results.
+    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
+        calibration observed, and `margin` more at both ends; values outside give wrong results.
     margin: of "calibrated", as a share of the observed range.
-    method: how weights are rounded. "mse": each filter nearest to its float weights. "accumulator": nearest in
-        what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
+    method: how weights are rounded. "mse": each filter nearest to its float weights. "accumulator": nearest
+        in what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
         "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
     input_bits: 1 to 16. How many bits an image value gets.
     per_channel: one weight scale for each output channel (True) or for the whole tensor.
@@ -141,8 +141,8 @@ class CompileConfig:
     global_p_error: probability that anything goes wrong in one image. None, and no p_error: 10^−5, Concrete's
         default. Lookups get cheaper with more, and what a failed one returns is mostly a neighbouring entry.
     security_level: bits, 128 or 132.
-    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there are
-        lookups; a network without runs slower on them.
+    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there
+        are lookups; a network without runs slower on them.
     compress_evaluation_keys: smaller evaluation keys.
     configuration: a `concrete.fhe.Configuration` with which everything else starts: parameters, strategies.
     lanes: how many images of a batch ride in one ciphertext of a network without lookups. "auto" takes as

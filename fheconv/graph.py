@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -849,7 +849,7 @@ _NEAREST = {
 }
 
 
-def _nearest(operation: str) -> NoReturn | str:
+def _nearest(operation: str) -> str:
     import difflib
 
     close = _NEAREST.get(operation) or ", ".join(difflib.get_close_matches(operation, _HANDLERS, 3, 0.5))

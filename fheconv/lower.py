@@ -44,10 +44,10 @@ class LoweredLayer:
 class Lowered:
     """The circuit's function, and what it takes to feed it and to read its results.
 
-    `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to those
-    at `outputs` of the last accumulators in offset form (1, m): never negative, at most `bits` wide, by the
-    proof in `bounds` (which leaves the bias out). Values that no result depends on are left out, and so are
-    results that are constant.
+    `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
+    those at `outputs` of the last accumulators in offset form (1, m): never negative, at most `bits` wide, by
+    the proof in `bounds` (which leaves the bias out). Values that no result depends on are left out, and so
+    are results that are constant.
 
     `lanes` images ride in one: image i is shifted up by i·`lane_bits`, and because every result lies between
     0 and 2^lane_bits − 1, no lane borrows from or carries into another.
@@ -85,7 +85,7 @@ class Lowered:
         return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
 
     def inputset(self) -> Array:
-        """Return what Concrete is to see at compilation: inputs of the right sign. All widths come as hints."""
+        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
         image = self.network.input
         ends = [image.minimum, image.maximum] if image.minimum < 0 else [0]
         images = [np.full((self.lanes, *self.network.input_shape), end, np.int64) for end in ends]
@@ -175,7 +175,7 @@ def _layer(
         offset = offset + program.constant
     offset = (offset * every).reshape(1, -1)
     bits = last.offset_bits + (lanes - 1) * max(last.offset_bits, 1) if table is None else table.bits
-    which = None if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+    which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
 
     def function(tensors: list[Any]) -> Any:
         total: Any = None
@@ -358,7 +358,8 @@ def _look_up(table: Lookup, which: Array, x: Any) -> Any:
             overflow_protection=False,
             exactness=fhe.Exactness.APPROXIMATE,
         )
-    # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads one.
+    # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads
+    # one.
     return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
 
 

@@ -4,6 +4,7 @@ Its users talk to it through `fheconv.worker`, because the native library may ta
 """
 
 import hashlib
+import time
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from fheconv.arrays import Array
 from fheconv.config import SECURITY_LEVELS, CompileConfig
-from fheconv.errors import CompilationError
+from fheconv.errors import ArtifactError, CompilationError
 from fheconv.lower import Lowered, lower
 from fheconv.quantized import QuantizedNetwork
 from fheconv.worker import CircuitForgotten, Compiled
@@ -48,8 +49,8 @@ class NativeCircuits:
 
         `keys` are what `keygen` returned for `key_id`.
 
-        Concrete would give each value the width that it sees on some inputs; here every width comes as a hint,
-        from the proof, and the inputs show no more than the sign.
+        Concrete would give each value the width that it sees on some inputs; here every width comes as a
+        hint, from the proof, and the inputs show no more than the sign.
         """
         lowered = lower(network, config.engine, lanes)
         compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
@@ -59,10 +60,10 @@ class NativeCircuits:
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.bits)
             raise CompilationError(
-                f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that of "
-                f"layer {widest.name!r}, {widest.bits} bits. Quantize with fewer accumulator_bits or "
-                "rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a larger "
-                "p_error."
+                f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
+                f"of layer {widest.name!r}, {widest.bits} bits. Quantize with fewer accumulator_bits or "
+                "rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
+                "larger p_error."
             ) from error
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
@@ -71,7 +72,10 @@ class NativeCircuits:
                 f"bits, but {lowered.bits} are proved necessary; please report this network."
             )
         if keys is not None:
-            circuit.keys.load_from_bytes(keys)
+            try:
+                circuit.keys.load_from_bytes(keys)
+            except RuntimeError as error:
+                raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
         self._circuits[number] = (key_id, circuit)
         return Compiled(
             fingerprint=hashlib.sha256(circuit.client.specs.serialize() + circuit.mlir.encode()).hexdigest(),
@@ -112,6 +116,25 @@ class NativeCircuits:
         circuit = self._circuit(number, key_id)
         circuit.enable_fhe_simulation()
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
+
+    def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
+        """Return the complexity and the seconds of a lookup of so many bits, of which some run at once."""
+        table = fhe.LookupTable(list(range(2**bits)))
+
+        def function(x: Any) -> Any:
+            return table[fhe.hint(x, bit_width=bits)]
+
+        configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
+        zeros = np.zeros(lookups, np.int64)
+        circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
+        circuit.keygen()
+        encrypted = circuit.encrypt(zeros)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            circuit.run(encrypted)
+            seconds.append(time.perf_counter() - started)
+        return circuit.complexity / lookups, min(seconds) / lookups
 
     def release(self, numbers: list[int]) -> None:
         """Forget circuits that nobody holds any longer."""

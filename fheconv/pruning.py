@@ -1,4 +1,4 @@
-"""What of a network has to be computed: what nobody reads costs nothing, and neither do weights that are zero."""
+"""What of a network has to be computed: not what nobody reads, and no weights that are zero."""
 
 import math
 from dataclasses import dataclass
@@ -89,7 +89,8 @@ class Plain:
 def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
     """Return what has to be computed of a kernel on inputs of `shape`, padded with `pad`.
 
-    `wanted` is a mask (K, *Out) of its outputs. What is computed beyond them is what lies between them on a grid.
+    `wanted` is a mask (K, *Out) of its outputs. What is computed beyond them is what lies between them on a
+    grid.
     """
     geometry, weight = kernel.geometry, kernel.weight
     grids, starts, steps, counts, outputs = [], [], [], [], []

@@ -1,8 +1,8 @@
 """A network in exact integers: what is proved, compiled and run.
 
-An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a table
-of integers, and the last accumulators become real numbers again. No float is computed in between, so that
-clear, simulated and encrypted runs agree on every machine.
+An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a
+table of integers, and the last accumulators become real numbers again. No float is computed in between, so
+that clear, simulated and encrypted runs agree on every machine.
 """
 
 from collections.abc import Sequence
@@ -115,8 +115,9 @@ AnyLayer: TypeAlias = QuantizedLayer | Maximum
 class QuantizedNetwork:
     """What `fheconv.quantize` returns: exact integer arithmetic between float images and float results.
 
-    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the calibration
-    images (None: nobody looked), `source` the float network it was made from, `calibrated` the images' range.
+    `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
+    calibration images (None: nobody looked), `source` the float network it was made from, `calibrated` the
+    images' range.
     """
 
     config: QuantConfig

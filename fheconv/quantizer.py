@@ -34,9 +34,9 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
     deliver.
 
-    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be chosen,
-    `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for images that do
-    not go with the model.
+    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
+    chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
+    images that do not go with the model.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
@@ -51,7 +51,9 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     image = input_quantization(calibrated, config)
     floats = network.tensors(images)
     quantizations = activation_quantizations(network, floats, image, config)
-    tensors, layers, observed = [image.integers(images)], [], []
+    tensors = [image.integers(images)]
+    layers: list[AnyLayer] = []
+    observed: list[tuple[Array, Array] | None] = []
     for layer, output in zip(network.layers, quantizations[1:], strict=True):
         if isinstance(layer, Maximum):
             layers.append(layer)
@@ -85,7 +87,7 @@ def _calibration_images(calibration: Any, conv: Conv | None) -> Array:
             )
     elif images.ndim < 2:
         raise InvalidArgumentError(
-            f"calibration has shape {images.shape}; a model takes a batch of images, (n, C, M, N) for example."
+            f"calibration has shape {images.shape}; a model takes a batch, (n, C, M, N) for images."
         )
     if images.size == 0:
         raise CalibrationError("calibration is empty; give at least one image.")
@@ -159,8 +161,8 @@ def _quantize_layer(
         quantized = replace(quantized, lookup=table)
     if limit is not None and bits > limit:
         raise AccumulatorOverflowError(
-            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; use "
-            'method="accumulator", which keeps to them.',
+            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
+            'use method="accumulator", which keeps to them.',
             layer=layer.name,
             value=span,
             limit=2**limit - 1,
@@ -208,8 +210,8 @@ def _steps(layer: Layer, step: Array, bias: Array) -> Array:
     if not usable.all():
         where = first_position(~usable)
         raise CalibrationError(
-            f"One accumulator step of channel {where[0]} of layer {layer.name!r} would be {step[where]:g}, which "
-            "float64 does not hold; rescale the weights or the images, or prune the channel."
+            f"One accumulator step of channel {where[0]} of layer {layer.name!r} would be {step[where]:g}, "
+            "which float64 does not hold; rescale the weights or the images, or prune the channel."
         )
     return step
 
@@ -220,8 +222,7 @@ def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
     if (np.abs(steps) >= BIAS_LIMIT).any():
         where = first_position(np.abs(steps) >= BIAS_LIMIT)
         raise CalibrationError(
-            f"Channel {where[0]} of layer {layer.name!r} has bias {np.broadcast_to(bias, step.shape)[where]:g}, but "
-            f"one accumulator step is {step[where]:g}: too many to count. Its weights are vanishingly small; prune "
-            "the channel."
+            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step is "
+            f"{step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
         )
     return steps.astype(np.int64)

@@ -23,7 +23,8 @@ class Cost(Report):
 
     `complexity` is the optimiser's estimate in its own unit. `accumulator_bits` is the width of the widest
     accumulator and `assigned_bits` what Concrete gives the results. `lanes` images of a batch ride in one
-    ciphertext. `layers` says how each layer is computed, and why so.
+    ciphertext. `layers` says how each layer is computed, and why so. `seconds` is an estimate for this
+    machine (see `fheconv.timing`), None for networks without lookups.
     """
 
     layers: tuple[LoweredLayer, ...]
@@ -38,6 +39,7 @@ class Cost(Report):
     accumulator_bits: int
     assigned_bits: int
     lanes: int
+    seconds: float | None
 
     @property
     def engine(self) -> str:
@@ -65,10 +67,22 @@ class Cost(Report):
             "evaluation keys": decimal(self.key_bytes),
             "encrypted image": decimal(self.input_bytes),
             "encrypted result": decimal(self.output_bytes),
-            "failure probability": f"{self.p_error:.1e} for each " + ("lookup" if self.lookups else "result"),
+            "failure probability": f"{self.p_error:.1e} for each "
+            + (f"lookup, {self.global_p_error:.1e} for an image" if self.lookups else "result"),
+            **({} if self.seconds is None else {"expected time": f"{self.seconds:.2g} s on this machine"}),
         }
         for name, value in rows.items():
             table.add_row(name, value)
+        return table if len(self.layers) == 1 else Group(table, self._layer_table())
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Layer by layer", title_justify="left")
+        for heading in ("layer", "engine", "multiply-adds", "lookups", "bits", "looked up"):
+            table.add_column(heading, justify="left" if heading in ("layer", "engine") else "right")
+        for layer in self.layers:
+            looked_up = f"{layer.lookup_bits} bits" if layer.lookups else "–"
+            counts = f"{layer.multiply_adds:,}", f"{layer.lookups:,}", str(layer.bits)
+            table.add_row(Text(layer.name), layer.engine, *counts, looked_up)
         return table
 
 

@@ -1,7 +1,8 @@
 """Lookup tables: an activation, with all that lies between two accumulators, as integers.
 
-A table holds, for every accumulator that can enter it, the integer of the activation that follows: the layer's
-scale, bias and zero-points, BatchNorm, the activation itself and the next layer's scale are all in it.
+A table holds, for every accumulator that can enter it, the integer of the activation that follows: the
+layer's scale, bias and zero-points, BatchNorm, the activation itself and the next layer's scale are all in
+it.
 """
 
 import numpy as np
@@ -31,8 +32,8 @@ def width(name: str, span: int, rounding_bits: int | None) -> int:
         if span + half_step(bits, rounding_bits) < 2**bits:
             return bits
     raise AccumulatorOverflowError(
-        f"Layer {name!r} spans {span} accumulator steps, more than the {LOOKUP_LIMIT} bits that can enter a lookup; "
-        "quantize with accumulator_bits, or with fewer weight_bits, activation_bits or input_bits.",
+        f"Layer {name!r} spans {span} accumulator steps, more than the {LOOKUP_LIMIT} bits that can enter a "
+        "lookup; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or input_bits.",
         layer=name,
         value=span,
         limit=2**LOOKUP_LIMIT - 1,
@@ -64,16 +65,15 @@ def lookup(
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
     keys = np.stack([values.ravel() for values in (step, offset, *constants)])
     _, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    columns = np.arange(2 ** (bits - dropped)) << dropped
     # What is rounded to a column lies around it, half a step of the accumulator lower on average.
-    columns = columns - (0.5 if dropped else 0.0)
+    columns = np.arange(2.0 ** (bits - dropped)) * 2.0**dropped - (0.5 if dropped else 0.0)
     real = keys[0, first, None] * columns + keys[1, first, None]
     values = activation.at(shape, first)(real)
     if np.isnan(values).any():
         row, column = np.argwhere(np.isnan(values))[0]
         raise CalibrationError(
-            f"The activation {activation} of layer {name!r} is not a number at {real[row, column]:g}, which its "
-            "accumulator can reach; clamp what enters it."
+            f"The activation {activation} of layer {name!r} is not a number at {real[row, column]:g}, which "
+            "its accumulator can reach; clamp what enters it."
         )
     return Lookup(
         tables=frozen(output.nearest(values)),

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fheconv.arithmetic import OUTSIDE, expand, im2col
 from fheconv.arrays import Array, frozen
-from fheconv.budgeted import round_budgeted
+from fheconv.budgeted import TINY, round_budgeted
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
 from fheconv.rounding import IntegerWeight, round_weight
@@ -43,9 +43,9 @@ class IntegerTerms(NamedTuple):
 class _Part:
     """One term: the convolution with its weights, and what surrounds it.
 
-    `unit` is the real size of one step of its input; `range` how much the accumulator's range grows with one step
-    of a weight; `channels` (C, *S) the filter from which each of the layer's values comes. `aligned` says that
-    the convolution's outputs are the layer's.
+    `unit` is the real size of one step of its input; `range` how much the accumulator's range grows with one
+    step of a weight; `channels` (C, *S) the filter from which each of the layer's values comes. `aligned`
+    says that the convolution's outputs are the layer's.
     """
 
     term: Term
@@ -188,7 +188,7 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
 
 
 def _pooled(channels: Array, after: Shape) -> Array:
-    """Return the filters from which the values of a pooling come, if each window holds one filter's values."""
+    """Return the filters that a pooling's values come from, if each window holds one filter's values."""
     by_channel = channels.reshape(len(channels), -1).max(axis=1)
     return np.broadcast_to(by_channel.reshape(-1, *[1] * (len(after) - 1)), after)
 
@@ -228,17 +228,18 @@ def round_by_output(
 ) -> IntegerTerms:
     """Round so that the layer's sums on the calibration images change little, by `round_budgeted`.
 
-    `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their place:
-    what is rounded are the weights that make the best of these, by least squares. Raises `AccumulatorOverflowError` where
-    `budget`, the number of steps that an accumulator may span, is too small for any weight.
+    `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their
+    place: what is rounded are the weights that make the best of these, by least squares. Raises
+    `AccumulatorOverflowError` where `budget`, the number of steps that an accumulator may span, is too small
+    for any weight.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
     if budget is not None and budget < least:
         raise AccumulatorOverflowError(
-            f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, where "
-            f"{budget} are allowed; allow accumulator_bits={least.bit_length()} or more, or give what the layer "
-            "reads fewer bits.",
+            f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, "
+            f"where {budget} are allowed; allow accumulator_bits={least.bit_length()} or more, or give what "
+            "the layer reads fewer bits.",
             layer=layer.name,
             value=least,
             limit=budget,
@@ -249,7 +250,7 @@ def round_by_output(
 
     def rounded(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         moment = rows.covariance(batch[0], delivered, delivered)
-        ridge = np.eye(len(moment)) * max(RIDGE * float(np.trace(moment)) / len(moment), np.finfo(float).tiny)
+        ridge = np.eye(len(moment)) * max(RIDGE * float(np.trace(moment)) / len(moment), TINY)
         cross = rows.covariance(batch[0], delivered, meant)
         fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
         return round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
