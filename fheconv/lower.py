@@ -119,7 +119,6 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
     Raises `InvalidArgumentError` if the engine named cannot run a layer.
     """
     masks = demand(network)
-    masks[0].flat[0] |= not masks[0].any()  # a circuit has an input, even where no result depends on it
     bounds = layer_bounds(without_bias(network.last), network.shapes)
     changes = bounds.maximum != bounds.channel_minimum.reshape(-1, *[1] * (len(network.last.shape) - 1))
     if changes.any():
