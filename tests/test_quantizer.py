@@ -558,7 +558,7 @@ def test_widths_and_ranges_may_be_numpys():
 
 def test_bits_of_a_layer_that_there_is_not_are_refused_and_those_of_others_are_the_default():
     weight, images = np.array([[1.0, 7.0], [-3.0, 2.0]]), np.random.default_rng(0).random((1, 4, 4))
-    with pytest.raises(InvalidArgumentError, match="weight_bits names 'fc'; the layers .* are 'conv'"):
+    with pytest.raises(InvalidArgumentError, match=r"weight_bits names 'fc'; the layers .* are 'conv'"):
         quantize(weight, images, QuantConfig(weight_bits={"fc": 2}))
     narrow, named = (quantize(weight, images, QuantConfig(weight_bits=b)) for b in (2, {"conv": 2}))
     np.testing.assert_array_equal(named.integers(images), narrow.integers(images))
