@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -345,14 +345,13 @@ def matrix(rng):
 
 
 def configuration(rng):
-    names = ("weight_bits", "input_bits", "per_channel", "input_signed", "input_range")
-    outcome(partial(fheconv.QuantConfig, **options(rng, *names)))
-    names = ("engine", "p_error", "compress_input", "in_process", "time_limit", "memory_limit")
-    outcome(partial(fheconv.CompileConfig, **options(rng, *names)))
+    for kind in (fheconv.QuantConfig, fheconv.CompileConfig):
+        outcome(partial(kind, **options(rng, *(field.name for field in fields(kind)))))
 
 
 def quantization(rng):
-    config = outcome(partial(fheconv.QuantConfig, **options(rng, "weight_bits", "input_bits", "input_range")))
+    names = ("weight_bits", "input_bits", "input_range", "accumulator_bits", "method", "rounding_bits")
+    config = outcome(partial(fheconv.QuantConfig, **options(rng, *names)))
     arguments = [pick(rng, [*WEIGHTS, *ODD]), pick(rng, [*IMAGES, *IMAGES, *ODD])]
     if rng.integers(3) == 0:
         arguments.append(config if rng.integers(4) else pick(rng, ODD))
