@@ -72,7 +72,7 @@ def activation_quantizations(
         elif layer.activation is None:
             found.append(None)
         else:
-            bits = config.of_layer("activation_bits", layer.name)
+            bits = config.activation_bits_of(layer.name)
             found.append(_least_error(layer.name, values, bits))
     for together in _sharing(network):
         quantizations = [found[number] for number in together]

@@ -23,9 +23,11 @@ class QuantConfig:
     """How to quantize.
 
     weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
-    activation_bits: 1 to 8. How many bits the output of a lookup gets.
-    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset form;
-        None: whatever the weights need.
+    activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits
+        if that is less, so that an accumulator holds some products.
+    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset
+        form; None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits:
+        rounding loses what weights gain from more.
     rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
         rounded away, approximately, which makes the lookup cheaper. None: all.
     overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
@@ -45,7 +47,7 @@ class QuantConfig:
     """
 
     weight_bits: PerLayer = 4
-    activation_bits: PerLayer = 4
+    activation_bits: PerLayer | None = None
     accumulator_bits: PerLayer | None = None
     rounding_bits: PerLayer | None = None
     overflow: Overflow = "proved"
@@ -73,7 +75,7 @@ class QuantConfig:
                 for layer, bits in value.items():
                     check_integer(f"{name}[{layer!r}]", bits, 1, greatest)
                 value = {str(layer): int(bits) for layer, bits in value.items()}
-            elif value is not None or name in ("weight_bits", "activation_bits"):
+            elif value is not None or name == "weight_bits":
                 check_integer(name, value, 1, greatest)
                 value = int(value)  # numpy's integers lack int's methods
             object.__setattr__(self, name, value)
@@ -93,12 +95,24 @@ class QuantConfig:
             object.__setattr__(self, "input_range", (low, high))
 
     def of_layer(self, name: str, layer: str) -> Any:
-        """Return what holds for a layer of one of the numbers of bits, such as "weight_bits"."""
+        """Return what was chosen for a layer of one of the numbers of bits, such as "weight_bits"."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             return value
         default = next(field.default for field in fields(self) if field.name == name)
         return value.get(layer, default)
+
+    def activation_bits_of(self, layer: str) -> int:
+        """Return how many bits the output of a layer's lookups gets."""
+        chosen, limit = self.of_layer("activation_bits", layer), self.of_layer("accumulator_bits", layer)
+        return chosen or min(4, 4 if limit is None else max(limit // 2, 1))
+
+    def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
+        """Return the width that a layer's accumulators have to keep to, None for any."""
+        limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
+        if limit is None and rounding is not None and looks_up and self.method != "mse":
+            return min(rounding + ROUNDED_AWAY, _LAYER_BITS["accumulator_bits"])
+        return limit
 
     def check_layers(self, layers: Collection[str]) -> None:
         """Raise `InvalidArgumentError` for a number of bits of a layer that there is not."""
@@ -122,6 +136,8 @@ class QuantConfig:
         return f"QuantConfig({', '.join(shown)})"
 
 
+# How many bits of an accumulator are rounded away, unless its width was chosen.
+ROUNDED_AWAY = 4
 _LAYER_BITS = {"weight_bits": 8, "activation_bits": 8, "accumulator_bits": 16, "rounding_bits": 8}
 
 

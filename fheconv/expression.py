@@ -37,11 +37,7 @@ class Expression:
         """Show it as a formula, such as relu(x)."""
         if self.operator == "x":
             return "x"
-        shown = (
-            str(part) if isinstance(part, Expression) else "…" if np.ndim(part) else f"{part:g}"
-            for part in self.arguments
-            if part is not None and not isinstance(part, str)
-        )
+        shown = [*map(_shown, self.arguments), *(f"{name}={_shown(value)}" for name, value in self.options)]
         return f"{self.operator}({', '.join(shown)})"
 
     def arrays(self) -> list[Array]:
@@ -73,6 +69,12 @@ class Expression:
 X = Expression("x")
 
 
+def _shown(part: Any) -> str:
+    if np.ndim(part):
+        return "…"
+    return f"{part:g}" if isinstance(part, int | float) else str(part)
+
+
 def _clamp(x: Any, low: Any = None, high: Any = None) -> Any:
     return x if low is None and high is None else np.clip(x, low, high)
 
@@ -92,14 +94,18 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
 
 
 def _divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode == "floor":
+        return np.floor_divide(x, y)
     quotient = np.true_divide(x, y)
-    return {None: quotient, "floor": np.floor(quotient), "trunc": np.trunc(quotient)}[rounding_mode]
+    return quotient if rounding_mode is None else np.trunc(quotient)
 
 
 # By torch's names, with torch's arguments.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "add": lambda x, y, alpha=1: np.add(x, np.multiply(y, alpha)),
+    "and": np.logical_and,
+    "asinh": np.arcsinh,
     "atan": np.arctan,
     "ceil": np.ceil,
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha),
@@ -107,13 +113,19 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "clamp_max": np.minimum,
     "clamp_min": np.maximum,
     "cos": np.cos,
+    "cosh": np.cosh,
     "div": _divide,
     "elu": _elu,
     "eq": np.equal,
+    "erfc": scipy.special.erfc,
     "erf": scipy.special.erf,
     "exp": np.exp,
     "expm1": np.expm1,
+    "exp2": np.exp2,
     "floor": np.floor,
+    "floor_divide": np.floor_divide,
+    "fmod": np.fmod,
+    "frac": lambda x: x - np.trunc(x),
     "ge": np.greater_equal,
     "gelu": _gelu,
     "gt": np.greater,
@@ -124,8 +136,13 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "le": np.less_equal,
     "leaky_relu": lambda x, slope=0.01: np.where(x > 0, x, x * slope),
     "log": np.log,
+    "log10": np.log10,
     "log1p": np.log1p,
+    "log2": np.log2,
     "log_sigmoid": lambda x: -np.logaddexp(0, -x),
+    "logical_and": np.logical_and,
+    "logical_not": np.logical_not,
+    "logical_or": np.logical_or,
     "lt": np.less,
     "maximum": np.maximum,
     "minimum": np.minimum,
@@ -133,9 +150,11 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "ne": np.not_equal,
     "neg": np.negative,
+    "or": np.logical_or,
     "pow": np.power,
     "prelu": lambda x, slope: np.where(x > 0, x, x * slope),
     "reciprocal": lambda x: np.true_divide(1.0, x),
+    "remainder": np.mod,
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
     "round": np.rint,
@@ -146,12 +165,14 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "sign": np.sign,
     "silu": lambda x: x * scipy.special.expit(x),
     "sin": np.sin,
+    "sinh": np.sinh,
     "softplus": _softplus,
     "softshrink": lambda x, lambd=0.5: np.sign(x) * np.maximum(np.abs(x) - lambd, 0),
     "softsign": lambda x: x / (1 + np.abs(x)),
     "sqrt": np.sqrt,
     "square": np.square,
     "sub": lambda x, y, alpha=1: np.subtract(x, np.multiply(y, alpha)),
+    "tan": np.tan,
     "tanh": np.tanh,
     "tanhshrink": lambda x: x - np.tanh(x),
     "threshold": lambda x, threshold, value: np.where(x > threshold, x, value),

@@ -357,6 +357,8 @@ def _look_up(table: Lookup, which: Array, x: Any) -> Any:
             overflow_protection=False,
             exactness=fhe.Exactness.APPROXIMATE,
         )
+        # Without its own hint it would have the width seen at compilation, to which Concrete clips the table.
+        x = fhe.hint(x, bit_width=table.bits)
     # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads
     # one.
     return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
@@ -369,9 +371,10 @@ def _table(rows: Array, which: Array, x: Any) -> Any:
 
     used, at = np.unique(which, return_inverse=True)
     tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
-    if len(tables) == 1:
-        return tables[0][x]
-    each = np.empty((1, len(which)), object)
-    for place, row in enumerate(at):
-        each[0, place] = tables[row]
-    return fhe.LookupTable(each)[x]
+    each: Any = tables[0]
+    if len(tables) > 1:
+        by_place = np.empty((1, len(which)), object)
+        for place, row in enumerate(at):
+            by_place[0, place] = tables[row]
+        each = fhe.LookupTable(by_place)
+    return _hint(each[x], int(rows.max()).bit_length())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Lookup:
     """What turns accumulators into the integers of an activation: row `which` of `tables`.
 
-    Each channel's `minimum` (C,) is subtracted first, which leaves 0 to 2^bits − 1; then `dropped_bits` low
+    `minimum` (C,) is subtracted first, which leaves 0 to 2^bits − 1; then `dropped_bits` low
     bits are rounded away, half up; what remains is the column. `which` broadcasts to the layer's shape.
     `proved` says that no input leads outside; otherwise `bits` is what calibration observed, with a margin.
     """

@@ -15,7 +15,7 @@ from fheconv.errors import AccumulatorOverflowError, CalibrationError, InvalidAr
 from fheconv.network import CalibratedInput, Conv, Layer, Maximum, Network, Quantization
 from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork
 from fheconv.steps import Shape
-from fheconv.tables import compressed, half_step, lookup, width
+from fheconv.tables import compressed, lookup, reserve, width
 from fheconv.weights import IntegerTerms, round_by_output, round_nearest
 
 # The integers of a bias must stay exact in float64, through which they are computed.
@@ -108,16 +108,16 @@ def _quantize_layer(
     config: QuantConfig,
 ) -> tuple[QuantizedLayer, tuple[Array, Array]]:
     """Return the layer in integers, and the least and the greatest accumulator of each channel observed."""
-    weight_bits, limit, rounding_bits = (
-        config.of_layer(name, layer.name) for name in ("weight_bits", "accumulator_bits", "rounding_bits")
-    )
-    rounding_bits = None if layer.activation is None else rounding_bits
+    looks_up = layer.activation is not None
+    weight_bits = config.of_layer("weight_bits", layer.name)
+    rounding_bits = config.of_layer("rounding_bits", layer.name) if looks_up else None
+    limit = config.accumulator_bits_of(layer.name, looks_up=looks_up)
     alone = len(network.layers) == 1 and len(layer.terms) == 1
     if config.method == "mse" or (config.method == "auto" and alone and limit is None):
         rounded = round_nearest(layer, inputs, network.shapes, weight_bits, per_channel=config.per_channel)
         bias = layer.bias
     else:
-        budget = None if limit is None else 2**limit - 1 - half_step(limit, rounding_bits)
+        budget = None if limit is None else 2**limit - 1 - reserve(limit, rounding_bits)
         rounded = round_by_output(layer, inputs, network.shapes, floats, tensors, weight_bits, budget)
         bias = layer.bias + _mean_error(layer, rounded, inputs, floats, tensors)
     step = _steps(layer, rounded.step, bias)
@@ -138,15 +138,15 @@ def _quantize_layer(
     accumulators = np.moveaxis(quantized.accumulate(tensors), 1, 0).reshape(layer.shape[0], -1)
     observed = accumulators.min(axis=1), accumulators.max(axis=1)
     bounds = layer_bounds(quantized, network.shapes)
-    minimum, span, proved = bounds.channel_minimum, int(bounds.channel_span.max()), True
+    minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
     if layer.activation is None or output is None:
         bits = bounds.offset_bits
     else:
         extra = np.ceil(config.margin * (observed[1] - observed[0])).astype(np.int64)
-        expected = int((observed[1] - observed[0] + 2 * extra).max())
-        if config.overflow == "calibrated" and expected < span:
+        expected = observed[1] - observed[0] + 2 * extra
+        if config.overflow == "calibrated" and expected.max() < span.max():
             minimum, span, proved = observed[0] - extra, expected, False
-        bits = width(layer.name, span, rounding_bits)
+        bits = width(layer.name, int(span.max()), rounding_bits)
         table = lookup(
             layer.name,
             layer.activation,
@@ -154,6 +154,7 @@ def _quantize_layer(
             step=step,
             bias=bias - step * zero,
             minimum=minimum,
+            span=span,
             bits=bits,
             rounding_bits=rounding_bits,
             proved=proved,
@@ -164,7 +165,7 @@ def _quantize_layer(
             f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
             'use method="accumulator", which keeps to them.',
             layer=layer.name,
-            value=span,
+            value=int(span.max()),
             limit=2**limit - 1,
             remedy='method="accumulator"',
         )
@@ -222,7 +223,7 @@ def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
     if (np.abs(steps) >= BIAS_LIMIT).any():
         where = first_position(np.abs(steps) >= BIAS_LIMIT)
         raise CalibrationError(
-            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step is "
-            f"{step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
+            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
+            f"is {step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
         )
     return steps.astype(np.int64)

@@ -157,9 +157,9 @@ class Term:
         return plain and abs(self.factor) == 1 and all((kernel.weight == 1).all() for kernel in kernels)
 
     def then(self, step: Step, shape: Shape, factor: float = 1.0) -> "Term":
-        """Return the term with one more step, merged with its neighbour if it can be; `shape` is the source's.
+        """Return the term with one more step, merged with its neighbour if that can be had.
 
-        Selections compose, and so do convolutions of which one has a single tap.
+        `shape` is the source's. Selections compose, and so do convolutions of which one has a single tap.
         """
         steps = list(self.steps)
         if isinstance(step, Select) and step.is_identity(self.shapes(shape)[-1]):

@@ -17,19 +17,23 @@ from fheconv.quantized import Lookup
 LOOKUP_LIMIT = 16
 
 
-def half_step(bits: int, rounding_bits: int | None) -> int:
-    """Return what rounding `bits` to `rounding_bits` may add to a value before bits are dropped."""
+def reserve(bits: int, rounding_bits: int | None) -> int:
+    """Return how many of 2^bits values accumulators that are rounded to `rounding_bits` must not take.
+
+    Rounding half up carries out of the topmost half step, and noise moves a value by less than a step before
+    it is rounded: what left the table at one end would come back at the other, with the opposite sign.
+    """
     dropped = bits - rounding_bits if rounding_bits is not None else 0
-    return 1 << (dropped - 1) if dropped > 0 else 0
+    return 2 << dropped if dropped > 0 else 0
 
 
 def width(name: str, span: int, rounding_bits: int | None) -> int:
-    """Return the least width that holds 0 to `span`, and no carry when it is rounded.
+    """Return the least width that holds 0 to `span`, and what rounding needs at the ends.
 
     Raises `AccumulatorOverflowError` above what Concrete looks up.
     """
     for bits in range(max(span.bit_length(), 1), LOOKUP_LIMIT + 1):
-        if span + half_step(bits, rounding_bits) < 2**bits:
+        if span + reserve(bits, rounding_bits) < 2**bits:
             return bits
     raise AccumulatorOverflowError(
         f"Layer {name!r} spans {span} accumulator steps, more than the {LOOKUP_LIMIT} bits that can enter a "
@@ -49,17 +53,21 @@ def lookup(
     step: Array,
     bias: Array,
     minimum: Array,
+    span: Array,
     bits: int,
     rounding_bits: int | None,
     proved: bool,
 ) -> Lookup:
     """Return the tables of a layer whose accumulator `a` stands for the real number a · step + bias.
 
-    `step` and `bias` have the layer's shape (C, *S), `minimum` (C,) is what the accumulators start from.
-    Values that mean the same share a table. Raises `CalibrationError` where the activation is not a number.
+    `step` and `bias` have the layer's shape (C, *S); `minimum` and `span` (C,) are where the accumulators
+    lie. The room that 2^bits leaves is shared out to both ends, where a lookup that fails lands. Values that
+    mean the same share a table. Raises `CalibrationError` where the activation is not a number.
     """
     shape = step.shape
     dropped = 0 if rounding_bits is None else max(bits - rounding_bits, 0)
+    below = 1 << (dropped - 1) if dropped else 0
+    minimum = minimum - below - (2**bits - 1 - reserve(bits, rounding_bits) - span) // 2
     start = np.broadcast_to(minimum.reshape(-1, *[1] * (len(shape) - 1)), shape)
     offset = bias + step * start
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]

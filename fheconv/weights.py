@@ -10,7 +10,7 @@ import scipy.linalg
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fheconv.arithmetic import OUTSIDE, expand, im2col
+from fheconv.arithmetic import OUTSIDE, im2col
 from fheconv.arrays import Array, frozen
 from fheconv.budgeted import TINY, round_budgeted
 from fheconv.errors import AccumulatorOverflowError
@@ -138,7 +138,7 @@ class Rows:
                 groups = geometry.groups
                 found.append(np.moveaxis(x.reshape(len(x), groups, -1), 1, 0).astype(np.float64))
             else:
-                found.append(im2col(expand(x, geometry).astype(np.float64), geometry))
+                found.append(im2col(x.astype(np.float64), geometry))
         return found
 
     @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it

@@ -1,6 +1,7 @@
 import hashlib
-import importlib.util
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,8 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+import digits
+
 MODELS = Path(__file__).parent.parent / "models"
 WEIGHTS = sorted(MODELS.glob("*.safetensors"))
+# Of the 450 held-out digits, how many the shipped weights of each script classify rightly.
+RIGHT_ANSWERS = {"train_tinycnn_digits": 443, "train_rescnn_digits": 444}
 CARD_KEYS = {
     "name",
     "file",
@@ -26,15 +31,6 @@ CARD_KEYS = {
 }
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def read_card(weights: Path) -> dict:
     return json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
 
@@ -47,17 +43,61 @@ def check_card(weights: Path) -> None:
     promised = {
         f"{layer['name']}.{part}": tuple(layer[part])
         for layer in card["architecture"]
-        for part in ("weight", "bias")
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         if part in layer
     }
     tensors = load_file(weights)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == promised
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    for name, tensor in tensors.items():
+        count = name.endswith(".num_batches_tracked")
+        assert tensor.dtype == (torch.int64 if count else torch.float32)
 
 
-@pytest.fixture(scope="module")
-def tinycnn() -> ModuleType:
-    return script("train_tinycnn_digits")
+def outputs_of_card(weights: Path, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Kind and output of each layer that the card lists, computed from nothing but the card and its file."""
+    tensors = load_file(weights)
+    named: dict[str, Tensor] = {}
+    x = images
+    for layer in read_card(weights)["architecture"]:
+        own = {name: tensors.get(f"{layer.get('name')}.{name}") for name in ("weight", "bias")}
+        match layer["kind"]:
+            case "Conv2d":
+                options = {name: layer[name] for name in ("dilation", "groups") if name in layer}
+                x = functional.conv2d(x, **own, stride=layer["stride"], padding=layer["padding"], **options)
+            case "BatchNorm2d":
+                running = [tensors[f"{layer['name']}.running_{name}"] for name in ("mean", "var")]
+                x = functional.batch_norm(x, *running, **own, eps=layer["eps"])
+            case "Linear":
+                x = functional.linear(x, **own)
+            case "AvgPool2d":
+                x = functional.avg_pool2d(x, layer["kernel_size"])
+            case "AdaptiveAvgPool2d":
+                x = functional.adaptive_avg_pool2d(x, layer["output_size"])
+            case "Add":
+                x = sum(named[name] for name in layer["inputs"])
+            case "ReLU":
+                x = functional.relu(x)
+            case "Flatten":
+                x = nn.Flatten()(x)
+            case kind:
+                pytest.fail(f"the card has a layer of unknown kind {kind}")
+        named[layer.get("name")] = x
+        yield layer["kind"], x
+
+
+@pytest.fixture(scope="module", params=RIGHT_ANSWERS)
+def trained(request) -> ModuleType:
+    """The script that trained a model."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads gain these small networks nothing, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +116,8 @@ def apply(kernel: Tensor, image: Tensor) -> Tensor:
     return functional.conv2d(image[None, None], kernel[None])[0, 0]
 
 
-def test_both_models_are_shipped():
-    assert [path.stem for path in WEIGHTS] == ["classic-filters", "tinycnn-digits"]
+def test_all_models_are_shipped():
+    assert [path.stem for path in WEIGHTS] == ["classic-filters", "rescnn-digits", "tinycnn-digits"]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.stem)
@@ -85,83 +125,88 @@ def test_card_describes_the_file_beside_it(weights):
     check_card(weights)
 
 
-class TestTinyCNN:
-    def test_split_is_the_one_on_the_card(self, tinycnn):
-        data = tinycnn.digits()
-        card = read_card(tinycnn.SHIPPED)
+class TestTrainedOnDigits:
+    def test_split_is_the_one_on_the_card(self, trained):
+        data = digits.digits()
+        card = read_card(trained.SHIPPED)
         assert len(data.train_images) == len(data.train_labels) == 1347
         assert len(data.test_images) == len(data.test_labels) == card["accuracy"]["test_images"]
         assert list(data.test_images.shape[1:]) == card["input_shape"]
         images = torch.cat([data.train_images, data.test_images])
         assert [images.min(), images.max()] == card["input_range"]
 
-    def test_shipped_weights_have_the_accuracy_on_the_card(self, tinycnn):
-        accuracy = read_card(tinycnn.SHIPPED)["accuracy"]
-        data = tinycnn.digits()
+    def test_shipped_weights_have_the_accuracy_on_the_card(self, trained):
+        accuracy = read_card(trained.SHIPPED)["accuracy"]
+        data = digits.digits()
         with torch.inference_mode():
-            right = tinycnn.shipped()(data.test_images).argmax(1) == data.test_labels
-        assert right.sum() == accuracy["right_answers"] == 443
-        assert tinycnn.evaluate(tinycnn.shipped()) == 443 / 450
-        assert accuracy["value"] == round(443 / 450, 4)
+            right = trained.shipped()(data.test_images).argmax(1) == data.test_labels
+        promised = RIGHT_ANSWERS[trained.__name__]
+        assert right.sum() == accuracy["right_answers"] == promised
+        assert digits.evaluate(trained.shipped()) == promised / 450 >= 0.97
+        assert accuracy["value"] == round(promised / 450, 4)
 
-    def test_evaluate_measures_and_does_not_quote(self, tinycnn):
-        model = tinycnn.shipped()
+    def test_evaluate_measures_and_does_not_quote(self, trained):
+        model = trained.shipped()
         with torch.no_grad():
             model.fc1.weight.zero_()
             model.fc1.bias.copy_(functional.one_hot(torch.tensor(3), 10))
-        threes = (tinycnn.digits().test_labels == 3).float().mean()
-        assert tinycnn.evaluate(model) == pytest.approx(float(threes))
+        threes = (digits.digits().test_labels == 3).float().mean()
+        assert digits.evaluate(model) == pytest.approx(float(threes))
 
-    def test_architecture_on_the_card_computes_the_same_logits(self, tinycnn):
-        tensors = load_file(tinycnn.SHIPPED)
-        images = tinycnn.digits().test_images
-        x = images
-        for layer in read_card(tinycnn.SHIPPED)["architecture"]:
-            weight = tensors.get(f"{layer.get('name')}.weight")
-            bias = tensors.get(f"{layer.get('name')}.bias")
-            match layer["kind"]:
-                case "Conv2d":
-                    x = functional.conv2d(x, weight, bias, layer["stride"], layer["padding"])
-                case "Linear":
-                    x = functional.linear(x, weight, bias)
-                case "ReLU":
-                    x = functional.relu(x)
-                case "Flatten":
-                    x = nn.Flatten()(x)
-                case kind:
-                    pytest.fail(f"the card has a layer of unknown kind {kind}")
+    def test_architecture_on_the_card_computes_the_same_logits(self, trained):
+        images = digits.digits().test_images
+        *_, (_, logits) = outputs_of_card(trained.SHIPPED, images)
         with torch.inference_mode():
-            torch.testing.assert_close(x, tinycnn.shipped()(images))
+            torch.testing.assert_close(logits, trained.shipped()(images))
 
-    def test_training_reaches_the_shipped_accuracy(self, tinycnn, tmp_path, capsys):
+    @pytest.mark.usefixtures("one_thread")
+    def test_training_reaches_the_shipped_accuracy(self, trained, tmp_path, capsys):
         before = {path: path.read_bytes() for path in MODELS.iterdir() if path.is_file()}
         output = tmp_path / "again.safetensors"
-        tinycnn.main(["--output", str(output)])
-        assert "shipped: 98.44%" in capsys.readouterr().out
+        trained.main(["--output", str(output)])
+        assert f"shipped: {RIGHT_ANSWERS[trained.__name__] / 450:.2%}" in capsys.readouterr().out
         assert {path: path.read_bytes() for path in MODELS.iterdir() if path.is_file()} == before
 
         check_card(output)
-        model = tinycnn.TinyCNN()
+        model = type(trained.shipped())()
         model.load_state_dict(load_file(output))
-        accuracy = tinycnn.evaluate(model)
-        assert accuracy >= tinycnn.evaluate(tinycnn.shipped()) - 0.01
+        accuracy = digits.evaluate(model)
+        assert accuracy >= digits.evaluate(trained.shipped()) - 0.01
         assert read_card(output)["accuracy"]["value"] == round(accuracy, 4)
 
-    def test_without_output_nothing_is_written(self, tinycnn, monkeypatch, capsys):
-        untrained = tinycnn.TinyCNN()
-        monkeypatch.setattr(tinycnn, "train", lambda: untrained)
-        monkeypatch.setattr(tinycnn, "write", lambda *_: pytest.fail("wrote without --output"))
-        tinycnn.main([])
-        printed = f"trained now: {tinycnn.evaluate(untrained):.2%} of the held-out images"
+    def test_without_output_nothing_is_written(self, trained, monkeypatch, capsys):
+        untrained = type(trained.shipped())()
+        monkeypatch.setattr(trained, "train", lambda: untrained)
+        monkeypatch.setattr(trained, "write", lambda *_: pytest.fail("wrote without --output"))
+        trained.main([])
+        printed = f"trained now: {digits.evaluate(untrained):.2%} of the held-out images"
         assert printed in capsys.readouterr().out
 
     @pytest.mark.parametrize("name", ["weights.json", "missing/weights.safetensors"])
-    def test_bad_output_is_refused_before_training(self, tinycnn, monkeypatch, capsys, tmp_path, name):
-        monkeypatch.setattr(tinycnn, "train", lambda: pytest.fail("trained first"))
+    def test_bad_output_is_refused_before_training(self, trained, monkeypatch, capsys, tmp_path, name):
+        monkeypatch.setattr(trained, "train", lambda: pytest.fail("trained first"))
         with pytest.raises(SystemExit) as refusal:
-            tinycnn.main(["--output", str(tmp_path / name)])
+            trained.main(["--output", str(tmp_path / name)])
         assert refusal.value.code == 2
         assert str(tmp_path) in capsys.readouterr().err
+
+
+class TestResCNN:
+    def test_few_activations_and_every_kind_of_layer(self):
+        images = digits.digits().test_images[:1]
+        outputs = list(outputs_of_card(MODELS / "rescnn-digits.safetensors", images))
+        assert [x.numel() for kind, x in outputs if kind == "ReLU"] == [128, 128, 64]
+        kinds = {
+            "Conv2d",
+            "BatchNorm2d",
+            "AvgPool2d",
+            "ReLU",
+            "Add",
+            "AdaptiveAvgPool2d",
+            "Flatten",
+            "Linear",
+        }
+        assert {kind for kind, _ in outputs} == kinds
 
 
 class TestClassicFilters:
@@ -219,6 +264,6 @@ class TestClassicFilters:
             )
 
     def test_the_script_writes_the_shipped_bytes(self, tmp_path):
-        written = script("make_classic_filters").write(tmp_path)
+        written = importlib.import_module("make_classic_filters").write(tmp_path)
         for path in (written, written.with_suffix(".json")):
             assert path.read_bytes() == (MODELS / path.name).read_bytes()

@@ -1,0 +1,205 @@
+"""One call of an operator in a model's graph, and what the handlers of operators have in common."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from fheconv.arithmetic import OUTSIDE
+from fheconv.arrays import Array, frozen
+from fheconv.expression import Expression, X
+from fheconv.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
+from fheconv.steps import Select, Shape, pointwise
+
+# The examples with which the graph is made: two, so that what mixes images shows.
+BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What the handlers of operators need besides the arguments.
+
+    `read_once` says that nothing else reads the encrypted arguments.
+    """
+
+    graph: Graph
+    node: Node
+    name: str
+    operation: str
+    read_once: bool
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The operator itself, for tensors."""
+        target: Any = self.node.target
+        return target
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the (first) result without the batch axis. Raises `Unsupported` if it has none."""
+        example = self.node.meta["val"]
+        return image_shape((example if isinstance(example, torch.Tensor) else example[0]).shape)
+
+    def axis(self, dim: int, shape: Shape) -> int:
+        """Return torch's axis `dim` as one of `shape`. Raises `Unsupported` for the batch axis."""
+        axis = dim % (len(shape) + 1)
+        if axis == 0:
+            raise Unsupported("it runs over the images of a batch")
+        return axis - 1
+
+
+def image_shape(shape: Sequence[int]) -> Shape:
+    """Return the shape of one of a batch. Raises `Unsupported` if it is not a batch, or is empty."""
+    if not len(shape) or shape[0] != BATCH:
+        raise Unsupported("it mixes the images of a batch, or drops the batch axis")
+    if 0 in shape:
+        raise Unsupported(f"its result of shape {tuple(shape)} has no elements")
+    return tuple(map(int, shape[1:]))
+
+
+# Constants.
+
+
+def plain(value: Any, what: str) -> torch.Tensor:
+    """Return a tensor of the model. Raises `Unsupported` if it is an encrypted value."""
+    if isinstance(value, Value):
+        raise Unsupported(
+            f"{what} would be encrypted values, and two encrypted values cannot be multiplied; the nearest "
+            "that is supported: constant ones"
+        )
+    return value
+
+
+def array(value: Any) -> Array:
+    """Return a tensor or number as float64. Raises `Unsupported` if it is complex."""
+    if isinstance(value, torch.Tensor) and not value.is_complex():
+        return value.detach().cpu().double().numpy()
+    if isinstance(value, bool | int | float):
+        return np.asarray(value, np.float64)
+    raise Unsupported(f"{value!r} is not a real number")
+
+
+def constant(value: Any, axes: int) -> Array:
+    """Return a constant operand without its batch axis, to broadcast to a tensor (C, *S) of `axes` axes.
+
+    Raises `Unsupported` if it differs between images.
+    """
+    values = array(value)
+    if values.ndim <= axes:
+        return values
+    if (values != values[:1]).any():
+        raise Unsupported("its constants differ between the images of a batch")
+    return values[0]
+
+
+def per_channel(values: Array, shape: Shape) -> float | Array | None:
+    """Return constants for a tensor of `shape` as a number or (C, *1); None if those do not hold them."""
+    if values.size == 1:
+        return float(values.item())
+    rows = np.broadcast_to(values, shape).reshape(shape[0], -1)
+    if (rows != rows[:, :1]).any():
+        return None
+    return rows[:, 0].reshape(-1, *[1] * (len(shape) - 1))
+
+
+# What moves values about.
+
+
+def gathered(call: Call, parts: Sequence[Any], move: Callable[..., Any]) -> Any:
+    """Apply whatever `move` does to the places of batches of tensors: of values, or of constants (C, *S).
+
+    Returns a value, or a list of them if `move` returns several.
+    Raises `Unsupported` if it mixes images.
+    """
+    numbered, start = [], 1  # 0 comes from nowhere: a zero
+    for part in parts:
+        places = torch.arange(start, start + BATCH * math.prod(part.shape), dtype=torch.float64)
+        numbered.append(places.reshape(BATCH, *part.shape))
+        start += places.numel()
+    results = move(*numbered)
+    if not isinstance(results, torch.Tensor):
+        return [_taken(call, parts, numbered, result) for result in results]
+    return _taken(call, parts, numbered, results)
+
+
+def _taken(call: Call, parts: Sequence[Any], numbered: Sequence[torch.Tensor], result: torch.Tensor) -> Value:
+    """Return the value whose elements are those of the parts at the numbered places."""
+    image_shape(result.shape)
+    first, second = result.numpy().astype(np.int64)
+    total: Value | None = None
+    for part, places in zip(parts, numbered, strict=True):
+        start, size = int(places.flatten()[0]), math.prod(part.shape)
+        here = (first >= start) & (first < start + BATCH * size)
+        if (first[here] >= start + size).any() or (first + size)[here].tolist() != second[here].tolist():
+            raise Unsupported("it mixes the images of a batch")
+        step = Select(index=frozen(np.where(here, first - start, OUTSIDE)))
+        if isinstance(part, np.ndarray):
+            value: Value = Affine(call.name, (), step.apply(part[None], 0)[0])
+        elif not here.any():
+            continue
+        else:
+            value = call.graph.select(part, step, call.name)
+        if total is None:
+            total = value
+        else:
+            total = call.graph.add(call.graph.affine(total), call.graph.affine(value), call.name)
+    return Affine(call.name, (), np.zeros(first.shape)) if total is None else total
+
+
+def move(call: Call, value: Value, how: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply to one value whatever `how` does to the places of a batch of tensors."""
+    return gathered(call, (value,), how)
+
+
+def broadcast(call: Call, value: Value, shape: Shape) -> Value:
+    """Repeat a value to `shape`."""
+    if value.shape == shape:
+        return value
+    return move(call, value, lambda t: t.broadcast_to((BATCH, *shape)))
+
+
+# Multiplying and adding constants, and other linear things.
+
+
+def with_constant(call: Call, operation: str, value: Value, values: Array, read_once: bool) -> Value:
+    """Apply "add", "mul" or "div" with constants that broadcast to the value's shape.
+
+    They go into the table of an activation that nothing else reads, which is exact and free.
+    """
+    operand = per_channel(values, value.shape)
+    function = Expression(operation, (X, operand))
+    if isinstance(value, Pending) and read_once and operand is not None and (
+        value.view is None or np.ndim(operand) == 0
+    ):  # fmt: skip
+        return call.graph.apply(value, function, call.name)
+    affine = call.graph.affine(value)
+    full = np.broadcast_to(values, affine.shape)
+    if operation == "add":
+        made = replace(affine, bias=affine.bias + full)
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):  # capture judges what is not finite
+            made = call.graph.scale(affine, 1 / full if operation == "div" else full, call.name)
+    return replace(made, origin=None if operand is None else (affine, function))
+
+
+def by_matrix(call: Call, value: Affine, target: Callable[[torch.Tensor], torch.Tensor]) -> Affine:
+    """Apply a linear operator that does the same to each channel, whatever it is, as a matrix.
+
+    Raises `Unsupported` if that is too large.
+    """
+    channels, size = value.shape[0], math.prod(value.shape[1:])
+    if size * math.prod(call.shape[1:]) > DENSE_LIMIT:
+        raise Unsupported(
+            f"its windows differ, and the matrix of {size:,} × {math.prod(call.shape[1:]):,} that does it "
+            f"has more than {DENSE_LIMIT:,} weights; the nearest that is supported: windows of one size, "
+            "ceil_mode=False and count_include_pad=True"
+        )
+    basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, *value.shape[1:])
+    matrix = target(basis).reshape(size, -1).numpy().T
+    value = move(call, value, lambda t: t.reshape(BATCH, channels, size).transpose(1, 2))
+    value = call.graph.linear(value, pointwise(matrix, 1), call.name)
+    return move(call, value, lambda t: t.transpose(1, 2).reshape(BATCH, *call.shape))

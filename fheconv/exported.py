@@ -1,0 +1,199 @@
+"""From a torch module, through `torch.export`, to the float network of its graph."""
+
+import operator
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.export.graph_signature import OutputKind
+from torch.fx import Node
+
+from fheconv.calls import BATCH, Call
+from fheconv.errors import UnsupportedLayerError
+from fheconv.graph import Final, Graph, Pending, Pooled, Unsupported, Value
+from fheconv.network import Network
+from fheconv.operators import HANDLERS, nearest
+from fheconv.steps import Shape
+
+
+def export(module: torch.nn.Module, input_shape: Shape) -> Network:
+    """Return the float network of a module in evaluation mode; the module stays in the mode it is in.
+
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
+    """
+    kind = type(module).__name__
+    if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
+        raise UnsupportedLayerError(f"This {kind} has layers without weights yet; run it once, or load them.")
+    floats = (p for p in module.parameters() if p.is_floating_point())
+    like = next(floats, torch.zeros(()))
+    example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module(example)  # says more clearly than export what is wrong with the shape
+            # Without decompositions, but free of mutation: a value changed through a view shows as such.
+            program = torch.export.export(module, (example,), strict=False).run_decompositions({})
+    except Exception as error:  # whatever the user's own forward raises
+        raise UnsupportedLayerError(
+            f"{kind} cannot be run or exported on images of shape {input_shape}: "
+            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a "
+            "model whose path depends on the values of the image has no circuit."
+        ) from error
+    finally:
+        for part in training:
+            part.training = True
+    return network_of(program, input_shape)
+
+
+def network_of(program: Any, input_shape: Shape) -> Network:
+    """Return the float network of a functional `ExportedProgram` for a batch of `BATCH` images.
+
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
+    """
+    _tidy(program.graph)
+    (image,) = program.graph_signature.user_inputs
+    graph = Graph(input_shape)
+    values: dict[Node, Any] = {}
+    constants = _constants(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.source(0, node.name) if node.name == image else constants.get(node.name)
+        elif node.op == "get_attr":
+            values[node] = getattr(program.graph_module, node.target)
+        elif (
+            node.op == "call_function" and node.users
+        ):  # what nothing reads, such as assertions, is no matter
+            values[node] = _result(graph, node, values)
+    results = _results(program)
+    result = values.get(results[0]) if len(results) == 1 else None
+    if not isinstance(result, Value | Final):
+        raise UnsupportedLayerError(
+            f"The model returns {_count(results)}; a circuit has one result, which depends on the image. "
+            "Wrap the model so that it returns the tensor you need, concatenated if there are several."
+        )
+    try:
+        return graph.network(result)
+    except Unsupported as error:
+        raise UnsupportedLayerError(f"The model's output cannot be compiled: {error}.") from error
+
+
+def _results(program: Any) -> list[Any]:
+    """Return the nodes of what the model returns, without the buffers that it changes."""
+    (output,) = program.graph.find_nodes(op="output")
+    specs = program.graph_signature.output_specs
+    return [
+        node for node, spec in zip(output.args[0], specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT
+    ]
+
+
+def _count(results: Any) -> str:
+    return f"{len(results)} values" if len(results) != 1 else "a constant"
+
+
+def _tidy(graph: torch.fx.Graph) -> None:
+    """Drop assertions, and let the readers of copies, such as dropout leaves, read what is copied.
+
+    Then the users of a node are all that read its value.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _operation(node) in ("alias", "clone", "detach", "lift_fresh_copy"):
+            node.replace_all_uses_with(node.args[0])
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
+def _constants(program: Any) -> dict[str, Any]:
+    signature = program.graph_signature
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    held = {**program.constants, **program.state_dict}
+    return {name: held[target] for name, target in targets.items()}
+
+
+def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
+    """Return the value of an operator's node, or what torch computes of constants."""
+    operation = _operation(node)
+    arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    encrypted = [leaf for leaf in _leaves((arguments, options)) if isinstance(leaf, Value | Final)]
+    name, kind = _where(node)
+    call = Call(
+        graph=graph,
+        node=node,
+        name=name,
+        operation=operation,
+        read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
+    )
+    try:
+        if node.target is operator.getitem:
+            return _item(*arguments)
+        if not encrypted:
+            return call.target(*arguments, **options)
+        for value in encrypted:
+            if isinstance(value, Final):
+                raise Unsupported(
+                    f"the {value.last.operator} before it can only be the last operation, which the client "
+                    "computes in clear; the nearest that is supported: an activation"
+                )
+        if operation not in HANDLERS:
+            raise Unsupported(nearest(operation))
+        return HANDLERS[operation](call, *arguments, **options)
+    except Unsupported as error:
+        reason = str(error)
+        cause: Exception = error
+    except Exception as error:  # an option that a handler does not know, or a tensor where it wants a number
+        reason = f"it is called in a way that is not supported ({str(error).strip() or type(error).__name__})"
+        cause = error
+    layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
+    raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
+
+
+def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
+    """Whether one operator alone reads what a node shows of an activation or maximum, and no other view."""
+    looked_up = _functions(values[node])
+    if not looked_up:
+        return True
+    viewed = [n for n in node.all_input_nodes if looked_up & _functions(values[n])]
+    return len(node.users) == 1 and all(_is_read_once(n, values) for n in viewed)
+
+
+def _functions(value: Any) -> set[Any]:
+    """Return what identifies the activations and maxima of a node's values."""
+    leaves = list(_leaves(value))
+    pending = {(id(leaf.base), id(leaf.function)) for leaf in leaves if isinstance(leaf, Pending)}
+    return pending | {id(leaf) for leaf in leaves if isinstance(leaf, Pooled)}
+
+
+def _item(several: Any, number: Any) -> Any:
+    if isinstance(several, list | tuple) and number >= len(several):
+        raise Unsupported("only the values are supported, not the indices where they are")
+    return several[number]
+
+
+def _operation(node: Node) -> str:
+    """Return torch's name of an operator, without overload and underscores."""
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
+
+
+def _where(node: Node) -> tuple[str, str]:
+    """Return the name and the kind of the module in the user's model that a node belongs to."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack or not stack[-1][0]:
+        return node.name, ""
+    path, kind = stack[-1]
+    return path.partition("@")[0], getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+
+
+def _leaves(arguments: Any) -> Iterator[Any]:
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, list | tuple):
+        yield arguments
+        return
+    for part in arguments:
+        yield from _leaves(part)

@@ -1,0 +1,292 @@
+"""What each operator of torch makes of the values of a graph.
+
+A handler takes the call and torch's own arguments, in which encrypted tensors are values and constants are
+tensors; it returns a value, or several as torch does. It raises `Unsupported` for what cannot be taken.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fheconv import elementwise, poolings
+from fheconv.arithmetic.geometry import direct_form
+from fheconv.arrays import Array, frozen
+from fheconv.calls import (
+    BATCH,
+    Call,
+    array,
+    by_matrix,
+    constant,
+    gathered,
+    move,
+    plain,
+    with_constant,
+)
+from fheconv.expression import ELEMENTWISE, Expression, X
+from fheconv.graph import Final, Unsupported, Value
+from fheconv.steps import Kernel, pointwise
+
+# Convolutions and linear layers.
+
+
+def _convolution(
+    call: Call, x: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Value:  # fmt: skip
+    return _conv(call, x, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
+
+
+def _conv_transpose(
+    call: Call, x: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    return _conv(call, x, weight, bias, groups, transposed=True, **options)
+
+
+def _conv(
+    call: Call, x: Any, weight: Any, bias: Any, groups: int, *, transposed: bool = False,
+    output_padding: Any = 0, **options: Any,
+) -> Value:  # fmt: skip
+    kernel, shift = array(plain(weight, "its weights")), _bias(bias)
+    axes = kernel.ndim - 2
+    poolings.check_axes(x, axes)
+    # torch writes one number for all axes as a list of one.
+    options = {
+        key: list(value) * axes if isinstance(value, list | tuple) and len(value) == 1 else value
+        for key, value in {**options, "output_padding": output_padding}.items()
+    }
+    kernel, geometry = direct_form(
+        kernel, transposed=transposed, padding_mode="zeros", groups=groups, **options
+    )
+    step = Kernel(weight=frozen(kernel), geometry=geometry)
+    return call.graph.linear(call.graph.affine(x), step, call.name, bias=shift)
+
+
+def _linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Value:
+    kernel, shift = array(plain(weight, "its weights")), _bias(bias)
+    value = call.graph.affine(x)
+    # torch's features are the last axis, ours the first.
+    value = move(call, value, lambda t: t.movedim(-1, 1))
+    value = call.graph.linear(value, pointwise(kernel, len(value.shape) - 1), call.name, bias=shift)
+    return move(call, value, lambda t: t.movedim(1, -1))
+
+
+def _bias(bias: Any) -> Array | None:
+    return None if bias is None else array(plain(bias, "its bias"))
+
+
+def _matmul(call: Call, x: Any, y: Any) -> Value:
+    if isinstance(y, torch.Tensor) and y.ndim == 2:
+        return _linear(call, x, y.t())
+    if isinstance(x, torch.Tensor) and x.ndim == 2 and len(y.shape) > 1:
+        rows = move(call, y, lambda t: t.transpose(-1, -2))
+        return move(call, call.graph.affine(_linear(call, rows, x)), lambda t: t.transpose(-1, -2))
+    raise Unsupported(
+        "only products with a constant matrix are linear; the nearest that is supported: a Linear layer"
+    )
+
+
+def _addmm(call: Call, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+    shift = beta * plain(bias, "its bias")
+    return _linear(call, x, alpha * plain(y, "its weights").t(), shift.reshape(-1))
+
+
+def _batch_norm(
+    call: Call, x: Value, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float,
+    eps: float, *_: Any,
+) -> Value:  # fmt: skip
+    if training or mean is None:
+        raise Unsupported("it normalizes by the batch at hand; train it with running statistics")
+    gain = 1 / np.sqrt(array(plain(variance, "its variance")) + eps)
+    gain = gain if weight is None else gain * array(plain(weight, "its weight"))
+    shift = -array(plain(mean, "its mean")) * gain
+    shift = shift if bias is None else shift + array(plain(bias, "its bias"))
+    across = (-1, *[1] * (len(call.shape) - 1))
+    scaled = with_constant(call, "mul", x, gain.reshape(across), call.read_once)
+    return with_constant(call, "add", scaled, shift.reshape(across), read_once=True)
+
+
+def _batch_norm_of_constants(
+    call: Call, x: Value, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float
+) -> tuple[Value]:
+    return (_batch_norm(call, x, weight, bias, mean, variance, False, momentum, eps),)
+
+
+def _by_matrix(call: Call, x: Value, *arguments: Any) -> Value:
+    return by_matrix(call, call.graph.affine(x), lambda t: call.target(t, *arguments))
+
+
+# What moves values about.
+
+
+def _move(call: Call, x: Value, *arguments: Any, **options: Any) -> Any:
+    return move(call, x, lambda places: call.target(places, *arguments, **options))
+
+
+def _gather(call: Call, x: Any, y: Any, *arguments: Any) -> Value:
+    parts = [_part(call, part) for part in (x, y)]
+    return gathered(call, parts, lambda a, b: call.target(a, b, *arguments))
+
+
+def _cat(call: Call, parts: Any, dim: int = 0) -> Value:
+    return gathered(call, [_part(call, p) for p in parts], lambda *places: call.target(places, dim))
+
+
+def _part(call: Call, part: Any) -> Any:
+    """Return a value as it is, and a constant batch as one image of it."""
+    return part if isinstance(part, Value) else constant(part, part.ndim - 1)
+
+
+def _pad(call: Call, x: Value, pads: Any, mode: str = "constant", value: float | None = None) -> Value:
+    padded: Value = move(call, x, lambda t: torch.nn.functional.pad(t, pads, mode))
+    if mode != "constant" or not value:
+        return padded
+    if not np.isfinite(value):
+        raise Unsupported(f"it pads with {value}; the nearest that is supported: the padding of a MaxPool")
+    inside = torch.zeros(BATCH, *x.shape, dtype=torch.float64)
+    border = torch.nn.functional.pad(inside, pads, value=value)[0].numpy()
+    return with_constant(call, "add", padded, border, read_once=True)
+
+
+def _constant_pad(call: Call, x: Value, pads: Any, value: float = 0) -> Value:
+    return _pad(call, x, pads, "constant", value)
+
+
+def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor:
+    made: torch.Tensor = call.target(torch.zeros(BATCH, *x.shape), *arguments, **options)
+    return made
+
+
+# What changes no value, and what only the client can compute.
+
+
+def _same(call: Call, x: Value, *_: Any, **__: Any) -> Value:
+    return x
+
+
+def _to(call: Call, x: Value, *_: Any, **__: Any) -> Value:
+    before, after = call.node.all_input_nodes[0].meta["val"].dtype, call.node.meta["val"].dtype
+    if after == torch.bool and before != torch.bool:
+        return call.graph.apply(x, Expression("ne", (X, 0.0)), call.name)
+    if before.is_floating_point and not after.is_floating_point:
+        if after not in (torch.int32, torch.int64):
+            raise Unsupported(f"numbers wrap in {after}; the nearest that is supported: torch.int32")
+        return call.graph.apply(x, Expression("trunc", (X,)), call.name)
+    return x
+
+
+def _dropout(call: Call, x: Value, p: float = 0.5, train: bool = False) -> Value:
+    if train:
+        raise Unsupported("it drops at random; call model.eval()")
+    return x
+
+
+def _softmax(call: Call, x: Value, dim: int, *_: Any) -> Final:
+    axis = 1 + call.axis(dim, x.shape)
+    return Final(call.graph.pending(x), Expression(call.operation, (X,), (("axis", axis),)))
+
+
+def _argmax(call: Call, x: Value, dim: int | None = None, keepdim: bool = False) -> Final:
+    if dim is None:
+        raise Unsupported("without dim it runs over the images of a batch; give dim")
+    axis = 1 + call.axis(dim, x.shape)
+    return Final(call.graph.pending(x), Expression("argmax", (X,), (("axis", axis), ("keepdims", keepdim))))
+
+
+_MOVES = (
+    "broadcast_to", "channel_shuffle", "chunk", "diagonal", "expand", "flatten", "flip", "im2col", "index",
+    "index_select", "movedim", "narrow", "native_channel_shuffle", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "swapaxes", "t", "tile", "transpose", "tril", "triu", "unbind",
+    "unflatten", "unfold", "unsafe_view", "unsqueeze", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
+    "view",
+)  # fmt: skip
+_BY_MATRIX = ("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d")
+_SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
+
+
+def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return one handler for the operators of 1, 2 and 3 spatial axes."""
+    return {f"{name}{axes}d": handler for axes in (1, 2, 3)}
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(ELEMENTWISE, elementwise.apply),
+    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys(_BY_MATRIX, _by_matrix),
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(("to", "to_copy", "type_as"), _to),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    **dict.fromkeys(("add", "sub", "rsub"), elementwise.add),
+    **dict.fromkeys(("mul", "div"), elementwise.product),
+    **dict.fromkeys(("maximum", "minimum"), elementwise.extreme),
+    **dict.fromkeys(("max", "min"), elementwise.extreme_or_over_axes),
+    **dict.fromkeys(("mean", "sum"), poolings.mean),
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
+    **dict.fromkeys(("matmul", "mm"), _matmul),
+    **dict.fromkeys(("cat", "stack"), _cat),
+    **dict.fromkeys(("copy", "select_scatter", "slice_scatter"), _gather),
+    **dict.fromkeys(("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like),
+    **_each("conv", _convolution),
+    **_each("conv_transpose", _conv_transpose),
+    **_each("avg_pool", poolings.avg_pool),
+    **_each("adaptive_avg_pool", poolings.adaptive_avg_pool),
+    **_each("max_pool", poolings.max_pool),
+    **_each("adaptive_max_pool", poolings.adaptive_max_pool),
+    **{
+        f"{name}_with_indices": poolings.max_pool_and_indices
+        for name in ("max_pool1d", "max_pool2d", "max_pool3d")
+    },
+    "addmm": _addmm,
+    "amax": poolings.amax,
+    "amin": poolings.amin,
+    "argmax": _argmax,
+    "batch_norm": _batch_norm,
+    "constant_pad_nd": _constant_pad,
+    "linear": _linear,
+    "masked_fill": elementwise.masked_fill,
+    "native_batch_norm_legit_no_training": _batch_norm_of_constants,
+    "neg": elementwise.negative,
+    "pad": _pad,
+    "prelu": elementwise.prelu,
+    "rrelu": elementwise.rrelu,
+    "where": elementwise.where,
+}
+_NEAREST = {
+    "batch_norm_legit": "BatchNorm with running statistics, which are constants",
+    "bmm": "a Linear or convolution with constant weights",
+    "cumsum": "a Linear layer with the weights 1",
+    "embedding": "one-hot images and a Linear layer",
+    "grid_sampler": "a convolution with constant weights",
+    "group_norm": "BatchNorm, whose statistics are constants",
+    "gru": "a convolution (Conv1d) over the sequence",
+    "instance_norm": "BatchNorm, whose statistics are constants",
+    "item": "operators on whole tensors: a circuit has no branches",
+    "layer_norm": "BatchNorm, whose statistics are constants",
+    "linalg_vector_norm": "a sum of abs or squares",
+    "lstm": "a convolution (Conv1d) over the sequence",
+    "norm": "a sum of abs or squares",
+    "rms_norm": "BatchNorm, whose statistics are constants",
+    "rnn_relu": "a convolution (Conv1d) over the sequence",
+    "rnn_tanh": "a convolution (Conv1d) over the sequence",
+    "scaled_dot_product_attention": "a convolution with constant weights",
+    "sort": "the plain logits; sort them after decryption",
+    "std": "BatchNorm, whose statistics are constants",
+    "topk": "the plain logits; sort them after decryption",
+    "var": "BatchNorm, whose statistics are constants",
+}
+
+
+def nearest(operation: str) -> str:
+    """Say what comes closest to an operator that is not supported."""
+    plain_name = operation.removeprefix("native_")
+    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
+    return (
+        "it is neither linear nor a function of one variable that is known here; the nearest that is "
+        "supported: " + (close or "convolutions, linear layers, poolings, and functions of one variable")
+    )
