@@ -495,7 +495,6 @@ def test_arguments_that_do_not_go_together_are_refused(module, images):
         ({"weight_bits": None}, "weight_bits=None"),
         ({"weight_bits": {"conv1": 9}}, r"weight_bits\['conv1'\]=9 must be an integer from 1 to 8"),
         ({"activation_bits": 9}, "from 1 to 8"),
-        ({"activation_bits": None}, "activation_bits=None"),
         ({"accumulator_bits": 17}, "from 1 to 16"),
         ({"accumulator_bits": {"fc": 0}}, r"accumulator_bits\['fc'\]=0"),
         ({"rounding_bits": 0}, "from 1 to 8"),
@@ -522,7 +521,7 @@ def layers_bits(greatest):
     st.builds(
         QuantConfig,
         weight_bits=st.integers(1, 8) | layers_bits(8),
-        activation_bits=st.integers(1, 8) | layers_bits(8),
+        activation_bits=st.none() | st.integers(1, 8) | layers_bits(8),
         accumulator_bits=st.none() | st.integers(1, 16) | layers_bits(16),
         rounding_bits=st.none() | st.integers(1, 8) | layers_bits(8),
         overflow=st.sampled_from(["proved", "calibrated"]),
