@@ -202,7 +202,7 @@ def test_verify_reports_what_differs(circuit, network, monkeypatch):
     assert mismatch.expected == mismatch.got + 1
     assert "(0, 1, 2, 5, 4)" in str(report)
     assert not report.as_promised
-    assert "MORE than the promised" in str(report)
+    assert "MORE than the expected" in str(report)
 
 
 def test_the_cost_is_known_before_any_key_is_made(network):

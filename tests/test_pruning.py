@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 import fheconv
 from fheconv.lower import lower
@@ -82,6 +83,23 @@ def test_one_bit_has_no_zero_so_that_weights_of_zero_are_computed(engine):
     lowered = lower(network, engine)
     results = lowered.function(lowered.prepare(q))
     np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+
+
+def test_a_layer_that_nobody_reads_still_compiles():
+    """The last weights are all zero: the results are the bias, whatever comes before."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    )
+    torch.nn.init.zeros_(model[3].weight)
+    images = np.random.default_rng(0).random((4, 1, 4, 4))
+    network = fheconv.quantize(model, images, fheconv.QuantConfig(accumulator_bits=6))
+    circuit = fheconv.compile(network)
+    for fhe in ("disable", "simulate"):
+        y = circuit.predict(images, fhe=fhe)
+        np.testing.assert_array_equal(y, network(images))
+        np.testing.assert_allclose(y, np.broadcast_to(model[3].bias.detach(), (4, 3)), rtol=1e-6)
+        assert circuit.predict(images[:0], fhe=fhe).shape == (0, 3)
 
 
 def test_groups_without_weights_are_dropped_whole():
