@@ -15,9 +15,9 @@ from fheconv.steps import Kernel, Shape, Term
 def demand(network: QuantizedNetwork) -> list[Array]:
     """Return, for each tensor, as a mask of its shape, the values that the network's results depend on.
 
-    Traced backwards from the results. A value counts as read if the trained weights read it, even where their
-    integers have become zero, or if the integers do: one bit has no zero. Of what nobody reads at all the first
-    value counts, because Concrete has no empty tensors.
+    Traced backwards from the results. A value counts as read if the trained weights read it, even where
+    their integers have become zero, or if the integers do: one bit has no zero. Of what nobody reads at all
+    the first value counts, because Concrete has no empty tensors.
     """
     masks = [np.zeros(shape, bool) for shape in network.shapes]
     masks[-1][:] = True
