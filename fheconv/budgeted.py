@@ -34,7 +34,7 @@ def round_budgeted(
     """
     greatest = max(2 ** (bits - 1) - 1, 1)
     filters, taps = weight.shape
-    moment = moment + np.eye(taps) * max(DAMPING * float(np.trace(moment)) / taps, TINY)
+    moment = moment + np.eye(taps) * (DAMPING * float(np.trace(moment)) / taps or 1.0)
     largest = np.abs(weight).max(axis=1)
     alive = np.flatnonzero(largest > 0)
     q, scale = np.zeros((filters, taps), np.int64), np.zeros(filters)

@@ -43,7 +43,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
     images = _calibration_images(calibration, conv)
-    network = capture(module, images.shape[1:]) if conv is None else Network.of(conv, images.shape[1:])
+    network = capture(module if conv is None else conv, images.shape[1:])
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()), maximum=float(images.max()), integral=images.dtype.kind in "iub"

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fheconv.arithmetic import OUTSIDE, im2col
 from fheconv.arrays import Array, frozen
-from fheconv.budgeted import TINY, round_budgeted
+from fheconv.budgeted import round_budgeted
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
 from fheconv.rounding import IntegerWeight, round_weight
@@ -141,6 +141,7 @@ class Rows:
                 found.append(im2col(x.astype(np.float64), geometry))
         return found
 
+    @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it
     def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
         """Return the terms with the integers and the scale of each row."""
         weights = [np.zeros(part.kernel.weight.shape, np.int64) for part in self.parts]
@@ -249,7 +250,7 @@ def round_by_output(
 
     def rounded(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         moment = rows.covariance(batch[0], delivered, delivered)
-        ridge = np.eye(len(moment)) * max(RIDGE * float(np.trace(moment)) / len(moment), TINY)
+        ridge = np.eye(len(moment)) * (RIDGE * float(np.trace(moment)) / len(moment) or 1.0)
         cross = rows.covariance(batch[0], delivered, meant)
         fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
         return round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
