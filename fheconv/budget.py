@@ -335,7 +335,9 @@ def _verdict(layer: LayerBudget, limit: int) -> str:
 
 def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]) -> str:
     """Say what to quantize with, or what else to do, for the network to fit."""
-    if (kernel := network.last.convolution) is not None and len(layers) == 1:
+    config, kernel = network.config, network.last.convolution
+    nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
+    if kernel is not None and len(layers) == 1 and nearest:
         return _smaller_bits(network, kernel, limit)
     # A weight of 1 needs as many bits as what it multiplies.
     least = max(layer.input_bits for layer in layers)
@@ -344,8 +346,8 @@ def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]
             f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; "
             f"use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
         )
-    config = replace(network.config, accumulator_bits=limit, overflow="proved", method="auto")
-    return f"Quantize with {config}: the weights are then chosen to keep to {limit} bits."
+    kept = replace(config, accumulator_bits=limit, overflow="proved", method="auto")
+    return f"Quantize with {kept}: the weights are then chosen to keep to {limit} bits."
 
 
 def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:

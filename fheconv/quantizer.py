@@ -196,7 +196,13 @@ def _mean_error(
         term.apply(tensors[term.source] - quantization.zero_point)
         for term, quantization in zip(rounded.terms, inputs, strict=True)
     )
-    error = layer.sums(floats) - layer.bias - rounded.step * sums
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        error = layer.sums(floats) - layer.bias - rounded.step * sums
+    if not np.isfinite(error).all():
+        raise CalibrationError(
+            f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
+            "weights or the images."
+        )
     return error.mean(axis=(0, *range(2, error.ndim))).reshape(-1, *[1] * (len(layer.shape) - 1))
 
 

@@ -248,14 +248,18 @@ def round_by_output(
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
 
-    def rounded(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+    def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+        # Filters of any size, none of whose squares overflow.
+        size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
+        stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
         moment = rows.covariance(batch[0], delivered, delivered)
         ridge = np.eye(len(moment)) * (RIDGE * float(np.trace(moment)) / len(moment) or 1.0)
         cross = rows.covariance(batch[0], delivered, meant)
         fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
-        return round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
+        rounded = round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
+        return rounded._replace(scale=rounded.scale * size[:, 0])
 
-    return _in_batches(rows, rounded)
+    return _in_batches(rows, fit)
 
 
 def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:
