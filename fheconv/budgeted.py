@@ -34,7 +34,9 @@ def round_budgeted(
     """
     greatest = max(2 ** (bits - 1) - 1, 1)
     filters, taps = weight.shape
-    moment = moment + np.eye(taps) * max(DAMPING * float(np.trace(moment)) / taps, TINY)
+    variance = float(np.trace(moment)) / taps
+    # Inputs that never change tell nothing: then all taps count alike.
+    moment = moment + np.eye(taps) * DAMPING * variance if variance > 0 else np.eye(taps)
     largest = np.abs(weight).max(axis=1)
     alive = np.flatnonzero(largest > 0)
     q, scale = np.zeros((filters, taps), np.int64), np.zeros(filters)
