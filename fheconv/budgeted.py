@@ -63,7 +63,7 @@ def round_budgeted(
 
 def _harm(w: Array, q: Array, s: Array, moment: Array) -> Array:
     """Return the error of each row (R, n)."""
-    error = w - s[:, None] * q
+    error: Array = w - s[:, None] * q
     return np.einsum("rn,rn->r", error @ moment, error)
 
 
