@@ -16,7 +16,7 @@ from fheconv.config import QuantConfig, check_integer
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.lower import LoweredLayer, lower
 from fheconv.network import Layer, Maximum
-from fheconv.quantized import QuantizedLayer, QuantizedNetwork
+from fheconv.quantized import QuantizedNetwork
 from fheconv.rendering import Report
 from fheconv.rounding import round_weight
 from fheconv.steps import Kernel, Shape
@@ -175,34 +175,19 @@ class BudgetReport(Report):
 
     def _layer_table(self) -> Table:
         table = Table(title="Accumulator budget", title_justify="left")
-        for heading in (
-            "layer",
-            "kind",
-            "shape",
-            "mult.-adds",
-            "lookups",
-            "bits",
-            "",
-            "seen",
-            "looked up",
-            "cost",
-        ):
+        for heading in ("layer", "kind", "shape", "mult.-adds", "lookups", "bits", "seen", "table", "cost"):
             table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
         for layer in self.layers:
             over = self.limit is not None and layer.accumulator_bits > self.limit
-            looked_up = "–"
-            if layer.lookup_bits is not None:
-                looked_up = f"{layer.lookup_bits} bits, {layer.table_entries} entries"
             table.add_row(
                 Text(layer.name),
                 layer.kind,
                 "×".join(map(str, layer.shape)),
                 f"{layer.multiply_adds:,}",
                 f"{layer.lookups:,}",
-                str(layer.accumulator_bits),
-                "proved" if layer.proved else "observed only",
+                f"{layer.accumulator_bits} {'proved' if layer.proved else 'observed only'}",
                 "–" if layer.observed_bits is None else str(layer.observed_bits),
-                looked_up,
+                f"{layer.table_entries}" if layer.table_entries else "–",
                 f"{layer.cost_share:.0%}",
                 style="red" if over else None,
             )
@@ -299,7 +284,7 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
     table = layer.lookup
     return LayerBudget(
         name=layer.name,
-        kind=_kind(layer, network.source.layers[number]),
+        kind=_kind(network.source.layers[number]),
         shape=layer.shape,
         multiply_adds=lowered.multiply_adds,
         lookups=lowered.lookups,
@@ -319,13 +304,18 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
     )
 
 
-def _kind(layer: QuantizedLayer, source: Layer | Maximum) -> str:
-    """Return what a layer is in a few words, such as "conv 3×3, relu"."""
-    kernels = [step for term in layer.terms for step in term.steps if isinstance(step, Kernel)]
-    sizes = ["×".join(map(str, kernel.geometry.kernel)) for kernel in kernels]
-    words = [f"conv {size}" if size.strip("×1") else "linear" if not size else "conv 1" for size in sizes]
+def _kind(source: Layer | Maximum) -> str:
+    """Return what a layer is in a few words, such as "conv 3×3, pool 2×2, relu"."""
+    words: list[str] = []
+    for term in source.terms if isinstance(source, Layer) else ():
+        for step in term.steps:
+            if isinstance(step, Kernel) and not term.is_plain():
+                size = "×".join(map(str, step.geometry.kernel))
+                words.append(f"{'pool' if step.exact else 'conv'} {size}" if size else "linear")
+        if term.is_plain():
+            words.append("skip")
     function = getattr(source, "activation", None)
-    return " + ".join(dict.fromkeys(words)) + ("" if function is None else f", {function.operator}")
+    return ", ".join([*dict.fromkeys(words), *([] if function is None else [function.operator])])
 
 
 def _verdict(layer: LayerBudget, limit: int) -> str:

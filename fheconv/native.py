@@ -4,6 +4,7 @@ Its users talk to it through `fheconv.worker`, because the native library may ta
 """
 
 import hashlib
+import math
 import time
 import warnings
 from typing import Any
@@ -86,7 +87,10 @@ class NativeCircuits:
             input_bytes=circuit.size_of_inputs,
             output_bytes=circuit.size_of_outputs,
             p_error=circuit.p_error,
-            global_p_error=circuit.global_p_error,
+            # Concrete's own figure is not that of all lookups together.
+            global_p_error=-math.expm1(
+                max(circuit.programmable_bootstrap_count, 1) * math.log1p(-circuit.p_error)
+            ),
         )
 
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:

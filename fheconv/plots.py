@@ -50,10 +50,7 @@ def budget(report: BudgetReport, ax: Axes | None = None) -> Axes:
 
     Raises `InvalidArgumentError` if `report` is not a budget report.
     """
-    if not isinstance(report, BudgetReport):
-        raise InvalidArgumentError(
-            f"report is {report!r}; it must be a BudgetReport, such as network.budget() returns."
-        )
+    _check_report(report)
     channels = [channel for layer in report.layers for channel in layer.channels]
     # One free place between layers.
     gaps = [number for number, layer in enumerate(report.layers) for _ in layer.channels]
@@ -107,6 +104,62 @@ def budget(report: BudgetReport, ax: Axes | None = None) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=9)
     return ax
+
+
+def layers(report: BudgetReport) -> Figure:
+    """Draw each layer's bits, and its share of what all lookups cost, of a network's budget.
+
+    Bars are the widths of the accumulators, dark what calibration observed, dots the bits that are looked up.
+    Widths that are observed only are hatched. Raises `InvalidArgumentError` if `report` is no budget report.
+    """
+    _check_report(report)
+    names = [layer.name for layer in report.layers]
+    x = np.arange(len(names))
+    figure, (bits, cost) = plt.subplots(
+        2, 1, figsize=(min(4.0 + 0.7 * len(names), 14.0), 5.0), sharex=True, layout="constrained"
+    )
+    over = [report.limit is not None and one.accumulator_bits > report.limit for one in report.layers]
+    bars = bits.bar(
+        x,
+        [layer.accumulator_bits for layer in report.layers],
+        color=[OVER if passes else FITS for passes in over],
+        label="accumulator, proved",
+    )
+    for bar, layer in zip(bars, report.layers, strict=True):
+        if not layer.proved:
+            bar.set(hatch="//", edgecolor="white")
+    seen = [
+        (at, layer.observed_bits) for at, layer in zip(x, report.layers, strict=True) if layer.observed_bits
+    ]
+    if seen:
+        bits.bar(*zip(*seen, strict=True), width=0.35, color=OBSERVED, label="observed in calibration")
+    looked_up = [(at, one.lookup_bits) for at, one in zip(x, report.layers, strict=True) if one.lookup_bits]
+    if looked_up:
+        at, widths = zip(*looked_up, strict=True)
+        bits.plot(at, widths, "o", color=LIMIT, label="looked up")
+    if report.limit is not None:
+        bits.axhline(report.limit, color=LIMIT, linestyle="--", label=f"limit: {report.limit} bits")
+    bits.set_ylabel("bits")
+    bits.set_title(f"{report.lookups:,} lookups an image", loc="left")
+    bits.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    cost.bar(x, [100 * layer.cost_share for layer in report.layers], color=FITS)
+    for at, layer in zip(x, report.layers, strict=True):
+        if layer.lookups:
+            cost.annotate(
+                f"{layer.lookups:,}",
+                (at, 100 * layer.cost_share),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+    cost.set_ylabel("% of predicted cost")
+    cost.margins(y=0.15)
+    cost.set_xticks(x, names, rotation=45 if len(names) > 6 else 0)
+    cost.set_xlabel("layer; the number of its lookups is on top")
+    for ax in (bits, cost):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def images(pictures: Mapping[str, Any], *, common: bool = False) -> Figure:
@@ -212,6 +265,13 @@ def filter_matrices(
         if ax is not axes[0, 0]:
             ax.set_ylabel("")
     return figure
+
+
+def _check_report(report: Any) -> None:
+    if not isinstance(report, BudgetReport):
+        raise InvalidArgumentError(
+            f"report is {report!r}; it must be a BudgetReport, such as network.budget() returns."
+        )
 
 
 def _check_mapping(value: Any, name: str, kind: str) -> None:

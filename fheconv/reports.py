@@ -1,5 +1,6 @@
 """What is said of a circuit: its cost before it runs, and how its results compare with the clear ones."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,13 +100,20 @@ class Mismatch:
 class VerifyReport(Report):
     """Encrypted results against the clear integers: how many were compared, and the first that differ.
 
-    `promised` is the probability of a wrong value that the circuit was compiled for.
+    `promised` is the probability of a wrong value or, where there are lookups, of an image with any, that the
+    circuit was compiled for: one lookup that fails can spoil every result of its image. Where lookups are
+    rounded, which is approximate by nature, it is how often Concrete's simulation of these images differs.
+    `greatest` is the greatest difference.
     """
 
     values: int
     wrong: int
+    images: int
+    images_wrong: int
+    greatest: int
     mismatches: tuple[Mismatch, ...]
     promised: float
+    by_image: bool
 
     @property
     def ok(self) -> bool:
@@ -114,17 +122,18 @@ class VerifyReport(Report):
 
     @property
     def rate(self) -> float:
-        """The share of wrong values."""
-        return self.wrong / max(self.values, 1)
+        """The share of wrong values, or where there are lookups of images with any."""
+        return self.images_wrong / self.images if self.by_image else self.wrong / self.values
 
     @property
     def as_promised(self) -> bool:
-        """Whether so many wrong values are plausible for a circuit that keeps its promise (binomial test)."""
+        """Whether so many are plausible for a circuit that keeps its promise (binomial test)."""
         if self.ok:
             return True
         from scipy.stats import binom  # slow to import, and seldom needed
 
-        return float(binom.sf(self.wrong - 1, self.values, self.promised)) >= SIGNIFICANCE
+        wrong, tried = (self.images_wrong, self.images) if self.by_image else (self.wrong, self.values)
+        return float(binom.sf(wrong - 1, tried, self.promised)) >= SIGNIFICANCE
 
     def __rich__(self) -> RenderableType:
         lines = [
@@ -132,20 +141,35 @@ class VerifyReport(Report):
         ]
         if not self.ok:
             verdict = "no more than" if self.as_promised else "MORE than"
+            what = f"of {self.images} images have a wrong value" if self.by_image else "of them are wrong"
             lines.append(
-                f"{self.rate:.2g} of them are wrong, {verdict} the promised {self.promised:.2g} explains."
+                f"{self.rate:.2g} {what}, {verdict} the expected {self.promised:.2g} explains; the greatest "
+                f"difference is {self.greatest}."
             )
         lines += [f"At {m.position}: expected {m.expected}, got {m.got}." for m in self.mismatches]
         return Group(*map(Text, lines))
 
 
-def compare(expected: Array, got: Array, promised: float, show: int) -> VerifyReport:
-    """Return the report on results `got` that should be `expected`, naming the first `show` differences."""
+def compare(
+    expected: Array, got: Array, promised: float, show: int, *, by_image: bool = False
+) -> VerifyReport:
+    """Return the report on results `got` that should be `expected`, naming the first `show` differences.
+
+    With `by_image` both are (runs, images, …).
+    """
     wrong = np.argwhere(got != expected)
     mismatches = (
         Mismatch(position=tuple(map(int, at)), expected=int(expected[tuple(at)]), got=int(got[tuple(at)]))
         for at in wrong[:show]
     )
+    images = (got != expected).reshape(math.prod(expected.shape[:2]), -1) if by_image else np.zeros((1, 0))
     return VerifyReport(
-        values=expected.size, wrong=len(wrong), mismatches=tuple(mismatches), promised=promised
+        values=expected.size,
+        wrong=len(wrong),
+        images=len(images),
+        images_wrong=int(images.any(axis=1).sum()),
+        greatest=int(np.abs(got - expected).max(initial=0)),
+        mismatches=tuple(mismatches),
+        promised=promised,
+        by_image=by_image,
     )
