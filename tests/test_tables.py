@@ -35,7 +35,7 @@ def tables(draw, rounded=None):
     channels = draw(st.integers(1, 3))
     shape = (channels, 2, 3)
     rounded = draw(st.booleans()) if rounded is None else rounded
-    rounding_bits = draw(st.integers(1, 6)) if rounded else None
+    rounding_bits = draw(st.integers(2, 6)) if rounded else None
     varies = shape if draw(st.booleans()) else (channels, 1, 1)
     span = rng.integers(0, draw(st.sampled_from([3, 40, 700])), channels)
     step = rng.uniform(0.01, 1, varies) * rng.choice([1, 1, -1], varies)
@@ -157,6 +157,14 @@ def test_the_width_is_the_least_that_holds_the_span_and_the_reserve(span, roundi
         with pytest.raises(fheconv.AccumulatorOverflowError, match=f"{LOOKUP_LIMIT} bits") as refused:
             width("layer", span, rounding_bits)
         assert (refused.value.layer, refused.value.value) == ("layer", span)
+        assert refused.value.limit == 2**16 - 1 - reserve(16, rounding_bits) < span
+
+
+@pytest.mark.parametrize("bits", [1, {"conv": 1}])
+def test_rounding_to_one_bit_leaves_nothing_and_is_refused(bits):
+    assert all(reserve(bits, 1) == 2**bits for bits in range(2, 17))
+    with pytest.raises(fheconv.InvalidArgumentError, match="from 2 to 8"):
+        fheconv.QuantConfig(rounding_bits=bits)
 
 
 def test_constants_of_channels_are_in_the_tables():
@@ -213,7 +221,7 @@ def test_a_network_whose_activation_is_not_a_number_somewhere_is_refused():
         module.conv.bias.fill_(0.1)
     images = np.random.default_rng(0).uniform(0.9, 1, (4, 1, 3, 3))  # on these it is finite
     with pytest.raises(fheconv.CalibrationError, match="not a number"):
-        fheconv.quantize(module, images)
+        fheconv.quantize(module, images, fheconv.QuantConfig(method="mse"))
 
 
 def test_a_network_that_spans_more_than_any_lookup_is_refused():

@@ -136,6 +136,13 @@ def advised(error, config):
     return replace(config, **bits)
 
 
+def quantized_or_refused(module, images, config):
+    try:
+        return fheconv.quantize(module, images, config)
+    except fheconv.AccumulatorOverflowError as error:
+        return error
+
+
 @pytest.mark.parametrize("seed", range(18))
 def test_networks_keep_to_the_width_that_was_asked_for(seed):
     """Or are refused with advice that works, for the layer that it names: a later one may need still more."""
@@ -144,14 +151,12 @@ def test_networks_keep_to_the_width_that_was_asked_for(seed):
     config = fheconv.QuantConfig(
         accumulator_bits=bits, rounding_bits=rounding_bits, input_bits=min(bits, 4 + seed % 2)
     )
-    network, refused = None, []
-    while network is None:
-        try:
-            network = fheconv.quantize(module, images, config)
-        except fheconv.AccumulatorOverflowError as error:
-            assert error.layer not in refused
-            refused.append(error.layer)
-            config = advised(error, config)
+    network, refused = quantized_or_refused(module, images, config), []
+    while not isinstance(network, fheconv.QuantizedNetwork):
+        assert network.layer not in refused
+        refused.append(network.layer)
+        config = advised(network, config)
+        network = quantized_or_refused(module, images, config)
     bits = config.accumulator_bits
     report = network.budget(bits)
     assert report.fits
