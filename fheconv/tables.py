@@ -37,8 +37,8 @@ def width(name: str, span: int, rounding_bits: int | None) -> int:
             return bits
     most = 2**LOOKUP_LIMIT - 1 - reserve(LOOKUP_LIMIT, rounding_bits)
     raise AccumulatorOverflowError(
-        f"Layer {name!r} spans {span} accumulator steps, more than the {most} that the {LOOKUP_LIMIT} bits of "
-        "a lookup hold; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or "
+        f"Layer {name!r} spans {span} accumulator steps, more than the {most} that the {LOOKUP_LIMIT} bits "
+        "of a lookup hold; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or "
         "input_bits.",
         layer=name,
         value=span,

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fheconv
+from fheconv.arrays import frozen
+from fheconv.capture import capture
+from fheconv.network import Network
 
 Size = tuple[int, int, int]
 Block = tuple[nn.Module, Size]
@@ -168,6 +173,21 @@ def _head(rng: np.random.Generator, size: Size) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(size)), 3))
 
 
+_captured: WeakKeyDictionary[nn.Module, Network] = WeakKeyDictionary()
+
+
+def quantize(module: nn.Module, images: np.ndarray, **options: Any) -> fheconv.QuantizedNetwork:
+    """What `fheconv.quantize` returns for a `QuantConfig` of these options.
+
+    Of one module again: torch takes most of a second to export it, so it is exported once.
+    """
+    if module not in _captured:
+        _captured[module] = capture(module, images.shape[1:])
+    with mock.patch("fheconv.quantizer.capture", return_value=_captured[module]):
+        return fheconv.quantize(module, images, fheconv.QuantConfig(**options))
+
+
+@cache
 def random_net(
     seed: int, *names: str, depth: int | None = None, size: Size | None = None
 ) -> tuple[nn.Module, np.ndarray]:
@@ -176,7 +196,7 @@ def random_net(
     torch.manual_seed(seed)
     if size is None:
         size = (int(rng.integers(1, 3)), int(rng.integers(5, 8)), int(rng.integers(5, 8)))
-    images = rng.uniform(float(rng.choice([0.0, -1.0])), 1.0, (12, *size))
+    images = frozen(rng.uniform(float(rng.choice([0.0, -1.0])), 1.0, (12, *size)))
     if not names:
         count = int(rng.integers(1, 4)) if depth is None else depth
         names = tuple(map(str, rng.choice(list(BLOCKS), count)))
@@ -195,7 +215,7 @@ def quantized(
 ) -> fheconv.QuantizedNetwork:
     """Such a network in integers; `options` are those of `QuantConfig`."""
     module, images = random_net(seed, *names, depth=depth, size=size)
-    return fheconv.quantize(module, images, fheconv.QuantConfig(**options))
+    return quantize(module, images, **options)
 
 
 def integer_images(network: fheconv.QuantizedNetwork, seed: int, n: int) -> np.ndarray:

@@ -1,5 +1,5 @@
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from fheconv.network import Layer, Maximum, Network, Quantization
 from fheconv.rounding import round_weight
 from fheconv.tables import reserve
 from fheconv.weights import Rows, round_by_output, round_nearest
-from tests.nets import integer_images, quantized, random_net
+from tests.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(6)
 
@@ -138,7 +138,9 @@ def advised(error, config):
 
 def quantized_or_refused(module, images, config):
     try:
-        return fheconv.quantize(module, images, config)
+        return quantize(
+            module, images, **{field.name: getattr(config, field.name) for field in fields(config)}
+        )
     except fheconv.AccumulatorOverflowError as error:
         return error
 
