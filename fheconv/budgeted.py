@@ -28,30 +28,43 @@ def round_budgeted(
 
     `weight` is (K, n), `moment` H (n, n), `ranges` (n,) integers: how many steps the accumulator gains for
     one step of each weight. `budget` None is none. For each scale of a grid: GPTQ rounding (Frantar et al.
-    2022), then, while over budget, the unit decrement of least harm for what it saves. From the best: single
-    moves and exchanges within the budget while they help, and the best scale for what came out. One bit is
-    {−1, 0, 1}.
+    2022), then, while over budget, the unit decrement of least harm for what it saves; without a budget also
+    the nearest integers. From the best: single moves and exchanges within the budget while they help, and the
+    best scale for what came out. One bit is {−1, 0, 1}.
     """
     greatest = max(2 ** (bits - 1) - 1, 1)
     filters, taps = weight.shape
-    moment = moment + np.eye(taps) * (DAMPING * float(np.trace(moment)) / taps or 1.0)
+    variance = float(np.trace(moment)) / taps
+    # Inputs that never change tell nothing: then all taps count alike.
+    moment = moment + np.eye(taps) * DAMPING * variance if variance > 0 else np.eye(taps)
     largest = np.abs(weight).max(axis=1)
     alive = np.flatnonzero(largest > 0)
     q, scale = np.zeros((filters, taps), np.int64), np.zeros(filters)
     if len(alive):
         w = weight[alive].astype(np.float64)
         s = (largest[alive] / greatest)[:, None] * SCALES
-        candidates = _gptq(np.repeat(w, len(SCALES), axis=0), s.ravel(), moment, greatest)
-        error = np.repeat(w, len(SCALES), axis=0)
+        meant, unit = np.repeat(w, len(SCALES), axis=0), s.ravel()
+        candidates = _gptq(meant, unit, moment, greatest)
         if budget is not None:
-            _decrement(candidates, error, s.ravel(), moment, ranges, budget)
-        error = error - s.reshape(-1, 1) * candidates
-        harm = np.einsum("rn,rn->r", error @ moment, error).reshape(len(alive), -1)
+            _decrement(candidates, meant, unit, moment, ranges, budget)
+        harm = _harm(meant, candidates, unit, moment)
+        if budget is None:  # what one tap leaves to the others may be more than they can take up
+            nearest = np.clip(np.rint(meant / unit[:, None]), -greatest, greatest).astype(np.int64)
+            plain = _harm(meant, nearest, unit, moment)
+            candidates[plain < harm] = nearest[plain < harm]
+            harm = np.minimum(harm, plain)
+        harm = harm.reshape(len(alive), -1)
         best = harm.argmin(axis=1)
         at = np.arange(len(alive)) * len(SCALES) + best
         for number, row in enumerate(alive):
             q[row], scale[row] = _descend(w[number], candidates[at[number]], moment, ranges, greatest, budget)
     return IntegerWeight(q, scale, (-greatest, greatest))
+
+
+def _harm(w: Array, q: Array, s: Array, moment: Array) -> Array:
+    """Return the error of each row (R, n)."""
+    error: Array = w - s[:, None] * q
+    return np.einsum("rn,rn->r", error @ moment, error)
 
 
 def _gptq(w: Array, s: Array, moment: Array, greatest: int) -> Array:

@@ -28,8 +28,9 @@ class QuantConfig:
     accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset
         form; None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits:
         rounding loses what weights gain from more.
-    rounding_bits: 1 to 8. How many bits are left of an accumulator that enters a lookup; the others are
-        rounded away, approximately, which makes the lookup cheaper. None: all.
+    rounding_bits: 2 to 8. How many bits are left of an accumulator that enters a lookup; the others are
+        rounded away, approximately, which makes the lookup cheaper. None: all. (Of one bit nothing would be
+        left: rounding needs a step free at both ends.)
     overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
         calibration observed, and `margin` more at both ends; values outside give wrong results.
     margin: of "calibrated", as a share of the observed range.
@@ -69,14 +70,14 @@ class QuantConfig:
                 )
         if not (_is_number(self.margin) and 0 <= self.margin < np.inf):
             raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0.")
-        for name, greatest in _LAYER_BITS.items():
+        for name, (least, greatest) in _LAYER_BITS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 for layer, bits in value.items():
-                    check_integer(f"{name}[{layer!r}]", bits, 1, greatest)
+                    check_integer(f"{name}[{layer!r}]", bits, least, greatest)
                 value = {str(layer): int(bits) for layer, bits in value.items()}
             elif value is not None or name == "weight_bits":
-                check_integer(name, value, 1, greatest)
+                check_integer(name, value, least, greatest)
                 value = int(value)  # numpy's integers lack int's methods
             object.__setattr__(self, name, value)
         check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
@@ -111,7 +112,7 @@ class QuantConfig:
         """Return the width that a layer's accumulators have to keep to, None for any."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
         if limit is None and rounding is not None and looks_up and self.method != "mse":
-            return min(rounding + ROUNDED_AWAY, _LAYER_BITS["accumulator_bits"])
+            return min(rounding + ROUNDED_AWAY, _LAYER_BITS["accumulator_bits"][1])
         return limit
 
     def check_layers(self, layers: Collection[str]) -> None:
@@ -138,7 +139,13 @@ class QuantConfig:
 
 # How many bits of an accumulator are rounded away, unless its width was chosen.
 ROUNDED_AWAY = 4
-_LAYER_BITS = {"weight_bits": 8, "activation_bits": 8, "accumulator_bits": 16, "rounding_bits": 8}
+# The least and the most.
+_LAYER_BITS = {
+    "weight_bits": (1, 8),
+    "activation_bits": (1, 8),
+    "accumulator_bits": (1, 16),
+    "rounding_bits": (2, 8),
+}
 
 
 SECURITY_LEVELS = (128, 132)

@@ -118,7 +118,9 @@ def _quantize_layer(
         bias = layer.bias
     else:
         budget = None if limit is None else 2**limit - 1 - reserve(limit, rounding_bits)
-        rounded = round_by_output(layer, inputs, network.shapes, floats, tensors, weight_bits, budget)
+        rounded = round_by_output(
+            layer, inputs, network.shapes, floats, tensors, weight_bits, budget, rounding_bits
+        )
         bias = layer.bias + _mean_error(layer, rounded, inputs, floats, tensors)
     step = _steps(layer, rounded.step, bias)
     zero = _sums_at_zero(rounded, inputs, network.shapes)

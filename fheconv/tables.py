@@ -35,12 +35,14 @@ def width(name: str, span: int, rounding_bits: int | None) -> int:
     for bits in range(max(span.bit_length(), 1), LOOKUP_LIMIT + 1):
         if span + reserve(bits, rounding_bits) < 2**bits:
             return bits
+    most = 2**LOOKUP_LIMIT - 1 - reserve(LOOKUP_LIMIT, rounding_bits)
     raise AccumulatorOverflowError(
-        f"Layer {name!r} spans {span} accumulator steps, more than the {LOOKUP_LIMIT} bits that can enter a "
-        "lookup; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or input_bits.",
+        f"Layer {name!r} spans {span} accumulator steps, more than the {most} that the {LOOKUP_LIMIT} bits "
+        "of a lookup hold; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or "
+        "input_bits.",
         layer=name,
         value=span,
-        limit=2**LOOKUP_LIMIT - 1,
+        limit=most,
         remedy=f"accumulator_bits={LOOKUP_LIMIT} or less",
     )
 

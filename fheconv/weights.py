@@ -17,6 +17,7 @@ from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
 from fheconv.rounding import IntegerWeight, round_weight
 from fheconv.steps import Kernel, Select, Shape, Term
+from fheconv.tables import width
 
 # On so many windows of the calibration images the second moment of what a layer reads is measured.
 MOST_WINDOWS = 20_000
@@ -225,25 +226,29 @@ def round_by_output(
     tensors: Sequence[Array],
     bits: int,
     budget: int | None,
+    rounding_bits: int | None = None,
 ) -> IntegerTerms:
     """Round so that the layer's sums on the calibration images change little, by `round_budgeted`.
 
     `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their
     place: what is rounded are the weights that make the best of these, by least squares. Raises
     `AccumulatorOverflowError` where `budget`, the number of steps that an accumulator may span, is too small
-    for any weight.
+    for any weight; `rounding_bits` tells the width that would do.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
     if budget is not None and budget < least:
+        enough = f"accumulator_bits={width(layer.name, least, rounding_bits)}"
+        activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
+        if activations:  # by default they would get more bits where accumulators have more
+            enough += f" and activation_bits={max(activations)}"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, "
-            f"where {budget} are allowed; allow accumulator_bits={least.bit_length()} or more, or give what "
-            "the layer reads fewer bits.",
+            f"where {budget} are allowed; quantize with {enough}, or give what the layer reads fewer bits.",
             layer=layer.name,
             value=least,
             limit=budget,
-            remedy=f"accumulator_bits={least.bit_length()}",
+            remedy=enough,
         )
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
@@ -253,9 +258,12 @@ def round_by_output(
         size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
         stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
         moment = rows.covariance(batch[0], delivered, delivered)
-        ridge = np.eye(len(moment)) * (RIDGE * float(np.trace(moment)) / len(moment) or 1.0)
-        cross = rows.covariance(batch[0], delivered, meant)
-        fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
+        variance = float(np.trace(moment)) / len(moment)
+        fitted = stacked
+        if variance > 0:  # else calibration delivered constants, which tell nothing of the weights
+            ridge = np.eye(len(moment)) * RIDGE * variance
+            cross = rows.covariance(batch[0], delivered, meant)
+            fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
         rounded = round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
         return rounded._replace(scale=rounded.scale * size[:, 0])
 

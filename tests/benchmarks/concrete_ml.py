@@ -46,7 +46,16 @@ CHECK = f"""
 from importlib.metadata import version
 assert version("concrete-ml") == "{RELEASE}" and version("scikit-learn") and version("safetensors")
 """
-QUANTIZE = {"rounding_bits": 6, "accumulator_bits": {"fc1": 8}}
+# Per model: the logits at a width that makes no ciphertext larger.
+QUANTIZE: dict[str, dict[str, Any]] = {
+    "tinycnn": {
+        "rounding_bits": 6,
+        "weight_bits": 5,
+        "accumulator_bits": {"fc1": 8},
+        "activation_bits": {"conv3": 3},
+    },
+    "rescnn": {"rounding_bits": 6, "accumulator_bits": {"fc1": 9}},
+}
 COMPILE = {"p_error": 0.05}
 
 # The threads of either library spin for 0.2 s after a run, and would disturb the other's.
@@ -320,19 +329,24 @@ def main() -> None:
         help="folder of Concrete ML's environment, made if it is not there (default: in the user's cache)",
     )
     ours = parser.add_argument_group("fheconv")
-    for name, kind, default in (
-        ("--quant-config", fheconv.QuantConfig, QUANTIZE),
-        ("--compile-config", fheconv.CompileConfig, COMPILE),
-    ):
-        text = json.dumps(default)
-        ours.add_argument(
-            name, type=configured(kind), default=text, help=f"a {kind.__name__} as JSON (default: {text})"
-        )
+    text = json.dumps(COMPILE)
+    ours.add_argument(
+        "--quant-config",
+        type=configured(fheconv.QuantConfig),
+        help=f"a QuantConfig as JSON (default: of the model, {json.dumps(QUANTIZE)})",
+    )
+    ours.add_argument(
+        "--compile-config",
+        type=configured(fheconv.CompileConfig),
+        default=text,
+        help=f"a CompileConfig as JSON (default: {text})",
+    )
     peers = parser.add_argument_group("Concrete ML")
     peers.add_argument("--n-bits", type=int, default=6, help="of weights and activations (default: 6)")
     peers.add_argument("--rounding-bits", type=int, default=6, help="left for a lookup (default: 6)")
     peers.add_argument("--p-error", type=float, default=0.3, help="of a lookup (default: 0.3)")
     arguments = parser.parse_args()
+    quant_config = arguments.quant_config or fheconv.QuantConfig(**QUANTIZE[arguments.model])
 
     console = Console()
     torch.set_num_threads(1)  # as in concrete_ml_worker.py
@@ -342,7 +356,7 @@ def main() -> None:
     python = peer_python(arguments.environment, console)
     try:
         with Peer(python, data, *settings) as peer:
-            mine = Ours(model, data, arguments.quant_config, arguments.compile_config)
+            mine = Ours(model, data, quant_config, arguments.compile_config)
             refusal = ""
             for _ in range(arguments.compiles):
                 if not refusal:
@@ -362,7 +376,7 @@ def main() -> None:
 
     say = Console(highlight=False, markup=False, soft_wrap=True).print
     say(f"{arguments.model}: {digits.evaluate(model):.1%} of 450 right in float")
-    say(f"fheconv: {arguments.quant_config}, p_error={arguments.compile_config.p_error}")
+    say(f"fheconv: {quant_config}, p_error={arguments.compile_config.p_error}")
     if refusal:
         say("Concrete ML cannot compile this model. It says:", refusal, sep="\n")
     else:

@@ -1,0 +1,180 @@
+import re
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fheconv
+from fheconv.bounds import layer_bounds
+from fheconv.network import Layer, Maximum, Network, Quantization
+from fheconv.rounding import round_weight
+from fheconv.tables import reserve
+from fheconv.weights import Rows, round_by_output, round_nearest
+from tests.nets import integer_images, quantize, quantized, random_net
+
+SEEDS = range(6)
+
+
+def linear_layers(network, images):
+    """Each layer with what its weights are rounded for: its inputs, the tensors in floats and in integers."""
+    floats = network.source.tensors(images)
+    tensors = network.tensors(network.input.integers(images))
+    for layer, own in zip(network.source.layers, network.layers, strict=True):
+        if isinstance(layer, Layer):
+            yield layer, own.inputs, network.shapes, floats, tensors
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def layers(request):
+    """All layers of a random network of 8 bits."""
+    network = quantized(request.param, weight_bits=8, activation_bits=4)
+    return list(linear_layers(network, random_net(request.param)[1]))
+
+
+@given(
+    st.integers(0, 2**32), st.integers(1, 8), st.booleans(), st.sampled_from([1, 2]), st.integers(1, 3),
+    st.integers(-4, 4),
+)  # fmt: skip
+def test_a_single_convolution_gets_the_nearest_weights(seed, bits, per_channel, groups, channels, power):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(2 * groups, channels, 2, 3)) * 10.0**power
+    weight[rng.random(weight.shape) < 0.2] = 0
+    conv = fheconv.Conv.of(weight, groups=groups, padding=1)
+    network = Network.of(conv, (channels * groups, 4, 4))
+    image = Quantization(scale=0.3, zero_point=2, minimum=0, maximum=15)
+    (layer,) = network.layers
+    rounded = round_nearest(layer, [image], network.shapes, bits, per_channel=per_channel)
+    expected = round_weight(weight, bits, per_channel=per_channel)
+    (term,) = rounded.terms
+    (kernel,) = term.steps
+    np.testing.assert_array_equal(kernel.weight, expected.values)
+    assert rounded.range == expected.range
+    steps = np.broadcast_to((expected.scale * 0.3).reshape(-1, 1, 1), layer.shape)
+    np.testing.assert_allclose(rounded.step, steps, rtol=1e-12)
+
+
+def test_what_meets_in_an_accumulator_counts_in_one_unit(layers):
+    """Through the filter matrices: the integers times the step are nearly the float weights, of every value
+    of a layer, whatever terms, poolings and selections lie between."""
+    for layer, inputs, shapes, _, _ in layers:
+        rounded = round_nearest(layer, inputs, shapes, 8, per_channel=True)
+        meant: dict = {}
+        got: dict = {}
+        for term, own, quantization in zip(layer.terms, rounded.terms, inputs, strict=True):
+            exact = term.matrix(shapes[term.source]).toarray() * term.factor * quantization.scale
+            meant[term.source] = meant.get(term.source, 0) + exact
+            integers = own.matrix(shapes[term.source]).toarray() * rounded.step.ravel()
+            got[term.source] = got.get(term.source, 0) + integers
+        for source in meant:
+            greatest = np.abs(np.concatenate(list(meant.values()))).max(axis=0)
+            assert (np.abs(meant[source] - got[source]) <= 0.03 * greatest).all()
+
+
+def test_exact_weights_stay_and_all_integers_are_of_their_type(layers):
+    for bits in (1, 2, 3):
+        for layer, inputs, shapes, floats, tensors in layers:
+            for rounded in (
+                round_nearest(layer, inputs, shapes, bits, per_channel=True),
+                round_by_output(layer, inputs, shapes, floats, tensors, bits, None),
+            ):
+                greatest = max(2 ** (bits - 1) - 1, 1)
+                assert rounded.range == (-greatest, greatest)
+                assert np.isfinite(rounded.step).all()
+                assert rounded.step.shape == layer.shape
+                for term, own in zip(layer.terms, rounded.terms, strict=True):
+                    assert (own.source, own.factor, len(own.steps)) == (term.source, 1, len(term.steps))
+                    (at,) = term.inexact()
+                    assert np.abs(own.steps[at].weight).max() <= greatest
+                    assert own.steps[at].weight.dtype == np.int64
+                    others = [place for place in range(len(term.steps)) if place != at]
+                    assert all(own.steps[place] is term.steps[place] for place in others)
+
+
+def test_every_row_keeps_to_the_budget(layers):
+    for layer, inputs, shapes, floats, tensors in layers:
+        rows = Rows(layer, inputs, shapes)
+        least = min(rows.ranges(row).min() for row in rows.rows)
+        for budget in (least, 2 * least + 1, 15 * least):
+            rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, int(budget))
+            # Each value of the layer by itself, by the filter matrix.
+            needed = np.zeros(layer.shape, np.int64)
+            for term, quantization in zip(rounded.terms, inputs, strict=True):
+                sums = abs(term.matrix(shapes[term.source])).sum(axis=0)
+                needed += np.asarray(sums).reshape(layer.shape) * (
+                    quantization.maximum - quantization.minimum
+                )
+            assert needed.max() <= budget
+            assert budget < 4 * least or needed.max() > 0
+
+
+def test_too_small_a_budget_is_refused_with_one_that_works(layers):
+    for layer, inputs, shapes, floats, tensors in layers:
+        with pytest.raises(fheconv.AccumulatorOverflowError, match="a single weight of 1") as refused:
+            round_by_output(layer, inputs, shapes, floats, tensors, 4, 0)
+        error = refused.value
+        assert (error.layer, error.limit) == (layer.name, 0)
+        with pytest.raises(fheconv.AccumulatorOverflowError):
+            round_by_output(layer, inputs, shapes, floats, tensors, 4, error.value - 1)
+        rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, error.value)
+        if len({part.range for part in Rows(layer, inputs, shapes).parts}) == 1:
+            some = any(own.steps[own.inexact()[0]].weight.any() for own in rounded.terms)
+            assert some or not any(term.steps[term.inexact()[0]].weight.any() for term in layer.terms)
+        for rounding_bits in (None, 2, 4):
+            with pytest.raises(fheconv.AccumulatorOverflowError) as refused:
+                round_by_output(layer, inputs, shapes, floats, tensors, 4, 0, rounding_bits)
+            width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
+            assert 2**width - 1 - reserve(width, rounding_bits) >= error.value
+            assert 2 ** (width - 1) - 1 - reserve(width - 1, rounding_bits) < error.value
+
+
+def advised(error, config):
+    """The configuration that a refusal advises."""
+    bits = {name: int(value) for name, value in re.findall(r"(\w+_bits)=(\d+)", error.remedy)}
+    assert bits
+    return replace(config, **bits)
+
+
+def quantized_or_refused(module, images, config):
+    try:
+        return quantize(
+            module, images, **{field.name: getattr(config, field.name) for field in fields(config)}
+        )
+    except fheconv.AccumulatorOverflowError as error:
+        return error
+
+
+@pytest.mark.parametrize("seed", range(18))
+def test_networks_keep_to_the_width_that_was_asked_for(seed):
+    """Or are refused with advice that works, for the layer that it names: a later one may need still more."""
+    module, images = random_net(seed)
+    bits, rounding_bits = 4 + seed % 6, [None, None, 3][seed % 3 - seed // 6]
+    config = fheconv.QuantConfig(
+        accumulator_bits=bits, rounding_bits=rounding_bits, input_bits=min(bits, 4 + seed % 2)
+    )
+    network, refused = quantized_or_refused(module, images, config), []
+    while not isinstance(network, fheconv.QuantizedNetwork):
+        assert network.layer not in refused
+        refused.append(network.layer)
+        config = advised(network, config)
+        network = quantized_or_refused(module, images, config)
+    bits = config.accumulator_bits
+    report = network.budget(bits)
+    assert report.fits
+    assert report.proved
+    assert report.require() is report
+    q = integer_images(network, seed, 20)
+    tensors = network.tensors(q)
+    for layer, budget in zip(network.layers, report.layers, strict=True):
+        assert budget.accumulator_bits <= bits
+        if isinstance(layer, Maximum):
+            continue
+        bounds = layer_bounds(layer, network.shapes)
+        assert bounds.offset_bits <= bits
+        accumulators = layer.accumulate(tensors)
+        assert (accumulators >= bounds.minimum).all()
+        assert (accumulators <= bounds.maximum).all()
+        if layer.lookup is not None:
+            assert layer.lookup.bits <= bits
+            assert (layer.lookup.bits - layer.lookup.dropped_bits) <= (rounding_bits or bits)
