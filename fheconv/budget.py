@@ -21,9 +21,9 @@ from fheconv.rendering import Report
 from fheconv.rounding import round_weight
 from fheconv.steps import Kernel, Shape
 
-# What a lookup of so many bits costs, 64 of them in a circuit, in millions of the optimiser's complexity, at
-# Concrete's default failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows
-# by the same factor a bit.
+# What a lookup of so many bits costs, 64 of them in a circuit, in millions of the optimiser's complexity,
+# at Concrete's default failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it
+# grows by the same factor a bit.
 LOOKUP_PRICE = {1: 28, 2: 32, 3: 47, 4: 67, 5: 117, 6: 502, 7: 1158, 8: 2610, 10: 13186}
 
 
