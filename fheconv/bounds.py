@@ -152,7 +152,7 @@ def accumulator_bounds(
     bias = None if bias is None else bias.astype(np.int64)
     output = geometry.output_size(spatial)
     tables = [tap_sources(geometry, axis, spatial[axis], output[axis]) for axis in range(len(output))]
-    classes, representatives = zip(*map(_alike, tables), strict=True)
+    classes, representatives = zip(*map(_alike, tables), strict=True) if tables else ((), ())
     shape = (len(weight), *map(len, representatives))
     minimum, maximum = np.empty(shape, np.int64), np.empty(shape, np.int64)
     for number in np.ndindex(*shape[1:]):

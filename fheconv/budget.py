@@ -21,9 +21,9 @@ from fheconv.rendering import Report
 from fheconv.rounding import round_weight
 from fheconv.steps import Kernel, Shape
 
-# What a lookup of so many bits costs, in millions of the optimiser's complexity, at Concrete's default
-# failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows by the same
-# factor a bit.
+# What a lookup of so many bits costs, 64 of them in a circuit, in millions of the optimiser's complexity, at
+# Concrete's default failure probability. tests/benchmarks/lookups.py prints it. In between, and above, it grows
+# by the same factor a bit.
 LOOKUP_PRICE = {1: 28, 2: 32, 3: 47, 4: 67, 5: 117, 6: 502, 7: 1158, 8: 2610, 10: 13186}
 
 
@@ -335,7 +335,9 @@ def _verdict(layer: LayerBudget, limit: int) -> str:
 
 def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]) -> str:
     """Say what to quantize with, or what else to do, for the network to fit."""
-    if (kernel := network.last.convolution) is not None and len(layers) == 1:
+    config, kernel = network.config, network.last.convolution
+    nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
+    if kernel is not None and len(layers) == 1 and nearest:
         return _smaller_bits(network, kernel, limit)
     # A weight of 1 needs as many bits as what it multiplies.
     least = max(layer.input_bits for layer in layers)
@@ -344,8 +346,8 @@ def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]
             f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; "
             f"use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
         )
-    config = replace(network.config, accumulator_bits=limit, overflow="proved", method="auto")
-    return f"Quantize with {config}: the weights are then chosen to keep to {limit} bits."
+    kept = replace(config, accumulator_bits=limit, overflow="proved", method="auto")
+    return f"Quantize with {kept}: the weights are then chosen to keep to {limit} bits."
 
 
 def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:

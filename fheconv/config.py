@@ -199,7 +199,7 @@ class CompileConfig:
             value = getattr(self, name)
             if not (isinstance(value, bool | np.bool_) or (name == "compress_input" and value is None)):
                 raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
-        if self.security_level not in SECURITY_LEVELS:
+        if not _is_number(self.security_level) or self.security_level not in SECURITY_LEVELS:
             raise InvalidArgumentError(
                 f"security_level={self.security_level!r}; Concrete has parameters for "
                 f"{' and '.join(map(str, SECURITY_LEVELS))} bits."

@@ -80,7 +80,7 @@ class Lowered:
         """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
         empty = -len(q) % self.lanes
         filler = np.full((empty, *q.shape[1:]), self.network.input.zero_point)
-        read = np.concatenate([q, filler]).reshape(len(q) + empty, -1)[:, self.inputs]
+        read = np.concatenate([q, filler]).reshape(len(q) + empty, math.prod(q.shape[1:]))[:, self.inputs]
         by_lane = read.reshape((len(q) + empty) // self.lanes, self.lanes, len(self.inputs))
         return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
 

@@ -4,6 +4,7 @@ Tensors are numbered: 0 is the image, i the output of layer i − 1. Everything 
 is one layer, so that each activation is one lookup.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,7 +212,7 @@ class Maximum:
     def output(self, tensors: Sequence[Array]) -> Array:
         """Return the layer's output, (N, C, *S)."""
         x = tensors[self.source]
-        return x.reshape(len(x), -1)[:, self.index].max(axis=1)
+        return x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index].max(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,6 +244,7 @@ class Network:
         """The shape of each tensor."""
         return (self.input_shape, *(layer.shape for layer in self.layers))
 
+    @np.errstate(over="ignore", invalid="ignore")  # who needs them finite says what is wrong
     def tensors(self, x: Array) -> list[Array]:
         """Return every tensor for a batch of images, float64."""
         tensors = [x.astype(np.float64)]

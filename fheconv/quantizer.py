@@ -43,7 +43,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
     images = _calibration_images(calibration, conv)
-    network = capture(module, images.shape[1:]) if conv is None else Network.of(conv, images.shape[1:])
+    network = capture(module if conv is None else conv, images.shape[1:])
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()), maximum=float(images.max()), integral=images.dtype.kind in "iub"
@@ -199,7 +199,13 @@ def _mean_error(
         term.apply(tensors[term.source] - quantization.zero_point)
         for term, quantization in zip(rounded.terms, inputs, strict=True)
     )
-    error = layer.sums(floats) - layer.bias - rounded.step * sums
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        error = layer.sums(floats) - layer.bias - rounded.step * sums
+    if not np.isfinite(error).all():
+        raise CalibrationError(
+            f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
+            "weights or the images."
+        )
     return error.mean(axis=(0, *range(2, error.ndim))).reshape(-1, *[1] * (len(layer.shape) - 1))
 
 

@@ -49,8 +49,8 @@ class Cost(Report):
 
     @property
     def engine_reason(self) -> str:
-        """Why they were taken: of one layer. Of several, `layers` says it of each."""
-        return self.layers[0].reason if len(self.layers) == 1 else "see the layers"
+        """Why the first layer's was taken; `layers` says it of each."""
+        return self.layers[0].reason
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""
@@ -59,7 +59,7 @@ class Cost(Report):
     def __rich__(self) -> RenderableType:
         table = Table(title="Cost of one encrypted image", title_justify="left", show_header=False)
         rows = {
-            "engine": f"{self.engine} ({self.engine_reason})",
+            **({"engine": f"{self.engine} ({self.engine_reason})"} if len(self.layers) == 1 else {}),
             "accumulator": f"{self.accumulator_bits} bits, the result {self.assigned_bits}",
             **({} if self.lookups else {"lanes": f"{self.lanes} images of a batch in one ciphertext"}),
             "lookups": f"{self.lookups:,}",

@@ -82,7 +82,7 @@ class Select:
 
     def apply(self, x: Array, pad: int) -> Array:
         """Return the outputs (N, C', *S') of a batch, with `pad` for zeros."""
-        flat = x.reshape(len(x), -1)[:, self.index.ravel()]
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index.ravel()]
         flat[:, self.index.ravel() == OUTSIDE] = pad
         return flat.reshape(len(x), *self.index.shape)
 

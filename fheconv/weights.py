@@ -142,6 +142,7 @@ class Rows:
                 found.append(im2col(x.astype(np.float64), geometry))
         return found
 
+    @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it
     def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
         """Return the terms with the integers and the scale of each row."""
         weights = [np.zeros(part.kernel.weight.shape, np.int64) for part in self.parts]
@@ -252,7 +253,10 @@ def round_by_output(
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
 
-    def rounded(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+    def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+        # Filters of any size, none of whose squares overflow.
+        size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
+        stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
         moment = rows.covariance(batch[0], delivered, delivered)
         variance = float(np.trace(moment)) / len(moment)
         fitted = stacked
@@ -260,9 +264,10 @@ def round_by_output(
             ridge = np.eye(len(moment)) * RIDGE * variance
             cross = rows.covariance(batch[0], delivered, meant)
             fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
-        return round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
+        rounded = round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
+        return rounded._replace(scale=rounded.scale * size[:, 0])
 
-    return _in_batches(rows, rounded)
+    return _in_batches(rows, fit)
 
 
 def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:

@@ -1,11 +1,14 @@
 """Random trained-looking layers, from a seed, for the tests that compile and encrypt."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 import fheconv
+from fheconv.network import Network
+from fheconv.steps import Term
 
 KINDS = (
     torch.nn.Conv1d,
@@ -83,3 +86,16 @@ def integer_network(weight: Any, shape: tuple[int, ...], **options: Any) -> fhec
     """A network of these very integer weights, up to 4 bits, for integer images 0..3 of this shape."""
     source = fheconv.Conv.of(np.asarray(weight), **options)
     return fheconv.quantize(source, np.full(shape, 3), fheconv.QuantConfig(weight_bits=4, input_bits=2))
+
+
+def with_weight(network: fheconv.QuantizedNetwork, weight: int) -> fheconv.QuantizedNetwork:
+    """The network of one convolution with this integer in place of all its weights."""
+    layer, kernel = network.last, network.last.convolution
+    full = np.full_like(kernel.weight, weight)
+    term = Term(source=0, steps=(replace(kernel, weight=full),))
+    source = fheconv.Conv(name=layer.name, weight=full, bias=None, geometry=kernel.geometry)
+    return replace(
+        network,
+        layers=(replace(layer, terms=(term,)),),
+        source=Network.of(source, network.input_shape),
+    )

@@ -1,5 +1,6 @@
 """Random convolutions for the property tests."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from fheconv.arithmetic import ConvGeometry
 from fheconv.config import QuantConfig
-from fheconv.network import Quantization, QuantizedConv
+from fheconv.network import Quantization
+from fheconv.quantized import QuantizedLayer
+from fheconv.steps import Kernel, Select, Shape, Step, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,7 @@ def layer_problems(draw, configs=None, kinds=("positive", "mixed", "negative", "
 
 @st.composite
 def integer_layers(draw, most_pixels=None):
-    """A random integer layer with biases and a zero-point, and the sizes of its images."""
+    """A random integer layer with biases and a zero-point, of one convolution, and its images' shape."""
     small = st.integers(1, 3)
     groups = draw(st.sampled_from([1, 1, 2]))
     per_group, filters = draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -141,15 +144,87 @@ def integer_layers(draw, most_pixels=None):
         assume(per_group * groups * spatial[0] * spatial[1] <= most_pixels)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     channels = filters * groups
+    kernel = Kernel(weight=rng.integers(-7, 8, (channels, per_group, *kernel)), geometry=geometry)
+    shape = (per_group * groups, *spatial)
+    return integer_layer([Term(source=0, steps=(kernel,))], [draw(input_ranges())], [shape], rng), shape
+
+
+@st.composite
+def input_ranges(draw):
     low = draw(st.integers(-9, 0))
     high = draw(st.integers(max(low, 0) + 1, 9))
-    layer = QuantizedConv(
+    return Quantization(scale=1.0, zero_point=draw(st.integers(low, high)), minimum=low, maximum=high)
+
+
+def integer_layer(terms, inputs, shapes, rng) -> QuantizedLayer:
+    """A layer of these terms, with a bias for each channel, or for each value."""
+    shape = terms[0].shapes(shapes[terms[0].source])[-1]
+    each = shape if rng.integers(2) else (shape[0], *[1] * (len(shape) - 1))
+    return QuantizedLayer(
         name="conv",
-        weight=rng.integers(-7, 8, (channels, per_group, *kernel)),
-        bias=rng.integers(-50, 50, channels),
-        geometry=geometry,
-        weight_scale=np.ones(channels),
+        shape=shape,
+        terms=tuple(terms),
+        inputs=tuple(inputs),
+        scale=np.ones((shape[0], *[1] * (len(shape) - 1))),
+        bias=rng.integers(-50, 50, each),
         weight_range=(-7, 7),
-        input=Quantization(scale=1.0, zero_point=draw(st.integers(low, high)), minimum=low, maximum=high),
+        lookup=None,
     )
-    return layer, tuple(spatial)
+
+
+def _random_step(rng: np.random.Generator, kind: str, shape: Shape, channels: int | None = None) -> Step:
+    """A selection, a pooling window or a convolution of values of `shape`."""
+    if kind == "select":
+        output = rng.integers(1, 4, len(shape))
+        return Select(index=rng.integers(-1, math.prod(shape), output))  # -1 is OUTSIDE
+    kernel = [int(rng.integers(1, min(size + 2, 3) + 1)) for size in shape[1:]]
+    padding = [
+        (int(rng.integers(max(k - size, 0), 3)), int(rng.integers(0, 2)))
+        for k, size in zip(kernel, shape[1:], strict=True)
+    ]
+    options = {"stride": rng.integers(1, 3, len(kernel)).tolist(), "padding": padding}
+    if kind == "pool":
+        weight = np.ones((shape[0], 1, *kernel), np.int64)
+        return Kernel(weight=weight, geometry=ConvGeometry.of(kernel, groups=shape[0], **options), exact=True)
+    filters = int(rng.integers(1, 3)) if channels is None else channels
+    weight = rng.integers(-7, 8, (filters, shape[0], *kernel))
+    return Kernel(weight=weight, geometry=ConvGeometry.of(kernel, **options))
+
+
+CHAINS = (
+    ("conv",),
+    ("select", "conv"),
+    ("conv", "select"),
+    ("conv", "pool"),
+    ("pool", "conv"),
+    ("select", "conv", "select", "pool"),
+    ("pool", "select", "conv", "pool", "select"),
+)
+
+
+@st.composite
+def integer_sums(draw, most_pixels=None):
+    """A random integer layer of several terms and steps, of one tensor or two, and the tensors' shapes.
+
+    What ends in another shape than the first term gets there by a selection.
+    """
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size = st.integers(1, 3)
+    tensors = [(draw(st.integers(1, 2)), draw(size), draw(size)) for _ in range(draw(st.integers(1, 2)))]
+    if most_pixels is not None:
+        assume(sum(map(math.prod, tensors)) <= most_pixels)
+    quantizations = [draw(input_ranges()) for _ in tensors]
+    terms: list[Term] = []
+    for _ in range(draw(st.integers(1, 3))):
+        source = draw(st.integers(0, len(tensors) - 1))
+        shape, steps = tensors[source], []
+        for kind in draw(st.sampled_from(CHAINS)):
+            steps.append(_random_step(rng, kind, shape))
+            shape = steps[-1].output_shape(shape)
+        if terms:
+            output = terms[0].shapes(tensors[terms[0].source])[-1]
+            if output != shape:
+                steps.append(Select(index=rng.integers(-1, math.prod(shape), output)))
+        terms.append(Term(source=source, steps=tuple(steps)))
+    inputs = [quantizations[term.source] for term in terms]
+    return integer_layer(terms, inputs, tensors, rng), tuple(tensors)

@@ -101,15 +101,15 @@ class Trial:
     def bounds(self) -> np.ndarray:
         """The results, after checking that the images which the proof names attain its bounds."""
         network = self.network()
-        layer, spatial = network.layers[0], network.input_shape[1:]
-        bounds = layer_bounds(layer, spatial)
-        results = layer.accumulate(worst_case_inputs(layer, spatial, bounds))
+        layer = network.last
+        bounds = layer_bounds(layer, network.shapes)
+        results = layer.accumulate([worst_case_inputs(layer, network.input_shape, bounds)])
         assert (results <= bounds.maximum).all()
         assert (results >= bounds.minimum).all()
         for channel in range(results.shape[1]):
             assert results[2 * channel, channel].min() == bounds.minimum[channel].min()
             assert results[2 * channel + 1, channel].max() == bounds.maximum[channel].max()
-        return layer.accumulate(self.x)
+        return layer.accumulate([self.x])
 
     def encrypted(self) -> np.ndarray:
         circuit = fheconv.compile(self.network())

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,39 +12,52 @@ import fheconv
 from fheconv.arithmetic import ConvGeometry
 from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, worst_case_inputs
 from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
-from tests.strategies import integer_layers
+from fheconv.network import Quantization
+from fheconv.steps import Kernel, Select, Term
+from tests.strategies import integer_layer, integer_layers, integer_sums
 
 
-def accumulators(layer, images):
-    """The oracle: torch, padded with the zero-point, exact in double precision."""
-    (top, bottom), (left, right) = layer.geometry.padding
-    x = torch.nn.functional.pad(
-        torch.tensor(images).double(), (left, right, top, bottom), value=float(layer.input.zero_point)
-    )
-    y = torch.conv2d(
-        x,
-        torch.tensor(layer.weight).double(),
-        torch.tensor(layer.bias).double(),
-        layer.geometry.stride,
-        0,
-        layer.geometry.dilation,
-        layer.geometry.groups,
-    )
-    return y.numpy()
+def all_layers(**options):
+    """Integer layers of one convolution or of several terms, and the shapes of the tensors they read."""
+    return integer_layers(**options).map(lambda p: (p[0], (p[1],))) | integer_sums(**options)
 
 
-def channels_of(layer):
-    return layer.weight.shape[1] * layer.geometry.groups
+def accumulators(layer, tensors):
+    """The oracle: torch, padded with the zero-point before the first convolution, exact in double."""
+    total = torch.tensor(np.broadcast_to(layer.bias, layer.shape)).double()
+    for term, quantization in zip(layer.terms, layer.inputs, strict=True):
+        x, zero = torch.tensor(tensors[term.source]).double(), float(quantization.zero_point)
+        for step in term.steps:
+            if isinstance(step, Select):
+                outside = torch.full((len(x), 1), zero, dtype=torch.float64)  # the last one, number -1
+                x = torch.cat([x.reshape(len(x), -1), outside], dim=1)[:, torch.tensor(step.index)]
+                continue
+            geometry = step.geometry
+            (top, bottom), (left, right) = geometry.padding
+            x = torch.nn.functional.pad(x, (left, right, top, bottom), value=zero)
+            weight = torch.tensor(step.weight).double()
+            x = torch.conv2d(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+            zero = 0.0
+        total = total + x
+    return total.numpy()
 
 
-@given(integer_layers(most_pixels=10))
+def corners(layer, shapes):
+    """Every choice of the least and the greatest value for each value that the layer may read."""
+    ranges = dict(zip(layer.sources, layer.inputs, strict=True))
+    used = sorted(ranges)
+    ends = [(ranges[s].minimum, ranges[s].maximum) for s in used for _ in range(math.prod(shapes[s]))]
+    flat = np.array(list(product(*ends))).reshape(-1, len(ends))
+    parts = np.split(flat, np.cumsum([math.prod(shapes[s]) for s in used])[:-1], axis=1)
+    tensors = {s: part.reshape(-1, *shapes[s]) for s, part in zip(used, parts, strict=True)}
+    return [tensors.get(s) for s in range(len(shapes))]
+
+
+@given(all_layers(most_pixels=10))
 def test_all_corner_images_together_reach_the_bounds_of_every_position_and_no_more(problem):
-    layer, spatial = problem
-    bounds = layer_bounds(layer, spatial)
-    shape = (channels_of(layer), *spatial)
-    ends = (layer.input.minimum, layer.input.maximum)
-    corners = np.array(list(product(ends, repeat=math.prod(shape)))).reshape(-1, *shape)
-    y = accumulators(layer, corners)
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
+    y = accumulators(layer, corners(layer, shapes))
     # An accumulator is linear in each pixel, so that its extremes lie in the corners.
     np.testing.assert_array_equal(bounds.minimum, y.min(axis=0))
     np.testing.assert_array_equal(bounds.maximum, y.max(axis=0))
@@ -51,38 +65,120 @@ def test_all_corner_images_together_reach_the_bounds_of_every_position_and_no_mo
     np.testing.assert_array_equal(bounds.channel_maximum, y.max(axis=(0, 2, 3)))
 
 
-@given(problem=integer_layers(), seed=st.integers(0, 2**32))
+@given(problem=all_layers(), seed=st.integers(0, 2**32))
 def test_no_image_leaves_the_bounds(problem, seed):
-    layer, spatial = problem
-    bounds = layer_bounds(layer, spatial)
-    images = np.random.default_rng(seed).integers(
-        layer.input.minimum, layer.input.maximum + 1, (50, channels_of(layer), *spatial)
-    )
-    y = accumulators(layer, images)
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
+    rng = np.random.default_rng(seed)
+    ranges = dict(zip(layer.sources, layer.inputs, strict=True))
+    tensors = [
+        rng.integers(ranges[s].minimum, ranges[s].maximum + 1, (50, *shape)) if s in ranges else None
+        for s, shape in enumerate(shapes)
+    ]
+    y = accumulators(layer, tensors)
     assert bounds.minimum.shape == bounds.maximum.shape == y.shape[1:]
     assert (bounds.minimum <= y).all()
     assert (y <= bounds.maximum).all()
+    np.testing.assert_array_equal(layer.accumulate(tensors), y)
+
+
+@given(integer_sums())
+def test_the_signs_of_each_column_say_what_reaches_the_bounds_of_its_accumulator(problem):
+    """Terms that read one tensor are one column: what one adds the other may take away."""
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
+    columns = dict.fromkeys(layer.sources, 0)
+    for term in layer.terms:
+        columns[term.source] = columns[term.source] + term.matrix(shapes[term.source]).toarray()
+    ranges = dict(zip(layer.sources, layer.inputs, strict=True))
+    for bound, sign in ((bounds.minimum, -1), (bounds.maximum, 1)):
+        tensors = [None] * len(shapes)
+        for s, matrix in columns.items():
+            values = np.where(sign * matrix.T > 0, ranges[s].maximum, ranges[s].minimum)
+            tensors[s] = values.reshape(-1, *shapes[s])
+        # Image number i is made for accumulator i.
+        y = accumulators(layer, tensors).reshape(bound.size, bound.size)
+        np.testing.assert_array_equal(y.diagonal(), bound.ravel())
+
+
+@given(problem=integer_sums(), seed=st.integers(0, 2**32))
+def test_bounds_do_not_depend_on_the_order_of_the_terms_nor_on_how_they_are_written(problem, seed):
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
+    order = np.random.default_rng(seed).permutation(len(layer.terms))
+    turned = replace(
+        layer,
+        terms=tuple(layer.terms[i] for i in order),
+        inputs=tuple(layer.inputs[i] for i in order),
+    )
+    # An identity before and after leaves a term as it is.
+    longer = replace(
+        layer,
+        terms=tuple(
+            replace(term, steps=(identity(shapes[term.source]), *term.steps, identity(layer.shape)))
+            for term in layer.terms
+        ),
+    )
+    for other in (turned, longer):
+        again = layer_bounds(other, shapes)
+        np.testing.assert_array_equal(again.minimum, bounds.minimum)
+        np.testing.assert_array_equal(again.maximum, bounds.maximum)
+
+
+def identity(shape):
+    return Select(index=np.arange(math.prod(shape)).reshape(shape))
+
+
+def test_what_two_terms_add_and_take_away_of_one_tensor_is_not_counted_twice():
+    """x + x spans 6 and x − x nothing, x + y and x − y span 6 whatever they read: 0 to 3 each."""
+    kernel = Kernel(weight=np.ones((1, 1, 1, 1), np.int64), geometry=ConvGeometry.of((1, 1)))
+    minus = replace(kernel, weight=-kernel.weight)
+    quantization = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=3)
+
+    def span(first, second, source):
+        terms = (Term(source=0, steps=(first,)), Term(source=source, steps=(second,)))
+        layer = integer_layer(terms, [quantization] * 2, [(1, 1, 1)] * 2, np.random.default_rng(0))
+        bounds = layer_bounds(replace(layer, bias=np.zeros((1, 1, 1), np.int64)), [(1, 1, 1)] * 2)
+        return bounds.channel_minimum.item(), bounds.channel_maximum.item()
+
+    assert span(kernel, kernel, 0) == (0, 6)
+    assert span(kernel, minus, 0) == (0, 0)
+    assert span(kernel, kernel, 1) == (0, 6)
+    assert span(kernel, minus, 1) == (-3, 3)
 
 
 @given(integer_layers())
 def test_worst_case_inputs_reach_both_ends_of_every_channel(problem):
-    layer, spatial = problem
-    bounds = layer_bounds(layer, spatial)
-    images = worst_case_inputs(layer, spatial, bounds)
-    assert images.shape == (2 * len(layer.weight), channels_of(layer), *spatial)
-    assert set(images.ravel()) <= {layer.input.minimum, layer.input.maximum}
-    y = accumulators(layer, images)
-    for c in range(len(layer.weight)):
+    layer, shape = problem
+    (quantization,) = layer.inputs
+    bounds = layer_bounds(layer, [shape])
+    images = worst_case_inputs(layer, shape, bounds)
+    assert images.shape == (2 * layer.shape[0], *shape)
+    assert set(images.ravel()) <= {quantization.minimum, quantization.maximum}
+    y = accumulators(layer, [images])
+    for c in range(layer.shape[0]):
         least, greatest = bounds.minimum_position(c), bounds.maximum_position(c)
-        assert y[(2 * c, c, *least)] == bounds.channel_minimum[c] == y[2 * c, c].min()
-        assert y[(2 * c + 1, c, *greatest)] == bounds.channel_maximum[c] == y[2 * c + 1, c].max()
+        assert y[(2 * c, c, *least)] == bounds.channel_minimum[c]
+        assert y[(2 * c + 1, c, *greatest)] == bounds.channel_maximum[c]
+        assert bounds.channel_minimum[c] == y[2 * c, c].min()
+        assert bounds.channel_maximum[c] == y[2 * c + 1, c].max()
 
 
-@given(integer_layers())
+def test_worst_case_inputs_are_those_of_a_single_convolution():
+    kernel = Kernel(weight=np.ones((1, 1, 1, 1), np.int64), geometry=ConvGeometry.of((1, 1)))
+    quantization = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=3)
+    layer = integer_layer(
+        [Term(source=0, steps=(kernel,))] * 2, [quantization] * 2, [(1, 2, 2)], np.random.default_rng(0)
+    )
+    with pytest.raises(InvalidArgumentError, match="Layer 'conv' is not one convolution"):
+        worst_case_inputs(layer, (1, 2, 2), layer_bounds(layer, [(1, 2, 2)]))
+
+
+@given(all_layers())
 def test_the_positions_named_are_the_first(problem):
-    layer, spatial = problem
-    bounds = layer_bounds(layer, spatial)
-    for c in range(len(layer.weight)):
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
+    for c in range(layer.shape[0]):
         least, greatest = bounds.minimum[c], bounds.maximum[c]
         assert bounds.minimum_position(c) == np.unravel_index(least.argmin(), least.shape)
         assert bounds.maximum_position(c) == np.unravel_index(greatest.argmax(), greatest.shape)
@@ -129,10 +225,10 @@ def test_other_integer_dtypes_and_lists_have_the_same_bounds():
         np.testing.assert_array_equal(bounds.maximum, expected.maximum)
 
 
-@given(problem=integer_layers())
+@given(problem=all_layers())
 def test_offset_form_is_never_wider_than_twos_complement(problem):
-    layer, spatial = problem
-    bounds = layer_bounds(layer, spatial)
+    layer, shapes = problem
+    bounds = layer_bounds(layer, shapes)
     assert bounds.offset_bits <= bounds.twos_complement_bits
     whole = np.array([int(s) for s in bounds.channel_span])
     assert (whole < 2**bounds.offset_bits).all()

@@ -27,7 +27,7 @@ def named_config(remedy):
 @given(layer_problems())
 def test_the_report_says_what_the_bounds_prove(problem):
     network = network_of(problem)
-    bounds = layer_bounds(network.layers[0], network.input_shape[1:])
+    bounds = layer_bounds(network.last, network.shapes)
     report = network.budget()
     (layer,) = report.layers
     assert report.accumulator_bits == layer.offset_bits == bounds.offset_bits
@@ -117,15 +117,17 @@ def test_the_remedy_knows_the_zero_point_where_no_position_sees_every_tap(filter
     """Each of two positions misses a tap; a zero-point halfway makes the span narrower."""
     layer, images = Conv.of([[[filters]]], padding=(0, 1)), [[[[-1.0, 1.0]]]]
     config = QuantConfig(weight_bits=4, input_bits=5)
-    remedy = quantize(layer, images, config).budget(7).remedy
+    network = quantize(layer, images, config)
+    limit = network.budget().accumulator_bits - 1
+    remedy = network.budget(limit).remedy
     named = named_config(remedy)
     claimed = int(re.search(r"need (\d+) bits", remedy)[1])
-    assert quantize(layer, images, named).budget().accumulator_bits == claimed <= 7
+    assert quantize(layer, images, named).budget().accumulator_bits == claimed <= limit
     chosen = (named.weight_bits, named.input_bits)
     for widths in itertools.product(range(1, 5), range(1, 6)):
         if (sum(widths), widths) > (sum(chosen), chosen):
             more = replace(config, weight_bits=widths[0], input_bits=widths[1])
-            assert not quantize(layer, images, more).budget(7).fits
+            assert not quantize(layer, images, more).budget(limit).fits
 
 
 def test_where_nothing_fits_the_least_width_may_belong_to_two_bit_weights():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv.bounds import layer_bounds
+from fheconv.capture import single_convolution
 from tests.layers import KINDS, random_module, random_network, unlike_calibration
 
 SEEDS = st.integers(0, 2**31)
@@ -91,13 +92,13 @@ def test_int8_weights_that_padding_adds_up_do_not_wrap():
 def test_bounds_are_those_of_the_matrix(kind, seed):
     """The matrix has one weight a pixel, repeated or not: its columns bound the accumulators exactly."""
     network, _, _ = random_network(seed, kind)
-    layer, spatial = network.layers[0], network.input_shape[1:]
+    layer = network.last
     zero = np.zeros((1, *network.input_shape), np.int64)
     basis = np.eye(zero.size, dtype=np.int64).reshape(-1, *network.input_shape)
-    constant = layer.accumulate(zero)
-    matrix = (layer.accumulate(basis) - constant).reshape(zero.size, -1)
-    ends = np.stack([matrix * layer.input.minimum, matrix * layer.input.maximum])
-    bounds = layer_bounds(layer, spatial)
+    constant = layer.accumulate([zero])
+    matrix = (layer.accumulate([basis]) - constant).reshape(zero.size, -1)
+    ends = np.stack([matrix * network.input.minimum, matrix * network.input.maximum])
+    bounds = layer_bounds(layer, network.shapes)
     np.testing.assert_array_equal(bounds.minimum[None], ends.min(0).sum(0).reshape(constant.shape) + constant)
     np.testing.assert_array_equal(bounds.maximum[None], ends.max(0).sum(0).reshape(constant.shape) + constant)
 
@@ -111,13 +112,13 @@ def test_floats_come_close_to_torchs_with_many_bits(kind, seed):
     images = np.random.default_rng(seed).uniform(-1, 1, (2, *shape))
     network = fheconv.quantize(module, images, fheconv.QuantConfig(weight_bits=8, input_bits=16))
     expected = module(torch.tensor(images)).detach().numpy()
-    layer = network.layers[0]
+    layer, integers = network.last, network.last.convolution.weight
     # The weights themselves are off by |w − s·q|, each input is half a step off, the bias half a step.
-    weight = fheconv.quantizer.capture(module).weight
-    scale = layer.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
-    off = np.abs(weight - layer.weight * scale).reshape(len(weight), -1).sum(axis=1)
-    steps = np.abs(layer.weight * scale).reshape(len(weight), -1).sum(axis=1) * 0.5 * layer.input.scale
-    bound = off + steps + 0.5 * layer.output_scale + 1e-9
+    weight = single_convolution(module).weight
+    scale = layer.scale.reshape(-1, *[1] * (weight.ndim - 1)) / network.input.scale
+    off = np.abs(weight - integers * scale).reshape(len(weight), -1).sum(axis=1)
+    steps = np.abs(integers * scale).reshape(len(weight), -1).sum(axis=1) * 0.5 * network.input.scale
+    bound = off + steps + 0.5 * layer.scale.ravel() + 1e-9
     assert (np.abs(network(images) - expected) <= bound.reshape(-1, *[1] * (expected.ndim - 2))).all()
 
 

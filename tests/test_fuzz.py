@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -40,9 +40,9 @@ def oracle(network, x):
     x = np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
     batch = x.reshape(-1, *network.input_shape)
     q = np.rint(batch.astype(np.float64) / network.input.scale) + network.input.zero_point
-    layer = network.layers[0]
-    y = torch.conv2d(torch.tensor(q), torch.tensor(layer.weight, dtype=torch.float64))
-    y = y.numpy().astype(np.int64) + layer.bias.reshape(-1, 1, 1)
+    weight = network.last.convolution.weight
+    y = torch.conv2d(torch.tensor(q), torch.tensor(weight, dtype=torch.float64))
+    y = y.numpy().astype(np.int64) + network.last.bias
     return y if x.ndim == 4 else y[0]
 
 
@@ -345,14 +345,13 @@ def matrix(rng):
 
 
 def configuration(rng):
-    names = ("weight_bits", "input_bits", "per_channel", "input_signed", "input_range")
-    outcome(partial(fheconv.QuantConfig, **options(rng, *names)))
-    names = ("engine", "p_error", "compress_input", "in_process", "time_limit", "memory_limit")
-    outcome(partial(fheconv.CompileConfig, **options(rng, *names)))
+    for kind in (fheconv.QuantConfig, fheconv.CompileConfig):
+        outcome(partial(kind, **options(rng, *(field.name for field in fields(kind)))))
 
 
 def quantization(rng):
-    config = outcome(partial(fheconv.QuantConfig, **options(rng, "weight_bits", "input_bits", "input_range")))
+    names = ("weight_bits", "input_bits", "input_range", "accumulator_bits", "method", "rounding_bits")
+    config = outcome(partial(fheconv.QuantConfig, **options(rng, *names)))
     arguments = [pick(rng, [*WEIGHTS, *ODD]), pick(rng, [*IMAGES, *IMAGES, *ODD])]
     if rng.integers(3) == 0:
         arguments.append(config if rng.integers(4) else pick(rng, ODD))

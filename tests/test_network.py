@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv import InputRangeError, quantize
 from fheconv.network import Quantization
+from fheconv.rounding import round_weight
 from tests.strategies import layer_problems
 
 
@@ -67,13 +68,13 @@ def test_the_accumulator_is_the_sum_that_it_is_said_to_be(problem):
     """Σ weight·q + bias at one position, in Python's own integers, and its real value in fractions."""
     network = quantize(problem.module, problem.images, problem.config)
     (layer,) = network.layers
-    z, geometry = layer.input.zero_point, layer.geometry
+    z, weight, geometry = network.input.zero_point, layer.convolution.weight, layer.convolution.geometry
     q, _ = network.quantize_input(problem.images)
     y, real = network.integers(problem.images), network(problem.images)
     n, k, *position = (s - 1 for s in y.shape)
-    filters, per_group = len(layer.weight) // geometry.groups, layer.weight.shape[1]
-    total = int(layer.bias[k])
-    for c, *tap in np.ndindex(layer.weight.shape[1:]):
+    filters, per_group = len(weight) // geometry.groups, weight.shape[1]
+    total = int(np.broadcast_to(layer.bias, layer.shape)[(k, *position)])
+    for c, *tap in np.ndindex(weight.shape[1:]):
         at = [
             o * s + t * d - before
             for o, s, t, d, (before, _) in zip(
@@ -82,10 +83,15 @@ def test_the_accumulator_is_the_sum_that_it_is_said_to_be(problem):
         ]
         inside = all(0 <= a < size for a, size in zip(at, q.shape[2:], strict=True))
         pixel = int(q[(n, k // filters * per_group + c, *at)]) if inside else z
-        total += int(layer.weight[(k, c, *tap)]) * pixel
+        total += int(weight[(k, c, *tap)]) * pixel
     assert y[(n, k, *position)] == total
-    exact = total * Fraction(layer.weight_scale[k]) * Fraction(layer.input.scale)
-    assert real[(n, k, *position)] == pytest.approx(float(exact), rel=1e-15)
+    rounded = round_weight(
+        problem.module.weight.detach().numpy(),
+        problem.config.weight_bits,
+        per_channel=problem.config.per_channel,
+    )
+    exact = total * Fraction(rounded.scale[k]) * Fraction(network.input.scale)
+    assert real[(n, k, *position)] == pytest.approx(float(exact), rel=1e-14)
 
 
 @given(layer_problems())
@@ -122,4 +128,4 @@ def test_what_happens_to_the_module_afterwards_does_not_change_the_network():
         module.weight.mul_(torch.tensor([[[[0.0, 1, 0], [0, 5, 0], [0, 0, 0]]]]))
     assert network.budget(4).remedy == before
     with pytest.raises(ValueError, match="read-only"):
-        network.layers[0].weight[:] = 0
+        network.last.convolution.weight[:] = 0

@@ -245,7 +245,7 @@ def test_encrypted_results_are_onnxs_on_integers(name):
     circuit = fheconv.compile(network)
     circuit.keygen()
     y = circuit.predict(x, fhe="execute")
-    assert (network.layers[0].weight_scale == 1).all()
+    assert (network.last.scale == 1).all()
     assert network.input.integral
     np.testing.assert_array_equal(p.finish(y), expected)
 

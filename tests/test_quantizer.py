@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fheconv import (
@@ -13,6 +13,7 @@ from fheconv import (
     UnsupportedLayerError,
     quantize,
 )
+from fheconv.rounding import round_weight
 from tests.strategies import layer_problems, quant_configs
 
 
@@ -20,16 +21,23 @@ def network_of(problem):
     return quantize(problem.module, problem.images, problem.config)
 
 
+def counted_bias(network):
+    """The trained bias of each channel in steps: without what the zero-point adds up to."""
+    (layer,) = network.layers
+    assert layer.bias.shape == (layer.shape[0], 1, 1)
+    return layer.bias.ravel() + network.input.zero_point * layer.convolution.weight.sum(axis=(1, 2, 3))
+
+
 def exact_accumulators(network, q):
     """The oracle: torch on integers in double precision, without any zero-point in its padding.
 
     Σ w·(q − z) + b, so that padding is zero; the layer keeps b − z·Σ w as its bias.
     """
-    (layer,) = network.layers
-    z, geometry = layer.input.zero_point, layer.geometry
+    kernel = network.last.convolution
+    z, geometry = network.input.zero_point, kernel.geometry
     x = torch.tensor(q - z).double()
-    weight = torch.tensor(layer.weight).double()
-    bias = torch.tensor(layer.bias + z * layer.weight.sum(axis=(1, 2, 3))).double()
+    weight = torch.tensor(kernel.weight).double()
+    bias = torch.tensor(counted_bias(network)).double()
     padding = [before for before, _ in geometry.padding]
     y = torch.conv2d(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
     return y.numpy()
@@ -43,24 +51,30 @@ def nearest(quantization, x):
 @given(layer_problems())
 def test_outputs_are_the_integers_times_their_scales(problem):
     network = network_of(problem)
-    (layer,) = network.layers
     q = nearest(network.input, problem.images)
     accumulators = exact_accumulators(network, q)
     np.testing.assert_array_equal(network.integers(problem.images), accumulators)
-    scale = (layer.weight_scale * layer.input.scale).reshape(-1, 1, 1)
     y = network(problem.images)
     assert y.dtype == np.float64
-    np.testing.assert_array_equal(y, accumulators * scale)
+    np.testing.assert_array_equal(y, accumulators * network.last.scale)
+    rounded = round_weight(
+        problem.module.weight.detach().numpy(),
+        problem.config.weight_bits,
+        per_channel=problem.config.per_channel,
+    )
+    np.testing.assert_array_equal(network.last.convolution.weight, rounded.values)
+    scale = (rounded.scale * network.input.scale).reshape(-1, 1, 1)
+    np.testing.assert_allclose(network.last.scale, scale, rtol=1e-14)  # sums in another order
     assert y.shape[1:] == network.output_shape
 
 
 @given(layer_problems())
 def test_the_bias_is_counted_to_the_nearest_step(problem):
-    (layer,) = network_of(problem).layers
-    count = layer.bias + layer.input.zero_point * layer.weight.sum(axis=(1, 2, 3))
+    network = network_of(problem)
+    count, step = counted_bias(network), network.last.scale.ravel()
     bias = problem.module.bias
     expected = np.zeros(len(count)) if bias is None else bias.detach().double().numpy()
-    assert (np.abs(count * layer.output_scale - expected) <= layer.output_scale * (0.5 + 1e-9)).all()
+    assert (np.abs(count * step - expected) <= step * (0.5 + 1e-9)).all()
 
 
 def error_bound(problem, network):
@@ -70,9 +84,8 @@ def error_bound(problem, network):
     scale a tap; of signs, at most ‖w‖². Pixels are off by half a step, a bias by half an accumulator step.
     Cauchy-Schwarz takes the first sum to ‖ŵ − w‖·‖x̂‖.
     """
-    (layer,) = network.layers
     end = 2 ** (problem.config.weight_bits - 1) - 1
-    weight = problem.module.weight.detach().double().numpy().reshape(len(layer.weight), -1)
+    weight = problem.module.weight.detach().double().numpy().reshape(network.last.shape[0], -1)
     rows = weight if problem.config.per_channel else weight.reshape(1, -1)
     norm = np.linalg.norm(rows, axis=1)
     distance = norm if end == 0 else np.sqrt(rows.shape[1]) * np.abs(rows).max(axis=1) / end / 2
@@ -80,7 +93,7 @@ def error_bound(problem, network):
     return (
         distance * np.sqrt(weight.shape[1]) * np.abs(pixels).max()
         + np.abs(weight).sum(axis=1) * network.input.scale / 2
-        + layer.output_scale / 2
+        + network.last.scale.ravel() / 2
     )
 
 
@@ -105,7 +118,7 @@ def test_eight_and_twelve_bits_are_within_a_hundredth_of_what_the_layer_can_reac
     reach = layer.taps * np.abs(problem.module.weight.detach().numpy()).max(axis=(1, 2, 3))
     span = max(problem.images.max(), 0) - min(problem.images.min(), 0)
     share = 1 / 254 + 1.5 / 4095
-    assert (distance_to_torch(problem, network) <= reach * span * share + layer.output_scale / 2).all()
+    assert (distance_to_torch(problem, network) <= reach * span * share + layer.scale.ravel() / 2).all()
 
 
 # The zero-point.
@@ -145,9 +158,7 @@ def test_an_image_of_zeros_gives_the_bias_everywhere(problem):
     """Padding and image are the same zero, so that no border can show."""
     network = network_of(problem)
     y = network.integers(np.zeros(network.input_shape))
-    (layer,) = network.layers
-    count = layer.bias + layer.input.zero_point * layer.weight.sum(axis=(1, 2, 3))
-    np.testing.assert_array_equal(y, np.broadcast_to(count.reshape(-1, 1, 1), y.shape))
+    np.testing.assert_array_equal(y, np.broadcast_to(counted_bias(network).reshape(-1, 1, 1), y.shape))
 
 
 # Integer images.
@@ -296,7 +307,7 @@ def test_every_container_of_the_same_numbers_is_the_same(convert):
     weight, images = rng.integers(-8, 9, (2, 3, 2, 2)) / 8, rng.integers(-8, 9, (2, 3, 4, 4)) / 8
     expected = quantize(weight, images)
     network = quantize(convert(weight), convert(images))
-    np.testing.assert_array_equal(network.layers[0].weight, expected.layers[0].weight)
+    np.testing.assert_array_equal(network.last.convolution.weight, expected.last.convolution.weight)
     assert network.input == expected.input
     np.testing.assert_array_equal(network(convert(images)), expected(images))
     np.testing.assert_array_equal(network(convert(images[0])), expected(images[0]))
@@ -412,15 +423,38 @@ def test_steps_that_cannot_be_counted_are_refused_with_the_channel(weight, bias,
 
 @pytest.mark.parametrize(
     "module",
-    [
-        torch.nn.Linear(4, 2),
-        torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3)),
-    ],
+    [torch.nn.LSTM(4, 2), torch.nn.MultiheadAttention(4, 2), torch.nn.Bilinear(4, 4, 2)],
     ids=lambda module: type(module).__name__,
 )
-def test_other_modules_are_refused_by_name(module):
-    with pytest.raises(UnsupportedLayerError, match=type(module).__name__):
+def test_modules_that_cannot_be_compiled_are_refused_by_name(module):
+    with pytest.raises(UnsupportedLayerError, match=rf"(?i)\b{type(module).__name__}\b"):
         quantize(module, np.ones((1, 4, 4)))
+
+
+@settings(max_examples=15)  # each is exported by torch
+@given(layer_problems())
+def test_a_model_of_one_layer_is_that_layer(problem):
+    expected = network_of(problem)
+    model = quantize(torch.nn.Sequential(problem.module).double(), problem.images, problem.config)
+    assert model.input == expected.input
+    np.testing.assert_array_equal(model.last.convolution.weight, expected.last.convolution.weight)
+    np.testing.assert_array_equal(model.integers(problem.images), expected.integers(problem.images))
+    np.testing.assert_array_equal(model(problem.images), expected(problem.images))
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), bits=st.integers(1, 8))
+def test_a_linear_layer_is_the_convolution_of_one_tap_over_no_axes(seed, bits):
+    rng = np.random.default_rng(seed)
+    module = torch.nn.Linear(5, 3).double()
+    weight, bias = rng.standard_normal((3, 5)), rng.standard_normal(3)
+    module.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    images, config = rng.random((4, 5)), QuantConfig(weight_bits=bits)
+    expected = quantize(Conv.of(weight[:, :, None], bias), images[:, :, None], config)
+    network = quantize(module, images, config)
+    np.testing.assert_array_equal(network.last.convolution.weight, expected.last.convolution.weight[..., 0])
+    np.testing.assert_array_equal(network.integers(images), expected.integers(images[:, :, None])[..., 0])
+    np.testing.assert_array_equal(network(images), expected(images[:, :, None])[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -458,6 +492,20 @@ def test_arguments_that_do_not_go_together_are_refused(module, images):
         ({"input_range": (0, 1, 2)}, "two finite numbers"),
         ({"input_range": 5}, "two finite numbers"),
         ({"input_range": ("a", "b")}, "two finite numbers"),
+        ({"weight_bits": None}, "weight_bits=None"),
+        ({"weight_bits": {"conv1": 9}}, r"weight_bits\['conv1'\]=9 must be an integer from 1 to 8"),
+        ({"activation_bits": 9}, "from 1 to 8"),
+        ({"accumulator_bits": 17}, "from 1 to 16"),
+        ({"accumulator_bits": {"fc": 0}}, r"accumulator_bits\['fc'\]=0"),
+        ({"rounding_bits": 0}, "from 1 to 8"),
+        ({"overflow": "never"}, "one of proved, calibrated"),
+        ({"overflow": None}, "one of proved, calibrated"),
+        ({"method": "gptq"}, "one of auto, mse, accumulator"),
+        ({"margin": -0.1}, "margin=-0.1"),
+        ({"margin": np.inf}, "margin=inf"),
+        ({"margin": np.nan}, "margin=nan"),
+        ({"margin": "1"}, "margin='1'"),
+        ({"margin": True}, "margin=True"),
     ],
 )
 def test_configurations_without_meaning_are_refused(options, words):
@@ -465,10 +513,20 @@ def test_configurations_without_meaning_are_refused(options, words):
         QuantConfig(**options)
 
 
+def layers_bits(greatest):
+    return st.dictionaries(st.sampled_from(["conv1", "a.b", "it's"]), st.integers(1, greatest))
+
+
 @given(
     st.builds(
         QuantConfig,
-        weight_bits=st.integers(1, 8),
+        weight_bits=st.integers(1, 8) | layers_bits(8),
+        activation_bits=st.none() | st.integers(1, 8) | layers_bits(8),
+        accumulator_bits=st.none() | st.integers(1, 16) | layers_bits(16),
+        rounding_bits=st.none() | st.integers(1, 8) | layers_bits(8),
+        overflow=st.sampled_from(["proved", "calibrated"]),
+        margin=st.floats(0, 9),
+        method=st.sampled_from(["auto", "mse", "accumulator"]),
         input_bits=st.integers(2, 16),
         per_channel=st.booleans(),
         input_signed=st.booleans(),
@@ -495,3 +553,13 @@ def test_widths_and_ranges_may_be_numpys():
     for ends in (("0", "1"), (0, 1, 2), 3, (0, None)):
         with pytest.raises(InvalidArgumentError, match="input_range"):
             QuantConfig(input_range=ends)
+
+
+def test_bits_of_a_layer_that_there_is_not_are_refused_and_those_of_others_are_the_default():
+    weight, images = np.array([[1.0, 7.0], [-3.0, 2.0]]), np.random.default_rng(0).random((1, 4, 4))
+    with pytest.raises(InvalidArgumentError, match=r"weight_bits names 'fc'; the layers .* are 'conv'"):
+        quantize(weight, images, QuantConfig(weight_bits={"fc": 2}))
+    narrow, named = (quantize(weight, images, QuantConfig(weight_bits=b)) for b in (2, {"conv": 2}))
+    np.testing.assert_array_equal(named.integers(images), narrow.integers(images))
+    default, empty = (quantize(weight, images, config) for config in (None, QuantConfig(weight_bits={})))
+    np.testing.assert_array_equal(empty.integers(images), default.integers(images))

@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_example_runs():
     (example,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Accumulator budget" in done.stdout
     assert "Cost of one encrypted image" in done.stdout

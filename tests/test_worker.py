@@ -6,14 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import fheconv
 from fheconv.worker import Worker, worker
-from tests.layers import random_network, unlike_calibration
+from tests.layers import random_network, unlike_calibration, with_weight
 
 
 @pytest.fixture
@@ -58,17 +57,15 @@ def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too
     network = fheconv.quantize(
         np.ones((1, 1, 1, 1)), np.array([[[0, 1], [1, 0]]]), fheconv.QuantConfig(input_bits=1)
     )
-    wide = replace(network.layers[0], weight=np.full((1, 1, 1, 1), 2**bits))
     with pytest.raises(fheconv.CompilationError):
-        fheconv.compile(replace(network, layers=(wide,)), fheconv.CompileConfig(engine=engine))
+        fheconv.compile(with_weight(network, 2**bits), fheconv.CompileConfig(engine=engine))
 
 
 def test_a_failure_in_compile_leaves_other_networks_to_compile(monkeypatch):
     network, _, _ = random_network(7)
     monkeypatch.setattr("fheconv.circuit.LINEAR_LIMIT", 1000)
-    wide = replace(network.layers[0], weight=np.full_like(network.layers[0].weight, 2**52))
     with pytest.raises(fheconv.CompilationError):
-        fheconv.compile(replace(network, layers=(wide,)))
+        fheconv.compile(with_weight(network, 2**52))
     fresh = fheconv.compile(network)
     fresh.keygen()
     assert fresh.verify(unlike_calibration(network, 1)).ok
