@@ -85,11 +85,18 @@ class Lowered:
         return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
 
     def inputset(self) -> Array:
-        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
+        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints.
+
+        Concrete computes them, and stops at what leaves a table: where that is not proved impossible, it sees
+        an image of calibration.
+        """
         image = self.network.input
         ends = [image.minimum, image.maximum] if image.minimum < 0 else [0]
-        images = [np.full((self.lanes, *self.network.input_shape), end, np.int64) for end in ends]
-        return self.prepare(np.concatenate(images))
+        images = [np.full(self.network.input_shape, end, np.int64) for end in ends]
+        tables = (getattr(layer, "lookup", None) for layer in self.network.layers)
+        if any(table is not None and not table.proved for table in tables):
+            images = [self.network.example]
+        return self.prepare(np.stack([image for image in images for _ in range(self.lanes)]))
 
     def accumulators(self, results: Array, images: int) -> Array:
         """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""

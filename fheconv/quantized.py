@@ -117,7 +117,7 @@ class QuantizedNetwork:
 
     `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
     calibration images (None: nobody looked), `source` the float network it was made from, `calibrated` the
-    images' range.
+    images' range, and `example` the one of least value in integers, on which nothing overflows.
     """
 
     config: QuantConfig
@@ -126,6 +126,7 @@ class QuantizedNetwork:
     layers: tuple[AnyLayer, ...]
     observed: tuple[tuple[Array, Array] | None, ...]
     source: Network
+    example: Array
 
     @property
     def input_shape(self) -> Shape:

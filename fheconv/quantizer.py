@@ -71,6 +71,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         layers=tuple(layers),
         observed=tuple(observed),
         source=network,
+        example=frozen(min(tensors[0], key=np.min)),
     )
 
 

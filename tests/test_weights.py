@@ -3,8 +3,10 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fheconv
 from fheconv.bounds import layer_bounds
@@ -127,6 +129,32 @@ def test_too_small_a_budget_is_refused_with_one_that_works(layers):
             width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
             assert 2**width - 1 - reserve(width, rounding_bits) >= error.value
             assert 2 ** (width - 1) - 1 - reserve(width - 1, rounding_bits) < error.value
+
+
+@pytest.mark.xfail(
+    reason="A channel's filters have one minimum, so that several filters in it span more than each of them",
+    raises=fheconv.AccumulatorOverflowError,
+)
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.Conv2d(1, 4, 2, stride=2), nn.PixelShuffle(2)),
+        nn.Sequential(nn.Conv2d(1, 4, 2, stride=2), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(1, 1, 2)),
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 18), nn.Unflatten(1, (2, 3, 3)), nn.ReLU(), nn.Conv2d(2, 1, 2)
+        ),
+    ],
+    ids=["shuffled results", "shuffled before an activation", "unflattened before an activation"],
+)
+def test_channels_of_several_filters_keep_to_the_width_that_was_asked_for(module):
+    torch.manual_seed(0)
+    for layer in module:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    images = np.random.default_rng(0).uniform(-1, 1, (12, 1, 6, 6))
+    for bits in (4, 6, 8):
+        network = quantize(module, images, accumulator_bits=bits, input_bits=3)
+        assert network.budget(bits).fits
 
 
 def advised(error, config):
