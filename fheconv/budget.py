@@ -1,5 +1,6 @@
 """What the proved bounds mean for an accumulator of a given width, and what to do when it is too narrow."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.activations import input_quantization
-from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits
+from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, without_bias
 from fheconv.config import QuantConfig, check_integer
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.lower import LoweredLayer, lower
@@ -268,7 +269,9 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
             channels=(),
         )
     observed = network.observed[number]
-    bounds = layer_bounds(layer, network.shapes)
+    # The client adds the bias: one that differs within a channel widens nothing.
+    shifted = layer if math.prod(layer.bias.shape[1:]) == 1 else without_bias(layer)
+    bounds = layer_bounds(shifted, network.shapes)
     steps = max(quantization.maximum - quantization.minimum for quantization in layer.inputs)
     channels = tuple(
         ChannelBudget(

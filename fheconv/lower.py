@@ -17,7 +17,7 @@ from fheconv.engines import UNIT_COST, WHY, take
 from fheconv.errors import InvalidArgumentError
 from fheconv.network import Maximum, Quantization
 from fheconv.pruning import Plain, demand, masks_within, prune
-from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork
+from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
 from fheconv.steps import Kernel, Shape, Term
 
 # From the tensors so far, each (N, values that are read), to the next.
@@ -85,18 +85,9 @@ class Lowered:
         return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
 
     def inputset(self) -> Array:
-        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints.
-
-        Concrete computes them, and stops at what leaves a table: where that is not proved impossible, it sees
-        an image of calibration.
-        """
-        image = self.network.input
-        ends = [image.minimum, image.maximum] if image.minimum < 0 else [0]
-        images = [np.full(self.network.input_shape, end, np.int64) for end in ends]
-        tables = (getattr(layer, "lookup", None) for layer in self.network.layers)
-        if any(table is not None and not table.proved for table in tables):
-            images = [self.network.example]
-        return self.prepare(np.stack([image for image in images for _ in range(self.lanes)]))
+        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
+        blank = blank_images(self.network.input, self.network.input_shape)
+        return self.prepare(np.repeat(blank, self.lanes, axis=0))
 
     def accumulators(self, results: Array, images: int) -> Array:
         """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""

@@ -108,6 +108,12 @@ class QuantizedLayer:
         return accumulators if self.lookup is None else self.lookup(accumulators)
 
 
+def blank_images(quantization: Quantization, shape: Shape) -> Array:
+    """Return the integer images (n, C, *S) that show the sign of a network's inputs, and no more of them."""
+    ends = [quantization.minimum, quantization.maximum] if quantization.minimum < 0 else [0]
+    return np.stack([np.full(shape, end, np.int64) for end in ends])
+
+
 AnyLayer: TypeAlias = QuantizedLayer | Maximum
 
 
@@ -117,7 +123,7 @@ class QuantizedNetwork:
 
     `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
     calibration images (None: nobody looked), `source` the float network it was made from, `calibrated` the
-    images' range, and `example` the one of least value in integers, on which nothing overflows.
+    images' range.
     """
 
     config: QuantConfig
@@ -126,7 +132,6 @@ class QuantizedNetwork:
     layers: tuple[AnyLayer, ...]
     observed: tuple[tuple[Array, Array] | None, ...]
     source: Network
-    example: Array
 
     @property
     def input_shape(self) -> Shape:

@@ -8,12 +8,12 @@ import numpy as np
 
 from fheconv.activations import activation_quantizations, input_quantization
 from fheconv.arrays import Array, as_array, first_position, frozen
-from fheconv.bounds import layer_bounds
+from fheconv.bounds import layer_bounds, without_bias
 from fheconv.capture import capture, single_convolution
 from fheconv.config import QuantConfig
 from fheconv.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Conv, Layer, Maximum, Network, Quantization
-from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork
+from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork, blank_images
 from fheconv.steps import Shape
 from fheconv.tables import compressed, lookup, reserve, width
 from fheconv.weights import IntegerTerms, round_by_output, round_nearest
@@ -49,6 +49,9 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         minimum=float(images.min()), maximum=float(images.max()), integral=images.dtype.kind in "iub"
     )
     image = input_quantization(calibrated, config)
+    if config.overflow == "calibrated":  # Concrete, which sees these images, stops at what leaves a table
+        blank = (blank_images(image, network.input_shape) - image.zero_point) * image.scale
+        images = np.concatenate([images, blank])
     floats = network.tensors(images)
     quantizations = activation_quantizations(network, floats, image, config)
     tensors = [image.integers(images)]
@@ -71,7 +74,6 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         layers=tuple(layers),
         observed=tuple(observed),
         source=network,
-        example=frozen(min(tensors[0], key=np.min)),
     )
 
 
@@ -140,7 +142,7 @@ def _quantize_layer(
     )
     accumulators = np.moveaxis(quantized.accumulate(tensors), 1, 0).reshape(layer.shape[0], -1)
     observed = accumulators.min(axis=1), accumulators.max(axis=1)
-    bounds = layer_bounds(quantized, network.shapes)
+    bounds = layer_bounds(without_bias(quantized), network.shapes)
     minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
     if layer.activation is None or output is None:
         bits = bounds.offset_bits

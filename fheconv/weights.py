@@ -87,6 +87,9 @@ class Rows:
         of_node = np.array([number[label] for label in labels.tolist()])
         # The row of each of the layer's values; where nothing comes from anywhere, any will do.
         self.of_value = np.where(lead == OUTSIDE, 0, of_node[lead]).reshape(layer.shape)
+        by_channel = self.of_value.reshape(layer.shape[0], -1)
+        # Whether some channel, whose values start from one minimum, has values of several filters.
+        self.mixed = bool((by_channel != by_channel[:, :1]).any())
 
     def weights(self, row: Row) -> Array:
         """Return the float weights of a row, relative to the first term's unit; a lone term's unchanged."""
@@ -237,6 +240,8 @@ def round_by_output(
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
+    if rows.mixed:  # one filter may reach down and another up
+        least *= 2
     if budget is not None and budget < least:
         enough = f"accumulator_bits={width(layer.name, least, rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
@@ -264,7 +269,8 @@ def round_by_output(
             ridge = np.eye(len(moment)) * RIDGE * variance
             cross = rows.covariance(batch[0], delivered, meant)
             fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
-        rounded = round_budgeted(fitted, moment, rows.ranges(batch[0]), bits, budget)
+        ranges = rows.ranges(batch[0]) * (2 if rows.mixed else 1)
+        rounded = round_budgeted(fitted, moment, ranges, bits, budget)
         return rounded._replace(scale=rounded.scale * size[:, 0])
 
     return _in_batches(rows, fit)

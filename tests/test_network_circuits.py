@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fheconv
+from fheconv.quantized import blank_images
 from tests.nets import integer_images, quantize, quantized, random_net, real_images
 
 # Small networks of two and three layers: a convolution, one with pooling, a residual block.
@@ -128,7 +129,7 @@ def test_what_overflows_wraps_encrypted_as_it_does_in_clear(seed, size):
     np.testing.assert_array_equal((got - expected) % turn, np.zeros_like(got))
     np.testing.assert_array_equal(got[~wraps], expected[~wraps])
     np.testing.assert_array_equal(circuit._integers(q, "simulate"), got)
-    seen = network.example[None]
+    seen = blank_images(network.input, network.input_shape)
     assert not outside(network, seen)[0]
     np.testing.assert_array_equal(encrypted(circuit, seen), network.accumulate(seen))
 

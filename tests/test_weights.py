@@ -131,10 +131,6 @@ def test_too_small_a_budget_is_refused_with_one_that_works(layers):
             assert 2 ** (width - 1) - 1 - reserve(width - 1, rounding_bits) < error.value
 
 
-@pytest.mark.xfail(
-    reason="A channel's filters have one minimum, so that several filters in it span more than each of them",
-    raises=fheconv.AccumulatorOverflowError,
-)
 @pytest.mark.parametrize(
     "module",
     [
