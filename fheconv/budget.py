@@ -11,15 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fheconv.activations import input_quantization
 from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, without_bias
 from fheconv.config import QuantConfig, check_integer
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.lower import LoweredLayer, lower
 from fheconv.network import Layer, Maximum
 from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer.activations import input_quantization
+from fheconv.quantizer.rounding import round_weight
 from fheconv.rendering import Report
-from fheconv.rounding import round_weight
 from fheconv.steps import Kernel, Shape
 
 # What a lookup of so many bits costs, 64 of them in a circuit, in millions of the optimiser's complexity,

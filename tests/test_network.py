@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv import InputRangeError, quantize
 from fheconv.network import Quantization
-from fheconv.rounding import round_weight
+from fheconv.quantizer.rounding import round_weight
 from tests.strategies import layer_problems
 
 

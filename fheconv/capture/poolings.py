@@ -7,8 +7,8 @@ import numpy as np
 
 from fheconv.arithmetic import ConvGeometry
 from fheconv.arrays import frozen
-from fheconv.calls import BATCH, Call, by_matrix, move, with_constant
-from fheconv.graph import Affine, Pooled, Unsupported, Value
+from fheconv.capture.calls import BATCH, Call, by_matrix, move, with_constant
+from fheconv.capture.graph import Affine, Pooled, Unsupported, Value
 from fheconv.steps import Kernel
 
 Windows = list[list[list[int]]]  # an axis, an output position: the input positions that it reads

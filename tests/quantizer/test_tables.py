@@ -8,7 +8,7 @@ import fheconv
 from fheconv.bounds import layer_bounds
 from fheconv.expression import Expression, X
 from fheconv.network import Quantization
-from fheconv.tables import LOOKUP_LIMIT, compressed, lookup, reserve, width
+from fheconv.quantizer.tables import LOOKUP_LIMIT, compressed, lookup, reserve, width
 from tests.nets import quantized
 
 # Computed by torch, on tensors of doubles.

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.activations import CLIPS, activation_quantizations, input_quantization
 from fheconv.capture import capture
 from fheconv.network import CalibratedInput, Maximum, Quantization
+from fheconv.quantizer.activations import CLIPS, activation_quantizations, input_quantization
 from tests.nets import quantized, random_net
 
 IMAGE = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=15, integral=True)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv import elementwise, poolings
+from fheconv.capture import elementwise, poolings
 from fheconv.arithmetic.geometry import direct_form
 from fheconv.arrays import Array, frozen
-from fheconv.calls import (
+from fheconv.capture.calls import (
     BATCH,
     Call,
     array,
@@ -25,8 +25,8 @@ from fheconv.calls import (
     plain,
     with_constant,
 )
+from fheconv.capture.graph import Final, Unsupported, Value
 from fheconv.expression import ELEMENTWISE, Expression, X
-from fheconv.graph import Final, Unsupported, Value
 from fheconv.steps import Kernel, pointwise
 
 # Convolutions and linear layers.

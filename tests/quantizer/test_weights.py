@@ -11,9 +11,9 @@ from torch import nn
 import fheconv
 from fheconv.bounds import layer_bounds
 from fheconv.network import Layer, Maximum, Network, Quantization
-from fheconv.rounding import round_weight
-from fheconv.tables import reserve
-from fheconv.weights import Rows, round_by_output, round_nearest
+from fheconv.quantizer.rounding import round_weight
+from fheconv.quantizer.tables import reserve
+from fheconv.quantizer.weights import Rows, round_by_output, round_nearest
 from tests.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(6)

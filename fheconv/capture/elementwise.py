@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv import poolings
+from fheconv.capture import poolings
 from fheconv.arrays import Array
-from fheconv.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
+from fheconv.capture.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
+from fheconv.capture.graph import Affine, Pending, Unsupported, Value
 from fheconv.expression import Expression, X
-from fheconv.graph import Affine, Pending, Unsupported, Value
 
 
 def apply(call: Call, *parts: Any, **options: Any) -> Value:

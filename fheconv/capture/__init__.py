@@ -49,7 +49,7 @@ def single_convolution(module: Any) -> Conv | None:
 
 
 def _export(module: Any, input_shape: Shape) -> Network:
-    from fheconv.exported import export
+    from fheconv.capture.exported import export
 
     return export(module, input_shape)
 

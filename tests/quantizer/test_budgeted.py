@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.budgeted import DAMPING, SCALES, round_budgeted
+from fheconv.quantizer.budgeted import DAMPING, SCALES, round_budgeted
 
 
 @st.composite

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 
 from fheconv.arrays import Array
-from fheconv.rounding import IntegerWeight
+from fheconv.quantizer.rounding import IntegerWeight
 
 # Scales that are tried, as multiples of the one at which the greatest weight becomes the greatest integer.
 SCALES = np.geomspace(0.25, 4.0, 33)

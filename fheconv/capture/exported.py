@@ -9,11 +9,11 @@ import torch
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
-from fheconv.calls import BATCH, Call
+from fheconv.capture.calls import BATCH, Call
+from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
+from fheconv.capture.operators import HANDLERS, nearest
 from fheconv.errors import UnsupportedLayerError
-from fheconv.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.network import Network
-from fheconv.operators import HANDLERS, nearest
 from fheconv.steps import Shape
 
 

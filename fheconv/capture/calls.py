@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array, frozen
+from fheconv.capture.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
 from fheconv.expression import Expression, X
-from fheconv.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
 from fheconv.steps import Select, Shape, pointwise
 
 # The examples with which the graph is made: two, so that what mixes images shows.

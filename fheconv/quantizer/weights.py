@@ -12,12 +12,12 @@ from scipy.sparse.csgraph import connected_components
 
 from fheconv.arithmetic import OUTSIDE, im2col
 from fheconv.arrays import Array, frozen
-from fheconv.budgeted import round_budgeted
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
-from fheconv.rounding import IntegerWeight, round_weight
+from fheconv.quantizer.budgeted import round_budgeted
+from fheconv.quantizer.rounding import IntegerWeight, round_weight
+from fheconv.quantizer.tables import width
 from fheconv.steps import Kernel, Select, Shape, Term
-from fheconv.tables import width
 
 # On so many windows of the calibration images the second moment of what a layer reads is measured.
 MOST_WINDOWS = 20_000

@@ -13,7 +13,7 @@ from fheconv import (
     UnsupportedLayerError,
     quantize,
 )
-from fheconv.rounding import round_weight
+from fheconv.quantizer.rounding import round_weight
 from tests.strategies import layer_problems, quant_configs
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.rounding import round_weight
+from fheconv.quantizer.rounding import round_weight
 
 
 def squared_error(weight, rounded):

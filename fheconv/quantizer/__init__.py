@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from fheconv.activations import activation_quantizations, input_quantization
 from fheconv.arrays import Array, as_array, first_position, frozen
 from fheconv.bounds import layer_bounds, without_bias
 from fheconv.capture import capture, single_convolution
@@ -14,9 +13,10 @@ from fheconv.config import QuantConfig
 from fheconv.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Conv, Layer, Maximum, Network, Quantization
 from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork, blank_images
+from fheconv.quantizer.activations import activation_quantizations, input_quantization
+from fheconv.quantizer.tables import compressed, lookup, reserve, width
+from fheconv.quantizer.weights import IntegerTerms, round_by_output, round_nearest
 from fheconv.steps import Shape
-from fheconv.tables import compressed, lookup, reserve, width
-from fheconv.weights import IntegerTerms, round_by_output, round_nearest
 
 # The integers of a bias must stay exact in float64, through which they are computed.
 BIAS_LIMIT = 2**53
