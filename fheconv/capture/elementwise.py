@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv.capture import poolings
 from fheconv.arrays import Array
+from fheconv.capture import poolings
 from fheconv.capture.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
 from fheconv.capture.graph import Affine, Pending, Unsupported, Value
 from fheconv.expression import Expression, X

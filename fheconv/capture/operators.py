@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv.capture import elementwise, poolings
 from fheconv.arithmetic.geometry import direct_form
 from fheconv.arrays import Array, frozen
+from fheconv.capture import elementwise, poolings
 from fheconv.capture.calls import (
     BATCH,
     Call,
