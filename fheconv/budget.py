@@ -63,9 +63,10 @@ class LayerBudget:
 
     `accumulator_bits` is the width that the circuit gives them, in offset form: `offset_bits`, and one more
     where rounding could carry. `proved` says that no image leads outside; otherwise it is what calibration
-    observed, with a margin (`QuantConfig.overflow`). `lookup_bits` is what rounding leaves of it,
-    `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all lookups cost.
-    `channels` is empty for maxima, whose accumulators are differences of two.
+    observed, with a margin (`QuantConfig.overflow`), and `risk` bounds the probability that an image like
+    those of calibration leaves what was observed, margin not counted. `lookup_bits` is what rounding leaves
+    of it, `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all
+    lookups cost. `channels` is empty for maxima, whose accumulators are differences of two.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LayerBudget:
     taps: int
     accumulator_bits: int
     proved: bool
+    risk: float
     offset_bits: int
     twos_complement_bits: int
     data_type_bits: int
@@ -207,6 +209,12 @@ class BudgetReport(Report):
                     f"{layer.taps} taps. Proved {layer.offset_bits} bits; the data types alone would prove "
                     f"{layer.data_type_bits}{seen}."
                 )
+            if not layer.proved:
+                yield (
+                    f"{layer.name}: {layer.accumulator_bits} bits are observed only, {layer.offset_bits} are "
+                    f"proved. Of images like those of calibration up to {layer.risk:.1%} leave what was "
+                    "observed; those that leave the margin too come out wrong."
+                )
             over = self.limit is not None and layer.accumulator_bits > self.limit
             if self.limit is not None and layer.channels and (over or len(self.layers) == 1):
                 yield _verdict(layer, self.limit)
@@ -259,6 +267,7 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
             taps=2,
             accumulator_bits=lowered.bits,
             proved=True,
+            risk=0.0,
             offset_bits=lowered.bits,
             twos_complement_bits=lowered.bits,
             data_type_bits=lowered.bits,
@@ -296,6 +305,7 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
         taps=layer.taps,
         accumulator_bits=bounds.offset_bits if table is None else table.bits,
         proved=table is None or table.proved,
+        risk=0.0 if table is None or table.proved else _risk(layer.shape[0], network.calibrated.images),
         offset_bits=bounds.offset_bits,
         twos_complement_bits=bounds.twos_complement_bits,
         data_type_bits=(layer.taps * max(map(abs, layer.weight_range)) * steps).bit_length(),
@@ -305,6 +315,15 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
         cost_share=share,
         channels=channels,
     )
+
+
+def _risk(channels: int, images: int) -> float:
+    """Return how likely an image is at most to leave the range that some channel had on others like it.
+
+    Each of n + 1 exchangeable images is as likely as any to hold the greatest accumulator of all, and the
+    least.
+    """
+    return min(2 * channels / (images + 1), 1.0)
 
 
 def _kind(source: Layer | Maximum) -> str:

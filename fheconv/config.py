@@ -210,6 +210,10 @@ class CompileConfig:
             )
         if not isinstance(self.lanes, str) or self.lanes != "auto":
             check_integer("lanes", self.lanes, 1, 64)
+        if self.configuration is not None and type(self.configuration).__name__ != "Configuration":
+            raise InvalidArgumentError(
+                f"configuration={self.configuration!r:.50}; it must be a concrete.fhe.Configuration."
+            )
         for name in ("p_error", "global_p_error"):
             value = getattr(self, name)
             if value is not None:

@@ -156,7 +156,8 @@ def _configuration(lowered: Lowered, config: CompileConfig) -> Any:
     """Return what Concrete is configured with."""
     looks_up = lowered.lookups > 0
     p_error = config.p_error
-    if p_error is None and config.global_p_error is None and not looks_up:
+    chosen = (p_error, config.global_p_error, config.configuration)
+    if not looks_up and all(choice is None for choice in chosen):
         p_error = LINEAR_P_ERROR
     base = fhe.Configuration() if config.configuration is None else config.configuration
     changes: dict[str, Any] = {"dump_artifacts_on_unexpected_failures": False}

@@ -89,11 +89,12 @@ class Conv:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedInput:
-    """What calibration showed of the images: all that the choice of their quantization depends on."""
+    """What calibration showed of the images: all that their quantization depends on, and their number."""
 
     minimum: float
     maximum: float
     integral: bool
+    images: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,8 @@ def layers(report: BudgetReport) -> Figure:
     """Draw each layer's bits, and its share of what all lookups cost, of a network's budget.
 
     Bars are the widths of the accumulators, dark what calibration observed, dots the bits that are looked up.
-    Widths that are observed only are hatched. Raises `InvalidArgumentError` if `report` is no budget report.
+    Widths that are observed only, not proved, are hatched. Raises `InvalidArgumentError` if `report` is no
+    budget report.
     """
     _check_report(report)
     names = [layer.name for layer in report.layers]
@@ -123,7 +124,7 @@ def layers(report: BudgetReport) -> Figure:
         x,
         [layer.accumulator_bits for layer in report.layers],
         color=[OVER if passes else FITS for passes in over],
-        label="accumulator, proved",
+        label="accumulator",
     )
     for bar, layer in zip(bars, report.layers, strict=True):
         if not layer.proved:

@@ -350,3 +350,23 @@ def test_configs_of_another_kind_are_refused(network):
     with pytest.raises(fheconv.InvalidArgumentError, match="p_error=5e-324"):
         fheconv.CompileConfig(p_error=5e-324)
     assert isinstance(fheconv.CompileConfig(p_error=np.float32(1e-5)).p_error, float)
+
+
+def test_a_whole_configuration_passes_through(network):
+    from concrete import fhe
+
+    plain = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-6))
+    config = fheconv.CompileConfig(configuration=fhe.Configuration(p_error=1e-6))
+    assert fheconv.compile(network, config).cost.complexity == plain.cost.complexity
+    config = fheconv.CompileConfig(configuration=fhe.Configuration(p_error=0.1), p_error=1e-6)
+    assert fheconv.compile(network, config).cost.p_error <= 1e-6
+    with pytest.raises(fheconv.InvalidArgumentError, match=r"concrete.fhe.Configuration"):
+        fheconv.CompileConfig(configuration={"p_error": 1e-6})
+
+
+def test_more_security_costs_more(network):
+    plain, more = (
+        fheconv.compile(network, fheconv.CompileConfig(security_level=level)).cost.complexity
+        for level in (128, 132)
+    )
+    assert more > plain

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 import fheconv
@@ -32,6 +33,36 @@ def bars(ax, label):
 
 def limit_lines(ax):
     return [line.get_ydata()[0] for line in ax.lines if len(line.get_ydata())]
+
+
+class TestLayers:
+    def network(self, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 3)
+        )
+        return fheconv.quantize(model, torch.rand(9, 1, 6, 6), QuantConfig(**options))
+
+    @pytest.mark.parametrize("options", [{}, {"rounding_bits": 4}, {"overflow": "calibrated"}])
+    def test_bars_are_the_bits_and_shares_of_each_layer(self, options):
+        budget = self.network(**options).budget(9)
+        bits, cost = plots.layers(budget).axes
+        assert [y for _, _, y in bars(bits, "accumulator")] == [
+            layer.accumulator_bits for layer in budget.layers
+        ]
+        assert [bar.get_hatch() == "//" for bar in bits.containers[0]] == [
+            not layer.proved for layer in budget.layers
+        ]
+        (shares,) = cost.containers
+        np.testing.assert_allclose(
+            [bar.get_height() for bar in shares], [100 * layer.cost_share for layer in budget.layers]
+        )
+        assert [text.get_text() for text in cost.texts] == ["32"]
+        assert 9 in limit_lines(bits)
+
+    def test_other_things_are_refused(self):
+        with pytest.raises(InvalidArgumentError, match="BudgetReport"):
+            plots.layers("budget")
 
 
 class TestBudget:

@@ -46,15 +46,16 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     network = capture(module if conv is None else conv, images.shape[1:])
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
-        minimum=float(images.min()), maximum=float(images.max()), integral=images.dtype.kind in "iub"
+        minimum=float(images.min()),
+        maximum=float(images.max()),
+        integral=images.dtype.kind in "iub",
+        images=len(images),
     )
     image = input_quantization(calibrated, config)
-    if config.overflow == "calibrated":  # Concrete, which sees these images, stops at what leaves a table
-        blank = (blank_images(image, network.input_shape) - image.zero_point) * image.scale
-        images = np.concatenate([images, blank])
     floats = network.tensors(images)
     quantizations = activation_quantizations(network, floats, image, config)
     tensors = [image.integers(images)]
+    blanks = [blank_images(image, network.input_shape)]
     layers: list[AnyLayer] = []
     observed: list[tuple[Array, Array] | None] = []
     for layer, output in zip(network.layers, quantizations[1:], strict=True):
@@ -63,10 +64,11 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
             observed.append(None)
         else:
             inputs = [q for source in layer.sources if (q := quantizations[source]) is not None]
-            quantized, seen = _quantize_layer(layer, network, inputs, output, floats, tensors, config)
+            quantized, seen = _quantize_layer(layer, network, inputs, output, floats, tensors, blanks, config)
             layers.append(quantized)
             observed.append(seen)
         tensors.append(layers[-1].output(tensors))
+        blanks.append(layers[-1].output(blanks))
     return QuantizedNetwork(
         config=config,
         input=image,
@@ -108,6 +110,7 @@ def _quantize_layer(
     output: Quantization | None,
     floats: Sequence[Array],
     tensors: Sequence[Array],
+    blanks: Sequence[Array],
     config: QuantConfig,
 ) -> tuple[QuantizedLayer, tuple[Array, Array]]:
     """Return the layer in integers, and the least and the greatest accumulator of each channel observed."""
@@ -148,9 +151,12 @@ def _quantize_layer(
         bits = bounds.offset_bits
     else:
         extra = np.ceil(config.margin * (observed[1] - observed[0])).astype(np.int64)
-        expected = observed[1] - observed[0] + 2 * extra
+        # Concrete, which sees the blank images, stops at what leaves a table.
+        blank = np.moveaxis(quantized.accumulate(blanks), 1, 0).reshape(layer.shape[0], -1)
+        least = np.minimum(observed[0] - extra, blank.min(axis=1))
+        expected = np.maximum(observed[1] + extra, blank.max(axis=1)) - least
         if config.overflow == "calibrated" and expected.max() < span.max():
-            minimum, span, proved = observed[0] - extra, expected, False
+            minimum, span, proved = least, expected, False
         bits = width(layer.name, int(span.max()), rounding_bits)
         table = lookup(
             layer.name,

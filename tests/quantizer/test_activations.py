@@ -148,7 +148,7 @@ def test_activations_that_are_not_finite_are_refused():
     st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.integers(2, 8), st.booleans(), st.floats(0, 1),
 )  # fmt: skip
 def test_every_image_in_the_calibrated_range_is_represented_within_half_a_step(low, size, bits, signed, at):
-    calibrated = CalibratedInput(minimum=low, maximum=low + size, integral=False)
+    calibrated = CalibratedInput(minimum=low, maximum=low + size, integral=False, images=1)
     config = fheconv.QuantConfig(input_bits=bits, input_signed=signed)
     found = input_quantization(calibrated, config)
     x = np.array([low, low + size * at, min(low + size, calibrated.maximum)])

@@ -237,6 +237,9 @@ def test_calibrated_widths_are_narrower_and_say_so(seed):
     assert any(not b.proved for _, b in pairs)
     assert calibrated.budget().proved is False
     assert proved.budget().proved is True
+    for _, b in pairs:  # an exchangeable image more, and two ends of each channel's range
+        assert b.risk == (0 if b.proved else min(2 * b.shape[0] / (len(images) + 1), 1))
+    assert "observed only" in str(calibrated.budget())
     # Where nothing overflows, that is on images such as those of calibration, nothing else changes.
     np.testing.assert_array_equal(calibrated.integers(images), proved.integers(images))
     for layer, seen in zip(calibrated.layers, calibrated.observed, strict=True):
