@@ -45,8 +45,9 @@ class _Part:
     """One term: the convolution with its weights, and what surrounds it.
 
     `unit` is the real size of one step of its input; `range` how much the accumulator's range grows with one
-    step of a weight; `channels` (C, *S) the filter from which each of the layer's values comes. `aligned`
-    says that the convolution's outputs are the layer's.
+    step of a weight; `channels` (C, *S) the filter from which each of the layer's values comes, and `tied`
+    pairs of filters (2, n) that are added up later. `aligned` says that the convolution's outputs are the
+    layer's.
     """
 
     term: Term
@@ -55,6 +56,7 @@ class _Part:
     unit: float
     range: int
     channels: Array
+    tied: Array
     aligned: bool
 
 
@@ -75,7 +77,8 @@ class Rows:
         )  # fmt: skip
         lead = np.take_along_axis(nodes, (nodes != OUTSIDE).argmax(axis=0)[None], axis=0)[0]
         meets = [np.stack([lead, other])[:, (other != OUTSIDE)] for other in nodes]
-        edges = np.unique(np.concatenate(meets, axis=1), axis=1)
+        ties = [part.tied + start for part, start in zip(self.parts, first[:-1], strict=True)]
+        edges = np.unique(np.concatenate([*meets, *ties], axis=1), axis=1)
         graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(first[-1], first[-1]))
         labels = connected_components(graph, directed=False)[1]
         members: dict[int, list[tuple[int, int]]] = {}
@@ -175,11 +178,16 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
     for place, step in enumerate(term.steps):
         if isinstance(step, Kernel) and place != at:
             pooled *= int(np.abs(step.weight).reshape(len(step.weight), -1).sum(axis=1).max())
+    tied = np.zeros((2, 0), np.int64)
     for step, after in zip(term.steps[at + 1 :], shapes[at + 2 :], strict=True):
         if isinstance(step, Select):
             channels = np.where(step.index == OUTSIDE, OUTSIDE, channels.ravel()[step.index])
         else:
-            channels = _pooled(channels, after)
+            by_channel = channels.reshape(len(channels), -1)
+            lead = by_channel.max(axis=1, initial=OUTSIDE)
+            together = np.stack([np.broadcast_to(lead[:, None], by_channel.shape), by_channel])
+            tied = np.concatenate([tied, together[:, by_channel != OUTSIDE]], axis=1)
+            channels = np.broadcast_to(lead.reshape(-1, *[1] * (len(after) - 1)), after)
     return _Part(
         term=term,
         at=at,
@@ -187,14 +195,9 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
         unit=term.factor * quantization.scale,
         range=(quantization.maximum - quantization.minimum) * pooled,
         channels=channels,
+        tied=tied,
         aligned=at == len(term.steps) - 1,
     )
-
-
-def _pooled(channels: Array, after: Shape) -> Array:
-    """Return the filters that a pooling's values come from, if each window holds one filter's values."""
-    by_channel = channels.reshape(len(channels), -1).max(axis=1)
-    return np.broadcast_to(by_channel.reshape(-1, *[1] * (len(after) - 1)), after)
 
 
 def _flat(weight: Array) -> Array:

@@ -294,3 +294,18 @@ def test_layers_are_fitted_to_what_the_layers_before_them_deliver(seed):
     meant = layer.sums(floats).mean(axis=(0, *range(2, 1 + len(layer.shape))))
     steps = np.broadcast_to(own.scale, layer.shape).reshape(len(real), -1).max(axis=1)
     assert (np.abs(real - meant) <= 0.5 * np.abs(steps) + 1e-9).all()
+
+
+def test_filters_that_a_pooling_adds_up_share_a_scale():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+    conv.weight.data *= torch.tensor([0.1, 1.0, 3.0, 10.0]).reshape(-1, 1, 1, 1)
+    module = torch.nn.Sequential(
+        conv, torch.nn.PixelShuffle(2), torch.nn.AvgPool2d(3, 2), torch.nn.Hardtanh(-9, 9)
+    )
+    images = torch.rand(20, 1, 5, 5)
+    network = fheconv.quantize(module, images, fheconv.QuantConfig(weight_bits=8, input_bits=8))
+    expected = module(images).detach().numpy()
+    assert np.abs(network(images) - expected).max() < 0.02 * np.ptp(expected)
+    network = fheconv.quantize(module, images, fheconv.QuantConfig(accumulator_bits=9, input_bits=3))
+    assert network.budget(9).fits
