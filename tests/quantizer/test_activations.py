@@ -77,6 +77,8 @@ class Sum(torch.nn.Module):
         with torch.no_grad():
             self.a.weight.fill_(1.0)
             self.b.weight.fill_(10.0)
+            self.a.bias.zero_()
+            self.b.bias.zero_()
         self.way = way
         self.last = last or torch.nn.Conv2d(1, 1, 1)
 

@@ -225,6 +225,7 @@ def test_a_network_whose_activation_is_not_a_number_somewhere_is_refused():
 
 
 def test_a_network_that_spans_more_than_any_lookup_is_refused():
+    torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Conv2d(4, 1, 3), torch.nn.ReLU(), torch.nn.Conv2d(1, 1, 1))
     images = np.random.default_rng(0).uniform(0, 1, (4, 4, 4, 4))
     config = fheconv.QuantConfig(weight_bits=8, input_bits=10)
