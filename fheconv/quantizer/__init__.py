@@ -155,7 +155,10 @@ def _quantize_layer(
         blank = np.moveaxis(quantized.accumulate(blanks), 1, 0).reshape(layer.shape[0], -1)
         least = np.minimum(observed[0] - extra, blank.min(axis=1))
         expected = np.maximum(observed[1] + extra, blank.max(axis=1)) - least
-        if config.overflow == "calibrated" and expected.max() < span.max():
+        number = network.layers.index(layer) + 1
+        # Maxima are right for values in range only: what they make of one that wrapped cannot be foreseen.
+        pooled = any(isinstance(one, Maximum) and one.source == number for one in network.layers)
+        if config.overflow == "calibrated" and not pooled and expected.max() < span.max():
             minimum, span, proved = least, expected, False
         bits = width(layer.name, int(span.max()), rounding_bits)
         table = lookup(

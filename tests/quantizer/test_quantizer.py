@@ -497,7 +497,7 @@ def test_arguments_that_do_not_go_together_are_refused(module, images):
         ({"activation_bits": 9}, "from 1 to 8"),
         ({"accumulator_bits": 17}, "from 1 to 16"),
         ({"accumulator_bits": {"fc": 0}}, r"accumulator_bits\['fc'\]=0"),
-        ({"rounding_bits": 0}, "from 1 to 8"),
+        ({"rounding_bits": 1}, "from 2 to 8"),
         ({"overflow": "never"}, "one of proved, calibrated"),
         ({"overflow": None}, "one of proved, calibrated"),
         ({"method": "gptq"}, "one of auto, mse, accumulator"),
@@ -513,8 +513,8 @@ def test_configurations_without_meaning_are_refused(options, words):
         QuantConfig(**options)
 
 
-def layers_bits(greatest):
-    return st.dictionaries(st.sampled_from(["conv1", "a.b", "it's"]), st.integers(1, greatest))
+def layers_bits(greatest, least=1):
+    return st.dictionaries(st.sampled_from(["conv1", "a.b", "it's"]), st.integers(least, greatest))
 
 
 @given(
@@ -523,7 +523,7 @@ def layers_bits(greatest):
         weight_bits=st.integers(1, 8) | layers_bits(8),
         activation_bits=st.none() | st.integers(1, 8) | layers_bits(8),
         accumulator_bits=st.none() | st.integers(1, 16) | layers_bits(16),
-        rounding_bits=st.none() | st.integers(1, 8) | layers_bits(8),
+        rounding_bits=st.none() | st.integers(2, 8) | layers_bits(8, 2),
         overflow=st.sampled_from(["proved", "calibrated"]),
         margin=st.floats(0, 9),
         method=st.sampled_from(["auto", "mse", "accumulator"]),

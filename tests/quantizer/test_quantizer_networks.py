@@ -250,6 +250,16 @@ def test_calibrated_widths_are_narrower_and_say_so(seed):
             assert (seen[1] + extra < table.minimum + 2**table.bits).all()
 
 
+def test_what_maxima_are_taken_of_is_proved():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.ReLU())
+    module.append(nn.Flatten()).append(nn.Linear(2, 2))
+    network = quantize(module, torch.rand(8, 1, 6, 6).numpy(), weight_bits=6, overflow="calibrated", margin=0)
+    proved = {layer.name: layer.proved for layer in network.budget().layers}
+    assert proved["0"]
+    assert not proved["3"]
+
+
 def test_a_wider_margin_allows_for_more():
     module, images = random_net(3, *NET)
     networks = [
