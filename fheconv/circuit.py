@@ -108,9 +108,16 @@ class FheCircuit:
             return self._one
         if self._many is None:
             self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
-        if self._many.key_id != self._one.key_id:
-            self._make_keys(self._many, self._one.key_id)
+        if not self._is_current(self._many):
+            self._make_keys(self._many, f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
+
+    def _is_current(self, program: _Program) -> bool:
+        """Whether a program's keys are the present ones, or were made beside them for several lanes.
+
+        Those have a name of their own: a key file does not hold them, so whoever loads one makes others.
+        """
+        return program.key_id.partition(".")[0] == self._one.key_id
 
     def _promised(self, images: int) -> float:
         """Return the probability that a value of a batch of so many, or with lookups an image, is wrong."""
@@ -321,7 +328,7 @@ class FheCircuit:
             raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
         for program in (self._one, self._many):
             if program is not None and program.compiled.fingerprint == ciphertext.fingerprint:
-                if ciphertext.key_id != program.key_id or program.key_id != self._one.key_id:
+                if ciphertext.key_id != program.key_id or not self._is_current(program):
                     raise ArtifactError(
                         "The ciphertext was made with other keys; encrypt again with the present ones."
                     )

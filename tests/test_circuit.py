@@ -370,3 +370,19 @@ def test_more_security_costs_more(network):
         for level in (128, 132)
     )
     assert more > plain
+
+
+def test_batches_of_other_lane_keys_are_refused(network, tmp_path):
+    """A key file holds the keys of single images. Whoever loads it makes others for batches in lanes."""
+    first, second = (fheconv.compile(network) for _ in range(2))
+    first.keygen()
+    first.save_keys(tmp_path / "keys")
+    second.load_keys(tmp_path / "keys")
+    x = unlike_calibration(network, 3, 4)
+    assert first.cost.lanes > 1
+    result = first.run(first.encrypt(x))
+    np.testing.assert_array_equal(first.decrypt(result), network(x))
+    second.encrypt(x)
+    with pytest.raises(fheconv.ArtifactError, match="other keys"):
+        second.decrypt(result)
+    np.testing.assert_array_equal(second.decrypt(first.run(first.encrypt(x[:1]))), network(x[:1]))
