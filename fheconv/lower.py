@@ -16,7 +16,7 @@ from fheconv.config import Engine
 from fheconv.engines import UNIT_COST, WHY, take
 from fheconv.errors import InvalidArgumentError
 from fheconv.network import Maximum, Quantization
-from fheconv.pruning import Plain, demand, masks_within, prune
+from fheconv.pruning import Plain, demand, prune
 from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
 from fheconv.steps import Kernel, Shape, Term
 
@@ -235,7 +235,7 @@ class _Program:
         places = np.full(math.prod(shape), OUTSIDE)
         places[inputs] = np.arange(len(inputs))
         pad, stages, counts = quantization.zero_point, [], []
-        steps = zip(term.steps, term.shapes(shape)[:-1], masks_within(term, shape, wanted)[1:], strict=True)
+        steps = zip(term.steps, term.shapes(shape)[:-1], term.masks(wanted, shape)[1:], strict=True)
         for step, before, after in steps:
             if isinstance(step, Kernel):
                 plain = prune(step, before, after, pad)

@@ -9,7 +9,7 @@ from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array
 from fheconv.network import Maximum
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
-from fheconv.steps import Kernel, Shape, Term
+from fheconv.steps import Kernel, Shape
 
 
 def demand(network: QuantizedNetwork) -> list[Array]:
@@ -154,11 +154,3 @@ def _flat_positions(axes: list[Array], shape: Shape) -> Array:
     outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
     position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), shape)
     return np.where(outside, OUTSIDE, position)
-
-
-def masks_within(term: Term, shape: Shape, wanted: Array) -> list[Array]:
-    """Return what has to be there before each step of a term, and after the last, as masks."""
-    masks = [wanted]
-    for step, before in reversed(list(zip(term.steps, term.shapes(shape)[:-1], strict=True))):
-        masks.insert(0, step.read(masks[0], before))
-    return masks

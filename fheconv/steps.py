@@ -142,9 +142,14 @@ class Term:
 
     def read(self, wanted: Array, shape: Shape) -> Array:
         """Return, as a mask of `shape`, what of the source the outputs of a mask depend on."""
+        return self.masks(wanted, shape)[0]
+
+    def masks(self, wanted: Array, shape: Shape) -> list[Array]:
+        """Return what the outputs of a mask depend on before each step, as masks, and the mask itself."""
+        masks = [wanted]
         for step, before in reversed(list(zip(self.steps, self.shapes(shape)[:-1], strict=True))):
-            wanted = step.read(wanted, before)
-        return wanted
+            masks.insert(0, step.read(masks[0], before))
+        return masks
 
     def inexact(self) -> list[int]:
         """Return the places of the convolutions whose weights are to be quantized."""
