@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fheconv.arrays import Array, as_array, first_position, frozen
-from fheconv.bounds import layer_bounds, without_bias
+from fheconv.bounds import layer_bounds
 from fheconv.capture import capture, single_convolution
 from fheconv.config import QuantConfig
 from fheconv.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
@@ -15,8 +15,7 @@ from fheconv.network import CalibratedInput, Conv, Layer, Maximum, Network, Quan
 from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork, blank_images
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.tables import compressed, lookup, reserve, width
-from fheconv.quantizer.weights import IntegerTerms, round_by_output, round_nearest
-from fheconv.steps import Shape
+from fheconv.quantizer.weights import round_by_output, round_nearest
 
 # The integers of a bias must stay exact in float64, through which they are computed.
 BIAS_LIMIT = 2**53
@@ -120,32 +119,42 @@ def _quantize_layer(
     limit = config.accumulator_bits_of(layer.name, looks_up=looks_up)
     alone = len(network.layers) == 1 and len(layer.terms) == 1
     if config.method == "mse" or (config.method == "auto" and alone and limit is None):
+        nearest = True
         rounded = round_nearest(layer, inputs, network.shapes, weight_bits, per_channel=config.per_channel)
-        bias = layer.bias
     else:
+        nearest = False
         budget = None if limit is None else 2**limit - 1 - reserve(limit, rounding_bits)
         rounded = round_by_output(
             layer, inputs, network.shapes, floats, tensors, weight_bits, budget, rounding_bits
         )
-        bias = layer.bias + _mean_error(layer, rounded, inputs, floats, tensors)
-    step = _steps(layer, rounded.step, bias)
-    zero = _sums_at_zero(rounded, inputs, network.shapes)
-    counted = np.zeros(layer.shape, np.int64)
-    if layer.activation is None:
-        counted = _bias_in_steps(layer, bias, step) - zero
-    quantized = QuantizedLayer(
+    none = np.zeros((1,) * len(layer.shape), np.int64)
+    bare = QuantizedLayer(
         name=layer.name,
         shape=layer.shape,
         terms=rounded.terms,
         inputs=tuple(inputs),
-        scale=frozen(compressed(step)),
-        bias=frozen(compressed(counted)),
+        scale=none,
+        bias=none,
         weight_range=rounded.range,
         lookup=None,
     )
-    accumulators = np.moveaxis(quantized.accumulate(tensors), 1, 0).reshape(layer.shape[0], -1)
+    zeros = {source: q.zero_point for source, q in zip(layer.sources, inputs, strict=True)}
+    # What the accumulators are where every real input is zero.
+    zero = bare.accumulate(
+        [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(network.shapes)]
+    )[0]
+    sums = bare.accumulate(tensors)
+    bias = layer.bias
+    if not nearest:
+        bias = bias + _mean_error(layer, rounded.step * (sums - zero), floats)
+    step = _steps(layer, rounded.step, bias)
+    counted = none
+    if layer.activation is None:
+        counted = compressed(_bias_in_steps(layer, bias, step) - zero)
+    quantized = replace(bare, scale=frozen(compressed(step)), bias=frozen(counted))
+    accumulators = np.moveaxis(sums + counted, 1, 0).reshape(layer.shape[0], -1)
     observed = accumulators.min(axis=1), accumulators.max(axis=1)
-    bounds = layer_bounds(without_bias(quantized), network.shapes)
+    bounds = layer_bounds(bare, network.shapes)
     minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
     if layer.activation is None or output is None:
         bits = bounds.offset_bits
@@ -186,32 +195,13 @@ def _quantize_layer(
     return quantized, observed
 
 
-def _sums_at_zero(rounded: IntegerTerms, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> Array:
-    """Return the accumulators (C, *S) where every real input is zero: what the zero-points add up to."""
-    total: Array = np.zeros((), np.int64)
-    for term, quantization in zip(rounded.terms, inputs, strict=True):
-        zeros = np.full((1, *shapes[term.source]), quantization.zero_point, np.int64)
-        total = total + term.apply(zeros, quantization.zero_point)[0]
-    return total
-
-
-def _mean_error(
-    layer: Layer,
-    rounded: IntegerTerms,
-    inputs: Sequence[Quantization],
-    floats: Sequence[Array],
-    tensors: Sequence[Array],
-) -> Array:
-    """Return by how much the layer's sums are too small on average, for each channel (C, *1).
+def _mean_error(layer: Layer, sums: Array, floats: Sequence[Array]) -> Array:
+    """Return by how much the layer's `sums`, its bias left out, are too small on average, (C, *1).
 
     The bias makes up for it, at no cost (Nagel et al. 2019).
     """
-    sums = sum(
-        term.apply(tensors[term.source] - quantization.zero_point)
-        for term, quantization in zip(rounded.terms, inputs, strict=True)
-    )
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
-        error = layer.sums(floats) - layer.bias - rounded.step * sums
+        error = layer.sums(floats) - layer.bias - sums
     if not np.isfinite(error).all():
         raise CalibrationError(
             f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
