@@ -146,7 +146,7 @@ def _quantize_layer(
     sums = bare.accumulate(tensors)
     bias = layer.bias
     if not nearest:
-        bias = bias + _mean_error(layer, rounded.step * (sums - zero), floats)
+        bias = bias + _mean_error(layer, rounded.step, sums - zero, floats)
     step = _steps(layer, rounded.step, bias)
     counted = none
     if layer.activation is None:
@@ -195,13 +195,13 @@ def _quantize_layer(
     return quantized, observed
 
 
-def _mean_error(layer: Layer, sums: Array, floats: Sequence[Array]) -> Array:
-    """Return by how much the layer's `sums`, its bias left out, are too small on average, (C, *1).
+def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array]) -> Array:
+    """Return by how much `sums`, in units of `step` and without bias, are too small on average, (C, *1).
 
     The bias makes up for it, at no cost (Nagel et al. 2019).
     """
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
-        error = layer.sums(floats) - layer.bias - sums
+        error = layer.sums(floats) - layer.bias - step * sums
     if not np.isfinite(error).all():
         raise CalibrationError(
             f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
