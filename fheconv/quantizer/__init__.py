@@ -201,7 +201,7 @@ def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array])
     The bias makes up for it, at no cost (Nagel et al. 2019).
     """
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
-        error = layer.sums(floats) - layer.bias - step * sums
+        error: Array = layer.sums(floats) - layer.bias - step * sums
     if not np.isfinite(error).all():
         raise CalibrationError(
             f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
