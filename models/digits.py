@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
 Model = TypeVar("Model", bound=nn.Module)
-# One entry of a card's "architecture".
+# A card, or an entry of its "architecture".
 Entry = dict[str, object]
+# The seeds of the validation splits for which weights are shipped.
+SPLITS = (0, 1, 2)
 
 
 class Digits(NamedTuple):
@@ -26,6 +28,15 @@ class Digits(NamedTuple):
     test_images: Tensor
     train_labels: Tensor
     test_labels: Tensor
+
+
+class Split(NamedTuple):
+    """A validation split of the training images: 1077 to train on, 270 left out, to choose things on."""
+
+    train_images: Tensor
+    validation_images: Tensor
+    train_labels: Tensor
+    validation_labels: Tensor
 
 
 class Recipe(NamedTuple):
@@ -49,11 +60,29 @@ def digits() -> Digits:
     return Digits(*parts)
 
 
-def evaluate(model: nn.Module) -> float:
-    """Fraction of the held-out images that `model`, put into evaluation mode, classifies rightly."""
+def validation_split(seed: int) -> Split:
+    """Split the training images, each class in proportion. No test image is among them."""
     data = digits()
+    parts = train_test_split(
+        data.train_images, data.train_labels, test_size=0.2, stratify=data.train_labels, random_state=seed
+    )
+    return Split(*parts)
+
+
+def held_out(split: int | None) -> tuple[Tensor, Tensor]:
+    """Images and labels to measure on: the test images, or the validation images of a split."""
+    if split is None:
+        data = digits()
+        return data.test_images, data.test_labels
+    parts = validation_split(split)
+    return parts.validation_images, parts.validation_labels
+
+
+def evaluate(model: nn.Module, split: int | None = None) -> float:
+    """Fraction of the held-out images that `model`, put into evaluation mode, classifies rightly."""
+    images, labels = held_out(split)
     with torch.inference_mode():
-        right = model.eval()(data.test_images).argmax(1) == data.test_labels
+        right = model.eval()(images).argmax(1) == labels
     return int(right.sum()) / len(right)
 
 
@@ -65,10 +94,10 @@ def warped(images: Tensor, warp: float, noise: float) -> Tensor:
     return moved + noise * torch.randn_like(moved)
 
 
-def train(network: Callable[[], Model], recipe: Recipe) -> Model:
-    """Train a new `network()` for a fixed number of epochs on the training images alone."""
+def train(network: Callable[[], Model], recipe: Recipe, split: int | None) -> Model:
+    """Train a new `network()` for a fixed number of epochs on all training images, or on those of a split."""
     torch.manual_seed(recipe.seed)
-    data = digits()
+    data = digits() if split is None else validation_split(split)
     model = network()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -95,58 +124,111 @@ def entry(model: nn.Module, name: str, **options: object) -> Entry:
     return {"name": name, "kind": type(layer).__name__, **shapes, **options}
 
 
-def card(path: Path, architecture: Sequence[Entry], accuracy: float, how_trained: str) -> dict[str, object]:
-    """Describe the weights in `path`."""
-    images = len(digits().test_images)
+def weights(name: str, split: int | None) -> Path:
+    """Where the shipped weights `name` lie: those trained on all training images, or on those of a split."""
+    stem = name if split is None else f"{name}-split{split}"
+    return Path(__file__).with_name(f"{stem}.safetensors")
+
+
+def load(model: Model, name: str, split: int | None) -> Model:
+    """Put the shipped weights `name` into `model`."""
+    model.load_state_dict(load_file(weights(name, split)))
+    return model.eval()
+
+
+def measured(model: nn.Module, split: int | None) -> Entry:
+    """Describe how `model` does on the held-out images."""
+    images = len(held_out(split)[0])
+    accuracy = evaluate(model, split)
+    if split is None:
+        part, what, call = "test", "held-out quarter of the split", "evaluate()"
+    else:
+        part, what, call = "validation", "images left out of training", f"evaluate(split={split})"
+    return {
+        "value": round(accuracy, 4),
+        "right_answers": round(accuracy * images),
+        f"{part}_images": images,
+        "how_measured": f"Top-1 of the float32 model on the {what}, by {call} in models/digits.py.",
+    }
+
+
+def left_out(split: int) -> str:
+    """Say what a model was trained on, and what not."""
+    parts = validation_split(split)
+    trained, out = len(parts.train_images), len(parts.validation_images)
+    return (
+        f" Of the {trained + out} training images, {out} were left out, as validation images: "
+        f"train_test_split(test_size=0.2, stratify=labels, random_state={split})."
+    )
+
+
+def card(
+    model: nn.Module, path: Path, architecture: Sequence[Entry], how_trained: str, split: int | None
+) -> Entry:
+    """Describe `model`, whose weights are in `path`."""
+    data = (
+        "UCI Optical Recognition of Handwritten Digits as shipped by scikit-learn "
+        "(load_digits), pixels not rescaled, "
+        "train_test_split(test_size=0.25, shuffle=True, random_state=42)."
+    )
+    accuracies = {"accuracy": measured(model, None)}
+    if split is not None:
+        data += left_out(split)
+        accuracies["validation_accuracy"] = measured(model, split)
     return {
         "name": path.stem,
         "file": path.name,
         "architecture": architecture,
         "input_shape": [1, 8, 8],
         "input_range": [0, 16],
-        "data": "UCI Optical Recognition of Handwritten Digits as shipped by scikit-learn "
-        "(load_digits), pixels not rescaled, "
-        "train_test_split(test_size=0.25, shuffle=True, random_state=42).",
+        "data": data,
         "licence": "Data: UCI Optical Recognition of Handwritten Digits, CC BY 4.0.",
-        "accuracy": {
-            "value": round(accuracy, 4),
-            "right_answers": round(accuracy * images),
-            "test_images": images,
-            "how_measured": "Top-1 of the float32 model on the held-out quarter of the split, by "
-            "evaluate() in models/digits.py.",
-        },
+        **accuracies,
         "how_trained": how_trained,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
 
 
-def write(model: nn.Module, path: Path, architecture: Sequence[Entry], script: Path, recipe: Recipe) -> None:
+def write(
+    model: nn.Module,
+    path: Path,
+    architecture: Sequence[Entry],
+    script: Path,
+    recipe: Recipe,
+    split: int | None,
+) -> None:
     """Write `model`, just trained by `script`, to `path` and its card beside it."""
     save_file(model.state_dict(), path)
-    how = f"By models/{script.name}: AdamW, {recipe.epochs} epochs, seed {recipe.seed}."
-    text = json.dumps(card(path, architecture, evaluate(model), how), indent=2) + "\n"
+    option = "" if split is None else f" --split {split}"
+    how = f"By models/{script.name}{option}: AdamW, {recipe.epochs} epochs, seed {recipe.seed}."
+    text = json.dumps(card(model, path, architecture, how, split), indent=2) + "\n"
     path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def run(
-    shipped: Callable[[], Model],
-    train: Callable[[], Model],
-    write: Callable[[Model, Path], None],
+    shipped: Callable[[int | None], Model],
+    train: Callable[[int | None], Model],
+    write: Callable[[Model, Path, int | None], None],
     arguments: Sequence[str] | None,
 ) -> None:
     """Train, compare with the shipped weights, and write what was trained if asked to."""
     parser = argparse.ArgumentParser(description="Train on scikit-learn's digits.")
     parser.add_argument("--output", type=Path, help="a .safetensors file; its card goes beside it")
-    output: Path | None = parser.parse_args(arguments).output
+    parser.add_argument(
+        "--split", type=int, choices=SPLITS, help="leave the validation images of this split out of training"
+    )
+    options = parser.parse_args(arguments)
+    output: Path | None = options.output
+    split: int | None = options.split
     # Refused here, not after the training.
     if output is not None and output.suffix != ".safetensors":
         parser.error(f"--output must end in .safetensors, got {output}")
     if output is not None and not output.parent.is_dir():
         parser.error(f"--output: there is no folder {output.parent}")
 
-    reference = f"{evaluate(shipped()):.2%}"
-    model = train()
-    print(f"trained now: {evaluate(model):.2%} of the held-out images, shipped: {reference}")
+    reference = f"{evaluate(shipped(split), split):.2%}"
+    model = train(split)
+    print(f"trained now: {evaluate(model, split):.2%} of the held-out images, shipped: {reference}")
     if output is not None:
-        write(model, output)
+        write(model, output, split)
         print(f"wrote {output} and its card")
