@@ -1,6 +1,7 @@
 """Train ResCNN on the 8x8 digits: `python models/train_rescnn_digits.py [--split SEED] [--output PATH]`.
 
 Without `--output` nothing is written: the accuracy is printed beside that of the shipped weights.
+With `--split` a validation part of the training images is left out, to choose things on.
 The recipe (epochs, learning rate, warps) and the numbers of channels were chosen on validation parts of the
 training images (four folds: 98.6 % right); the test images only measure the result.
 """

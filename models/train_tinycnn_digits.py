@@ -1,6 +1,7 @@
 """Train TinyCNN on the 8x8 digits: `python models/train_tinycnn_digits.py [--split SEED] [--output PATH]`.
 
 Without `--output` nothing is written: the accuracy is printed beside that of the shipped weights.
+With `--split` a validation part of the training images is left out, to choose things on.
 The recipe (epochs, learning rate, warps) was chosen on a validation part of the training images;
 the test images only measure the result.
 """

@@ -17,6 +17,8 @@ MODELS = Path(__file__).parent.parent / "models"
 WEIGHTS = sorted(MODELS.glob("*.safetensors"))
 # Of the 450 held-out digits, how many the shipped weights of each script classify rightly.
 RIGHT_ANSWERS = {"train_tinycnn_digits": 443, "train_rescnn_digits": 444}
+# What the scripts train on: all training images, or those of a validation split.
+ALL_SPLITS = (None, *digits.SPLITS)
 CARD_KEYS = {
     "name",
     "file",
@@ -117,7 +119,9 @@ def apply(kernel: Tensor, image: Tensor) -> Tensor:
 
 
 def test_all_models_are_shipped():
-    assert [path.stem for path in WEIGHTS] == ["classic-filters", "rescnn-digits", "tinycnn-digits"]
+    splits = ["", *(f"-split{split}" for split in digits.SPLITS)]
+    trained = [f"{name}-digits{split}" for name in ("rescnn", "tinycnn") for split in splits]
+    assert {path.stem for path in WEIGHTS} == {"classic-filters", *trained}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.stem)
@@ -128,7 +132,7 @@ def test_card_describes_the_file_beside_it(weights):
 class TestTrainedOnDigits:
     def test_split_is_the_one_on_the_card(self, trained):
         data = digits.digits()
-        card = read_card(trained.SHIPPED)
+        card = read_card(digits.weights(trained.NAME, None))
         assert len(data.train_images) == len(data.train_labels) == 1347
         assert len(data.test_images) == len(data.test_labels) == card["accuracy"]["test_images"]
         assert list(data.test_images.shape[1:]) == card["input_shape"]
@@ -136,7 +140,7 @@ class TestTrainedOnDigits:
         assert [images.min(), images.max()] == card["input_range"]
 
     def test_shipped_weights_have_the_accuracy_on_the_card(self, trained):
-        accuracy = read_card(trained.SHIPPED)["accuracy"]
+        accuracy = read_card(digits.weights(trained.NAME, None))["accuracy"]
         data = digits.digits()
         with torch.inference_mode():
             right = trained.shipped()(data.test_images).argmax(1) == data.test_labels
@@ -155,9 +159,10 @@ class TestTrainedOnDigits:
 
     def test_architecture_on_the_card_computes_the_same_logits(self, trained):
         images = digits.digits().test_images
-        *_, (_, logits) = outputs_of_card(trained.SHIPPED, images)
-        with torch.inference_mode():
-            torch.testing.assert_close(logits, trained.shipped()(images))
+        for split in ALL_SPLITS:
+            *_, (_, logits) = outputs_of_card(digits.weights(trained.NAME, split), images)
+            with torch.inference_mode():
+                torch.testing.assert_close(logits, trained.shipped(split)(images))
 
     @pytest.mark.usefixtures("one_thread")
     def test_training_reaches_the_shipped_accuracy(self, trained, tmp_path, capsys):
@@ -176,19 +181,98 @@ class TestTrainedOnDigits:
 
     def test_without_output_nothing_is_written(self, trained, monkeypatch, capsys):
         untrained = type(trained.shipped())()
-        monkeypatch.setattr(trained, "train", lambda: untrained)
+        monkeypatch.setattr(trained, "train", lambda split: untrained)
         monkeypatch.setattr(trained, "write", lambda *_: pytest.fail("wrote without --output"))
-        trained.main([])
-        printed = f"trained now: {digits.evaluate(untrained):.2%} of the held-out images"
-        assert printed in capsys.readouterr().out
+        for split in ALL_SPLITS:
+            trained.main([] if split is None else ["--split", str(split)])
+            accuracies = [digits.evaluate(model, split) for model in (untrained, trained.shipped(split))]
+            printed = "trained now: {:.2%} of the held-out images, shipped: {:.2%}".format(*accuracies)
+            assert printed in capsys.readouterr().out
 
     @pytest.mark.parametrize("name", ["weights.json", "missing/weights.safetensors"])
     def test_bad_output_is_refused_before_training(self, trained, monkeypatch, capsys, tmp_path, name):
-        monkeypatch.setattr(trained, "train", lambda: pytest.fail("trained first"))
+        monkeypatch.setattr(trained, "train", lambda split: pytest.fail("trained first"))
         with pytest.raises(SystemExit) as refusal:
             trained.main(["--output", str(tmp_path / name)])
         assert refusal.value.code == 2
         assert str(tmp_path) in capsys.readouterr().err
+
+
+def pixels(images: Tensor) -> list[bytes]:
+    """Each image as something that sets can hold."""
+    return [image.numpy().tobytes() for image in images]
+
+
+@pytest.mark.parametrize("split", digits.SPLITS)
+class TestValidationSplit:
+    def test_parts_are_disjoint_and_together_the_training_images(self, split):
+        data, parts = digits.digits(), digits.validation_split(split)
+        both = pixels(parts.train_images) + pixels(parts.validation_images)
+        assert sorted(both) == sorted(pixels(data.train_images))
+        # No two digits have the same pixels, of the test images neither.
+        assert len(set(both + pixels(data.test_images))) == 1797
+        assert len(parts.validation_images) == pytest.approx(0.2 * 1347, abs=1)
+
+    def test_every_image_keeps_its_label(self, split):
+        data, parts = digits.digits(), digits.validation_split(split)
+        labels = dict(zip(pixels(data.train_images), data.train_labels.tolist(), strict=True))
+        assert [labels[key] for key in pixels(parts.train_images)] == parts.train_labels.tolist()
+        assert [labels[key] for key in pixels(parts.validation_images)] == parts.validation_labels.tolist()
+
+    def test_classes_are_in_proportion(self, split):
+        data, parts = digits.digits(), digits.validation_split(split)
+        share = parts.validation_labels.bincount() / data.train_labels.bincount()
+        torch.testing.assert_close(share, torch.full((10,), 0.2), atol=0.01, rtol=0)
+
+    def test_the_seed_alone_decides(self, split):
+        parts, again = digits.validation_split(split), digits.validation_split(split)
+        assert all(map(torch.equal, parts, again))
+        others = [digits.validation_split(seed) for seed in digits.SPLITS if seed != split]
+        validation = set(pixels(parts.validation_images))
+        assert all(set(pixels(other.validation_images)) != validation for other in others)
+
+    def test_card_says_what_was_left_out_and_how_the_model_does_on_it(self, trained, split):
+        card = read_card(digits.weights(trained.NAME, split))
+        data, parts = digits.digits(), digits.validation_split(split)
+        left_out = len(parts.validation_images)
+        assert f"{left_out} were left out" in card["data"]
+        assert f"random_state={split}" in card["data"]
+        assert f"{trained.__name__}.py --split {split}:" in card["how_trained"]
+        for part, images, labels, seed in (
+            ("accuracy", data.test_images, data.test_labels, None),
+            ("validation_accuracy", parts.validation_images, parts.validation_labels, split),
+        ):
+            with torch.inference_mode():
+                right = int((trained.shipped(split)(images).argmax(1) == labels).sum())
+            assert card[part]["right_answers"] == right
+            assert digits.evaluate(trained.shipped(split), seed) == right / len(labels) >= 0.96
+            assert card[part]["value"] == round(right / len(labels), 4)
+        assert card["accuracy"]["test_images"] == 450
+        assert card["validation_accuracy"]["validation_images"] == left_out
+
+    def test_training_sees_the_rest_and_nothing_else(self, trained, split, monkeypatch, tmp_path):
+        seen = []
+        warped = digits.warped
+        monkeypatch.setattr(
+            digits, "warped", lambda images, *how: seen.append(images) or warped(images, *how)
+        )
+        monkeypatch.setattr(trained, "RECIPE", trained.RECIPE._replace(epochs=1))
+        output = tmp_path / "one-epoch.safetensors"
+        trained.main(["--split", str(split), "--output", str(output)])
+        rest = digits.validation_split(split).train_images
+        assert sorted(pixels(torch.cat(seen))) == sorted(pixels(rest))
+        check_card(output)
+        assert read_card(output)["data"] == read_card(digits.weights(trained.NAME, split))["data"]
+
+    def test_shipped_weights_have_not_seen_the_validation_images(self, trained, split):
+        """The models of the other splits were trained on most of these images, and so are surer of them."""
+        images, labels = digits.held_out(split)
+        with torch.inference_mode():
+            losses = {
+                seed: functional.cross_entropy(trained.shipped(seed)(images), labels)
+                for seed in digits.SPLITS
+            }
+        assert max(losses, key=losses.get) == split
 
 
 class TestResCNN:
