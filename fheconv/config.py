@@ -25,6 +25,8 @@ class QuantConfig:
     weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
     activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits
         if that is less, so that an accumulator holds some products.
+    activation_levels: 2 to 256. How many integers the output of a lookup can be, instead of
+        activation_bits: it need not be a power of two, and where accumulators are narrow each one counts.
     accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset
         form; None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits:
         rounding loses what weights gain from more.
@@ -38,23 +40,26 @@ class QuantConfig:
         in what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
         "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
     input_bits: 1 to 16. How many bits an image value gets.
+    input_levels: 2 to 65536. How many integers an image value can be, instead of input_bits.
     per_channel: one weight scale for each output channel (True) or for the whole tensor.
     input_signed: image integers in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0, instead of
         [0, 2^bits − 1] with the zero-point that calibration asks for.
     input_range: the (smallest, greatest) image value, instead of what calibration shows.
 
-    The four kinds of bits of layers are one number for all layers, or a number for each by its name, such as
-    {"conv1": 3}; layers that are not named get the default.
+    What layers have is one number for all of them, or a number for each by its name, such as {"conv1": 3};
+    layers that are not named get the default.
     """
 
     weight_bits: PerLayer = 4
     activation_bits: PerLayer | None = None
+    activation_levels: PerLayer | None = None
     accumulator_bits: PerLayer | None = None
     rounding_bits: PerLayer | None = None
     overflow: Overflow = "proved"
     margin: float = 0.25
     method: Method = "auto"
     input_bits: int = 4
+    input_levels: int | None = None
     per_channel: bool = True
     input_signed: bool = False
     input_range: tuple[float, float] | None = None
@@ -70,7 +75,7 @@ class QuantConfig:
                 )
         if not (_is_number(self.margin) and 0 <= self.margin < np.inf):
             raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0.")
-        for name, (least, greatest) in _LAYER_BITS.items():
+        for name, (least, greatest) in _LAYER_NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 for layer, bits in value.items():
@@ -82,6 +87,9 @@ class QuantConfig:
             object.__setattr__(self, name, value)
         check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
         object.__setattr__(self, "input_bits", int(self.input_bits))
+        if self.input_levels is not None:
+            check_integer("input_levels", self.input_levels, 3 if self.input_signed else 2, 2**16)
+            object.__setattr__(self, "input_levels", int(self.input_levels))
         if self.input_range is not None:
             try:
                 ends = tuple(self.input_range)
@@ -96,28 +104,35 @@ class QuantConfig:
             object.__setattr__(self, "input_range", (low, high))
 
     def of_layer(self, name: str, layer: str) -> Any:
-        """Return what was chosen for a layer of one of the numbers of bits, such as "weight_bits"."""
+        """Return what was chosen for a layer, of what layers have, such as "weight_bits"."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             return value
         default = next(field.default for field in fields(self) if field.name == name)
         return value.get(layer, default)
 
-    def activation_bits_of(self, layer: str) -> int:
-        """Return how many bits the output of a layer's lookups gets."""
+    def activation_levels_of(self, layer: str) -> int:
+        """Return how many integers the output of a layer's lookups can be."""
+        if levels := self.of_layer("activation_levels", layer):
+            return int(levels)
         chosen, limit = self.of_layer("activation_bits", layer), self.of_layer("accumulator_bits", layer)
-        return chosen or min(4, 4 if limit is None else max(limit // 2, 1))
+        return 2 ** int(chosen or min(4, 4 if limit is None else max(limit // 2, 1)))
+
+    def input_ends(self) -> tuple[int, int]:
+        """Return the least and the greatest integer that an image value can be."""
+        levels = self.input_levels or 2**self.input_bits
+        return (-(levels // 2), levels - 1 - levels // 2) if self.input_signed else (0, levels - 1)
 
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators have to keep to, None for any."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
         if limit is None and rounding is not None and looks_up and self.method != "mse":
-            return min(rounding + ROUNDED_AWAY, _LAYER_BITS["accumulator_bits"][1])
+            return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 
     def check_layers(self, layers: Collection[str]) -> None:
-        """Raise `InvalidArgumentError` for a number of bits of a layer that there is not."""
-        for name in _LAYER_BITS:
+        """Raise `InvalidArgumentError` for numbers of a layer that there is not."""
+        for name in _LAYER_NUMBERS:
             value = getattr(self, name)
             unknown = [layer for layer in value if layer not in layers] if isinstance(value, Mapping) else []
             if unknown:
@@ -140,9 +155,10 @@ class QuantConfig:
 # How many bits of an accumulator are rounded away, unless its width was chosen.
 ROUNDED_AWAY = 4
 # The least and the most.
-_LAYER_BITS = {
+_LAYER_NUMBERS = {
     "weight_bits": (1, 8),
     "activation_bits": (1, 8),
+    "activation_levels": (2, 256),
     "accumulator_bits": (1, 16),
     "rounding_bits": (2, 8),
 }

@@ -63,8 +63,9 @@ class QuantizedLayer:
     The terms' weights are int64, their inputs the raw integers of the tensors they read, padded with their
     zero-point. `inputs` are those tensors' quantizations, one a term. The real value of accumulator `a` is
     `a · scale`: `bias` holds the layer's own bias in steps, and minus what the zero-points add up to. Where a
-    lookup follows, all that is in the table instead, exactly, and `bias` is 0. `scale` and `bias` broadcast
-    to `shape`. `weight_range` is the range of the weights' data type.
+    lookup follows, all that is in the table instead, exactly, and `bias` is 0. `real_bias` is the layer's own
+    bias in real numbers. The three broadcast to `shape`. `weight_range` is the range of the weights' data
+    type.
     """
 
     name: str
@@ -73,6 +74,7 @@ class QuantizedLayer:
     inputs: tuple[Quantization, ...]
     scale: Array
     bias: Array
+    real_bias: Array
     weight_range: tuple[int, int]
     lookup: Lookup | None
 

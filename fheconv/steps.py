@@ -188,6 +188,30 @@ class Term:
             return replace(self, steps=(*self.steps, scale))
         return replace(self, steps=(*self.steps[: at - 1], merged, *self.steps[at:]))
 
+    def absorbed(self, factors: Array) -> "Term | None":
+        """Return the term for a source that was divided by `factors` (C, *S), made up for by the weights.
+
+        None if one weight would have to make up for several factors.
+        """
+        for at, step in enumerate(self.steps):
+            if isinstance(step, Select):
+                factors = np.where(step.index == OUTSIDE, np.nan, factors.ravel()[step.index])
+                continue
+            flat = factors.reshape(len(factors), -1)  # where all is padding, any factor will do
+            own = np.nan_to_num(np.fmax.reduce(flat, axis=1), nan=1.0)
+            if (own != np.nan_to_num(np.fmin.reduce(flat, axis=1), nan=1.0)).any():
+                return None
+            if not step.exact:
+                scale = pointwise(own[:, None], len(step.geometry.kernel), groups=len(own))
+                merged = _merged(scale, step)
+                steps = (*self.steps[:at], merged, *self.steps[at + 1 :]) if merged else ()
+                return replace(self, steps=steps) if merged else None
+            if not _is_depthwise(step):
+                return None
+            shape = step.output_shape(factors.shape)
+            factors = np.broadcast_to(own.reshape(-1, *[1] * (len(shape) - 1)), shape)
+        return None
+
     def dense(self, shape: Shape) -> "Term":
         """Return the term as one linear layer between flattened tensors."""
         output = self.shapes(shape)[-1]

@@ -167,6 +167,7 @@ def integer_layer(terms, inputs, shapes, rng) -> QuantizedLayer:
         inputs=tuple(inputs),
         scale=np.ones((shape[0], *[1] * (len(shape) - 1))),
         bias=rng.integers(-50, 50, each),
+        real_bias=np.zeros((1,) * len(shape)),
         weight_range=(-7, 7),
         lookup=None,
     )

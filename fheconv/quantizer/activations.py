@@ -22,10 +22,7 @@ def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantiza
 
     Raises `CalibrationError` where they leave `input_range`, or no scale can be chosen.
     """
-    if config.input_signed:
-        least, greatest = -(2 ** (config.input_bits - 1)), 2 ** (config.input_bits - 1) - 1
-    else:
-        least, greatest = 0, 2**config.input_bits - 1
+    least, greatest = config.input_ends()
     seen = images.minimum, images.maximum
     low, high = config.input_range or seen
     if seen[0] < low or seen[1] > high:
@@ -72,9 +69,8 @@ def activation_quantizations(
         elif layer.activation is None:
             found.append(None)
         else:
-            bits = config.activation_bits_of(layer.name)
-            found.append(_least_error(layer.name, values, bits))
-    for together in _sharing(network):
+            found.append(least_error(layer.name, values, config.activation_levels_of(layer.name)))
+    for together in sharing(network):
         quantizations = [found[number] for number in together]
         scale = max(quantization.scale for quantization in quantizations if quantization is not None)
         for number, quantization in zip(together, quantizations, strict=True):
@@ -86,20 +82,20 @@ def activation_quantizations(
     ]
 
 
-def _least_error(name: str, values: Array, bits: int) -> Quantization:
-    """Return the quantization to [0, 2^bits − 1] of least mean squared error on `values`."""
+def least_error(name: str, values: Array, levels: int) -> Quantization:
+    """Return the quantization to [0, levels − 1] of least mean squared error on `values`."""
     if not np.isfinite(values).all():
         raise CalibrationError(
             f"The activation of layer {name!r} is not finite on the calibration images; check the model."
         )
     seen = values.ravel()[:: -(-values.size // MOST_VALUES)]
-    low, high, levels = min(float(values.min()), 0.0), max(float(values.max()), 0.0), 2**bits - 1
+    low, high, maximum = min(float(values.min()), 0.0), max(float(values.max()), 0.0), levels - 1
     if low == high:
-        return Quantization(scale=1.0, zero_point=0, minimum=0, maximum=levels)
-    zero_point = int(np.rint(-low / (high - low) * levels))
+        return Quantization(scale=1.0, zero_point=0, minimum=0, maximum=maximum)
+    zero_point = int(np.rint(-low / (high - low) * maximum))
     candidates = [
-        Quantization(scale=float(scale), zero_point=zero_point, minimum=0, maximum=levels)
-        for scale in CLIPS * (high - low) / levels
+        Quantization(scale=float(scale), zero_point=zero_point, minimum=0, maximum=maximum)
+        for scale in CLIPS * (high - low) / maximum
     ]
     return min(
         candidates,
@@ -115,7 +111,7 @@ def _at_scale(quantization: Quantization, scale: float) -> Quantization:
     return Quantization(scale=scale, zero_point=below, minimum=0, maximum=below + above)
 
 
-def _sharing(network: Network) -> list[list[int]]:
+def sharing(network: Network) -> list[list[int]]:
     """Return the activations that are to have one scale, because they are added up without weights."""
     pairs = []
     for layer in network.layers:

@@ -12,8 +12,9 @@ import scipy.linalg
 from fheconv.arrays import Array
 from fheconv.quantizer.rounding import IntegerWeight
 
-# Scales that are tried, as multiples of the one at which the greatest weight becomes the greatest integer.
-SCALES = np.geomspace(0.25, 4.0, 33)
+# How many scales are tried: from a quarter of the one at which a filter's greatest weight becomes the
+# greatest integer, to one at which it is little more than a half. A budget may ask for few units.
+SCALES = 40
 # What is added to the diagonal of H, as a share of its mean: inputs that calibration never saw still count.
 DAMPING = 0.01
 # How often integers and scale are adapted to each other.
@@ -42,8 +43,11 @@ def round_budgeted(
     q, scale = np.zeros((filters, taps), np.int64), np.zeros(filters)
     if len(alive):
         w = weight[alive].astype(np.float64)
-        s = (largest[alive] / greatest)[:, None] * SCALES
-        meant, unit = np.repeat(w, len(SCALES), axis=0), s.ravel()
+        finest = 0.25 * largest[alive] / greatest
+        if budget is not None:  # still finer integers would only be taken back again
+            finest = np.maximum(finest, np.abs(w) @ ranges / max(4 * budget, 1))
+        s = np.geomspace(np.minimum(finest, largest[alive]), 1.6 * largest[alive], SCALES, axis=1)
+        meant, unit = np.repeat(w, SCALES, axis=0), s.ravel()
         candidates = _gptq(meant, unit, moment, greatest)
         if budget is not None:
             _decrement(candidates, meant, unit, moment, ranges, budget)
@@ -55,7 +59,7 @@ def round_budgeted(
             harm = np.minimum(harm, plain)
         harm = harm.reshape(len(alive), -1)
         best = harm.argmin(axis=1)
-        at = np.arange(len(alive)) * len(SCALES) + best
+        at = np.arange(len(alive)) * SCALES + best
         for number, row in enumerate(alive):
             q[row], scale[row] = _descend(w[number], candidates[at[number]], moment, ranges, greatest, budget)
     return IntegerWeight(q, scale, (-greatest, greatest))

@@ -51,7 +51,7 @@ def test_without_a_budget_no_worse_than_plain_rounding_at_the_best_of_the_scales
     ours = errors(weight, moment, rounded.values, rounded.scale)
     largest = np.abs(weight).max(axis=1)
     for row in np.flatnonzero(largest):
-        scales = largest[row] / greatest * SCALES
+        scales = largest[row] * np.geomspace(0.25 / greatest, 1.6, SCALES)
         plain = np.clip(np.rint(weight[row] / scales[:, None]), -greatest, greatest)
         best = errors(np.tile(weight[row], (len(scales), 1)), moment, plain, scales).min()
         assert ours[row] <= best * (1 + 1e-6) + 1e-12 * largest[row] ** 2 * np.trace(damped(moment))

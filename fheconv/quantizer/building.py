@@ -1,0 +1,205 @@
+"""Layers in integers, one after the other: from rounded weights to lookup tables that cannot overflow."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fheconv.arrays import Array, first_position, frozen
+from fheconv.bounds import layer_bounds
+from fheconv.config import QuantConfig
+from fheconv.errors import AccumulatorOverflowError, CalibrationError
+from fheconv.network import CalibratedInput, Layer, Maximum, Network, Quantization
+from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork, blank_images
+from fheconv.quantizer.tables import compressed, lookup, reserve, width
+from fheconv.quantizer.weights import IntegerTerms
+
+# The integers of a bias must stay exact in float64, through which they are computed.
+BIAS_LIMIT = 2**53
+
+
+class Building:
+    """An integer network in the making: layers are added in order, each on what those before it deliver.
+
+    `quantizations` says how each tensor becomes integers, None the last. `tensors` are those that exist so
+    far, for the images (N, C, *S), in integers.
+    """
+
+    def __init__(
+        self,
+        source: Network,
+        config: QuantConfig,
+        quantizations: Sequence[Quantization | None],
+        calibrated: CalibratedInput,
+        images: Array,
+    ) -> None:
+        if quantizations[0] is None:
+            raise TypeError("Images are quantized.")
+        self.source, self.config, self.calibrated = source, config, calibrated
+        self.quantizations = quantizations
+        self.image = quantizations[0]
+        self.tensors = [self.image.integers(images)]
+        self._blanks = [blank_images(self.image, source.input_shape)]
+        self._layers: list[AnyLayer] = []
+        self._observed: list[tuple[Array, Array] | None] = []
+
+    def inputs(self, layer: Layer) -> list[Quantization]:
+        """Return how what each term of a layer reads is quantized."""
+        return [q for source in layer.sources if (q := self.quantizations[source]) is not None]
+
+    def budget(self, layer: Layer) -> int | None:
+        """Return how many steps an accumulator of a layer may span, None for any number."""
+        looks_up = layer.activation is not None
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        return None if limit is None else 2**limit - 1 - reserve(limit, self.rounding_bits(layer))
+
+    def rounding_bits(self, layer: Layer) -> int | None:
+        """Return how many bits of a layer's accumulators are looked up, None for all."""
+        return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
+
+    def sums(self, layer: Layer, rounded: IntegerTerms) -> Array:
+        """Return the accumulators (N, C, *S) less what they are where every real input is zero."""
+        bare = self._bare(layer, rounded)
+        sums: Array = bare.accumulate(self.tensors) - self._zero(bare)
+        return sums
+
+    def add_maximum(self, layer: Maximum) -> None:
+        """Add a layer of maxima."""
+        self._append(layer, None)
+
+    def add(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> None:
+        """Add a layer with integer weights; `bias` (C, *S) is added to its sums, in real numbers.
+
+        Raises `AccumulatorOverflowError` where `accumulator_bits` are not kept, `CalibrationError` where a
+        bias or a step cannot be counted.
+        """
+        bare = self._bare(layer, rounded)
+        zero, sums = self._zero(bare), bare.accumulate(self.tensors)
+        step = _steps(layer, rounded.step, bias)
+        counted = np.zeros((1,) * len(layer.shape), np.int64)
+        if layer.activation is None:
+            counted = compressed(_bias_in_steps(layer, bias, step) - zero)
+        quantized = replace(
+            bare, scale=frozen(compressed(step)), bias=frozen(counted), real_bias=frozen(compressed(bias))
+        )
+        accumulators = np.moveaxis(sums + counted, 1, 0).reshape(layer.shape[0], -1)
+        observed = accumulators.min(axis=1), accumulators.max(axis=1)
+        bounds = layer_bounds(bare, self.source.shapes)
+        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
+        output = self.quantizations[len(self.tensors)]
+        rounding_bits = self.rounding_bits(layer)
+        if layer.activation is None or output is None:
+            bits = bounds.offset_bits
+        else:
+            if self.config.overflow == "calibrated" and not self._feeds_maxima():
+                least, expected = self._expected(quantized, *observed)
+                if expected.max() < span.max():
+                    minimum, span, proved = least, expected, False
+            bits = width(layer.name, int(span.max()), rounding_bits)
+            table = lookup(
+                layer.name,
+                layer.activation,
+                output,
+                step=step,
+                bias=bias - step * zero,
+                minimum=minimum,
+                span=span,
+                bits=bits,
+                rounding_bits=rounding_bits,
+                proved=proved,
+            )
+            quantized = replace(quantized, lookup=table)
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
+        if limit is not None and bits > limit:
+            raise AccumulatorOverflowError(
+                f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are "
+                'allowed; use method="accumulator", which keeps to them.',
+                layer=layer.name,
+                value=int(span.max()),
+                limit=2**limit - 1,
+                remedy='method="accumulator"',
+            )
+        self._append(quantized, observed)
+
+    def network(self) -> QuantizedNetwork:
+        """Return the network, once every layer was added."""
+        return QuantizedNetwork(
+            config=self.config,
+            input=self.image,
+            calibrated=self.calibrated,
+            layers=tuple(self._layers),
+            observed=tuple(self._observed),
+            source=self.source,
+        )
+
+    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None) -> None:
+        self._layers.append(layer)
+        self._observed.append(observed)
+        self.tensors.append(layer.output(self.tensors))
+        self._blanks.append(layer.output(self._blanks))
+
+    def _bare(self, layer: Layer, rounded: IntegerTerms) -> QuantizedLayer:
+        none = np.zeros((1,) * len(layer.shape), np.int64)
+        return QuantizedLayer(
+            name=layer.name,
+            shape=layer.shape,
+            terms=rounded.terms,
+            inputs=tuple(self.inputs(layer)),
+            scale=none,
+            bias=none,
+            real_bias=none,
+            weight_range=rounded.range,
+            lookup=None,
+        )
+
+    def _zero(self, layer: QuantizedLayer) -> Array:
+        """Return what the accumulators (C, *S) are where every real input is zero."""
+        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
+        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
+        zero: Array = layer.accumulate(blank)[0]
+        return zero
+
+    def _feeds_maxima(self) -> bool:
+        """Whether the next tensor has maxima taken of it.
+
+        They are right for values in range only: what they make of one that wrapped cannot be foreseen.
+        """
+        number = len(self.tensors)
+        return any(isinstance(one, Maximum) and one.source == number for one in self.source.layers)
+
+    def _expected(self, layer: QuantizedLayer, least: Array, greatest: Array) -> tuple[Array, Array]:
+        """Return where calibration lets one expect the accumulators of each channel: start and span."""
+        extra = np.ceil(self.config.margin * (greatest - least)).astype(np.int64)
+        # Concrete, which sees the blank images, stops at what leaves a table.
+        blank = np.moveaxis(layer.accumulate(self._blanks), 1, 0).reshape(len(least), -1)
+        start = np.minimum(least - extra, blank.min(axis=1))
+        return start, np.maximum(greatest + extra, blank.max(axis=1)) - start
+
+
+def _steps(layer: Layer, step: Array, bias: Array) -> Array:
+    """Return the real size of an accumulator step for each value, (C, *S), none of them 0.
+
+    Raises `CalibrationError` where float64 does not hold it.
+    """
+    # A filter of zeros gives its bias everywhere: take that as the step, and the bias is exactly ±1.
+    step = np.where(step != 0, step, np.where(bias != 0, np.abs(bias), 1.0))
+    usable = np.isfinite(step) & (np.abs(step) >= np.finfo(np.float64).tiny)
+    if not usable.all():
+        where = first_position(~usable)
+        raise CalibrationError(
+            f"One accumulator step of channel {where[0]} of layer {layer.name!r} would be {step[where]:g}, "
+            "which float64 does not hold; rescale the weights or the images, or prune the channel."
+        )
+    return step
+
+
+def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        steps = np.rint(bias / step)
+    if (np.abs(steps) >= BIAS_LIMIT).any():
+        where = first_position(np.abs(steps) >= BIAS_LIMIT)
+        raise CalibrationError(
+            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
+            f"is {step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
+        )
+    return steps.astype(np.int64)

@@ -1,0 +1,65 @@
+"""Channels of equal size: each activation channel is scaled to fill the integers that all of them share.
+
+The integers of an activation have one scale, and a channel of small values would use few of them. Divide the
+channel by its own size, and multiply the weights that read it: the network computes the same. Neither costs
+anything, because the one is in the lookup table and the other in weights that are rounded anyway (cross-layer
+equalization, Nagel et al. 2019, for any activation).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fheconv.arrays import Array, frozen
+from fheconv.config import QuantConfig
+from fheconv.expression import Expression
+from fheconv.network import Layer, Maximum, Network
+from fheconv.quantizer.activations import least_error, sharing
+
+
+def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -> Network:
+    """Return a network of the same results, in which every channel of an activation has the same best scale.
+
+    `tensors` are the network's on the calibration images. Activations that are added up as they are stay so,
+    and so do those whose channels are mixed before they meet weights.
+    """
+    together = {number for group in sharing(network) for number in group}
+    for number, layer in enumerate(network.layers, 1):
+        if not isinstance(layer, Layer) or layer.activation is None or number in together:
+            continue
+        levels, channels = config.activation_levels_of(layer.name), np.moveaxis(tensors[number], 1, 0)
+        alive = channels.reshape(len(channels), -1).any(axis=1)
+        if alive.any():
+            best = [least_error(layer.name, channel, levels).scale for channel in channels[alive]]
+            scales = np.full(len(channels), np.mean(best))
+            scales[alive] = best
+            network = _divided(network, number, scales / np.mean(best)) or network
+    return network
+
+
+def _divided(network: Network, number: int, scales: Array) -> Network | None:
+    """Return the network with tensor `number`, an activation, divided by `scales` (C,), or None."""
+    layers = [*network.layers]
+    layer = layers[number - 1]
+    if not isinstance(layer, Layer) or layer.activation is None:
+        raise TypeError("An activation was expected.")
+    by_channel = frozen(scales.reshape(-1, *[1] * (len(layer.shape) - 1)))
+    layers[number - 1] = replace(layer, activation=Expression("div", (layer.activation, by_channel)))
+    factors = {number: np.broadcast_to(by_channel, layer.shape)}
+    for place, reader in enumerate(layers):
+        if isinstance(reader, Maximum):
+            if reader.source in factors:
+                candidates = factors[reader.source].ravel()[reader.index]
+                if (candidates != candidates[0]).any():
+                    return None
+                factors[place + 1] = candidates[0]
+        else:
+            terms = []
+            for term in reader.terms:
+                absorbed = term.absorbed(factors[term.source]) if term.source in factors else term
+                if absorbed is None:
+                    return None
+                terms.append(absorbed)
+            layers[place] = replace(reader, terms=tuple(terms))
+    return replace(network, layers=tuple(layers))

@@ -1,0 +1,78 @@
+"""A network in integers, layer by layer, each on what the quantized ones before it deliver."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fheconv.arrays import Array
+from fheconv.config import QuantConfig
+from fheconv.errors import CalibrationError
+from fheconv.network import CalibratedInput, Layer, Maximum, Network
+from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer.activations import activation_quantizations, input_quantization
+from fheconv.quantizer.building import Building
+from fheconv.quantizer.equalization import equalized
+from fheconv.quantizer.weights import round_by_output, round_nearest
+
+
+def quantize_network(
+    network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig
+) -> QuantizedNetwork:
+    """Return the integer network that `config` asks for, by calibration images (N, C, *S).
+
+    Raises like `fheconv.quantize`.
+    """
+    floats = network.tensors(images)
+    nearest = config.method == "mse" or (config.method == "auto" and _is_one_filter(network, config))
+    if not nearest:
+        network = equalized(network, floats, config)
+        floats = network.tensors(images)
+    image = input_quantization(calibrated, config)
+    quantizations = activation_quantizations(network, floats, image, config)
+    building = Building(network, config, quantizations, calibrated, images)
+    for layer in network.layers:
+        if isinstance(layer, Maximum):
+            building.add_maximum(layer)
+            continue
+        inputs = building.inputs(layer)
+        bits = config.of_layer("weight_bits", layer.name)
+        if nearest:
+            rounded = round_nearest(layer, inputs, network.shapes, bits, per_channel=config.per_channel)
+            building.add(layer, rounded, layer.bias)
+        else:
+            rounded = round_by_output(
+                layer,
+                inputs,
+                network.shapes,
+                floats,
+                building.tensors,
+                bits,
+                building.budget(layer),
+                building.rounding_bits(layer),
+            )
+            bias = layer.bias + _mean_error(layer, rounded.step, building.sums(layer, rounded), floats)
+            building.add(layer, rounded, bias)
+    return building.network()
+
+
+def _is_one_filter(network: Network, config: QuantConfig) -> bool:
+    """Whether there is but one convolution, whose accumulators may take any width."""
+    first = network.layers[0]
+    if len(network.layers) > 1 or not isinstance(first, Layer) or len(first.terms) > 1:
+        return False
+    return config.accumulator_bits_of(first.name, looks_up=False) is None
+
+
+def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array]) -> Array:
+    """Return by how much `sums`, in units of `step` and without bias, are too small on average, (C, *1).
+
+    The bias makes up for it, at no cost (Nagel et al. 2019).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        error: Array = layer.sums(floats) - layer.bias - step * sums
+    if not np.isfinite(error).all():
+        raise CalibrationError(
+            f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
+            "weights or the images."
+        )
+    return error.mean(axis=(0, *range(2, error.ndim))).reshape(-1, *[1] * (len(layer.shape) - 1))
