@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fheconv.ciphertext import Ciphertext
     from fheconv.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.config import CompileConfig, QuantConfig
+    from fheconv.finetuning import finetune
     from fheconv.network import Conv
     from fheconv.quantized import QuantizedNetwork
     from fheconv.quantizer import quantize
@@ -54,6 +55,7 @@ _HOMES = {
     "fheconv.ciphertext": ("Ciphertext",),
     "fheconv.circuit": ("FheCircuit", "compile"),
     "fheconv.config": ("CompileConfig", "QuantConfig"),
+    "fheconv.finetuning": ("finetune",),
     "fheconv.network": ("Conv",),
     "fheconv.quantized": ("QuantizedNetwork",),
     "fheconv.quantizer": ("quantize",),
@@ -90,6 +92,7 @@ __all__ = [
     "conv_output_shape",
     "conv_transpose",
     "filter_matrix",
+    "finetune",
     "max_taps",
     "quantize",
 ]

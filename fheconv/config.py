@@ -256,6 +256,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
+def check_number(name: str, value: Any, least: float, greatest: float = np.inf) -> None:
+    """Raise `InvalidArgumentError` unless `value` is a number between `least` and `greatest`, not at them."""
+    if not _is_number(value) or not least < value < greatest:
+        limits = f"above {least:g}" if greatest == np.inf else f"between {least:g} and {greatest:g}"
+        raise InvalidArgumentError(f"{name}={value!r} must be a number {limits}.")
+
+
 def check_integer(name: str, value: Any, least: int, greatest: int | None = None) -> None:
     """Raise `InvalidArgumentError` unless `value` is an integer from `least` to `greatest`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ is one layer, so that each activation is one lookup.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -252,6 +252,33 @@ class Network:
         for layer in self.layers:
             tensors.append(layer.output(tensors))
         return tensors
+
+    def rescaled(self, number: int, factors: Array) -> "tuple[Network, dict[int, Array]] | None":
+        """Return the network whose weights expect tensor `number` divided by `factors` (C,), one a channel.
+
+        With it, the factors of each value of the tensors concerned: that one, and maxima of it. None if one
+        weight, or one maximum, would have to make up for several factors.
+        """
+        shape = self.shapes[number]
+        concerned = {number: np.broadcast_to(factors.reshape(-1, *[1] * (len(shape) - 1)), shape)}
+        layers = [*self.layers]
+        for place, reader in enumerate(layers):
+            if isinstance(reader, Maximum):
+                if reader.source in concerned:
+                    candidates = concerned[reader.source].ravel()[reader.index]
+                    if (candidates != candidates[0]).any():
+                        return None
+                    concerned[place + 1] = candidates[0]
+            else:
+                terms = []
+                for term in reader.terms:
+                    own = concerned.get(term.source)
+                    absorbed = term if own is None else term.absorbed(own)
+                    if absorbed is None:
+                        return None
+                    terms.append(absorbed)
+                layers[place] = replace(reader, terms=tuple(terms))
+        return replace(self, layers=tuple(layers)), concerned
 
     def __call__(self, x: Array) -> Array:
         """Return the outputs for a batch (N, *input_shape): what torch computes, in float64."""

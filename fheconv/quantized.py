@@ -20,6 +20,7 @@ from fheconv.steps import Kernel, Shape, Term
 
 if TYPE_CHECKING:
     from fheconv.budget import BudgetReport
+    from fheconv.trainable import TrainableNetwork
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -226,8 +227,14 @@ class QuantizedNetwork:
 
     def budget(self, accumulator_bits: int | None = None) -> "BudgetReport":
         """Return the proved accumulator widths, held against a limit if one is given."""
-        # The only call against the direction of the imports: a convenience, so that the report is
+        # This and `to_torch` call against the direction of the imports: a convenience, so that they are
         # found where the network is.
         from fheconv.budget import report
 
         return report(self, accumulator_bits)
+
+    def to_torch(self) -> "TrainableNetwork":
+        """Return a torch module that computes the same, with weights that can be trained on."""
+        from fheconv.trainable import TrainableNetwork
+
+        return TrainableNetwork(self)

@@ -181,7 +181,7 @@ class Term:
         scale = pointwise(factors[:, None], axes, groups=len(factors))
         # Through a pooling, to weights that can take the factors up.
         at = len(self.steps)
-        while at and _is_pooling(self.steps[at - 1]):
+        while at and is_pooling(self.steps[at - 1]):
             at -= 1
         merged = _merged(self.steps[at - 1], scale) if at else None
         if merged is None:
@@ -251,7 +251,8 @@ def _merged(a: Step, b: Step) -> Step | None:
     return None
 
 
-def _is_pooling(step: Step) -> bool:
+def is_pooling(step: Step) -> bool:
+    """Whether a step sums windows of each channel on its own."""
     return isinstance(step, Kernel) and step.exact and _is_depthwise(step)
 
 

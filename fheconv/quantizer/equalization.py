@@ -14,7 +14,7 @@ import numpy as np
 from fheconv.arrays import Array, frozen
 from fheconv.config import QuantConfig
 from fheconv.expression import Expression
-from fheconv.network import Layer, Maximum, Network
+from fheconv.network import Layer, Network
 from fheconv.quantizer.activations import least_error, sharing
 
 
@@ -40,26 +40,11 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
 
 def _divided(network: Network, number: int, scales: Array) -> Network | None:
     """Return the network with tensor `number`, an activation, divided by `scales` (C,), or None."""
-    layers = [*network.layers]
-    layer = layers[number - 1]
-    if not isinstance(layer, Layer) or layer.activation is None:
-        raise TypeError("An activation was expected.")
+    rescaled = network.rescaled(number, scales)
+    layer = network.layers[number - 1]
+    if rescaled is None or not isinstance(layer, Layer) or layer.activation is None:
+        return None
     by_channel = frozen(scales.reshape(-1, *[1] * (len(layer.shape) - 1)))
-    layers[number - 1] = replace(layer, activation=Expression("div", (layer.activation, by_channel)))
-    factors = {number: np.broadcast_to(by_channel, layer.shape)}
-    for place, reader in enumerate(layers):
-        if isinstance(reader, Maximum):
-            if reader.source in factors:
-                candidates = factors[reader.source].ravel()[reader.index]
-                if (candidates != candidates[0]).any():
-                    return None
-                factors[place + 1] = candidates[0]
-        else:
-            terms = []
-            for term in reader.terms:
-                absorbed = term.absorbed(factors[term.source]) if term.source in factors else term
-                if absorbed is None:
-                    return None
-                terms.append(absorbed)
-            layers[place] = replace(reader, terms=tuple(terms))
-    return replace(network, layers=tuple(layers))
+    divided = replace(layer, activation=Expression("div", (layer.activation, by_channel)))
+    layers = rescaled[0].layers
+    return replace(network, layers=(*layers[: number - 1], divided, *layers[number:]))

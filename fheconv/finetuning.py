@@ -1,0 +1,214 @@
+"""Training a quantized network on, within the budgets of its accumulators."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fheconv.arrays import as_array
+from fheconv.config import check_integer, check_number
+from fheconv.errors import InvalidArgumentError
+from fheconv.progress import track
+from fheconv.quantized import QuantizedNetwork
+from fheconv.trainable import TrainableNetwork
+
+# Images (N, C, *S), alone or with what is right for them (N, …).
+Data: TypeAlias = Any
+Augment: TypeAlias = Callable[[Tensor], Tensor]
+
+# Of so much of the data nothing is learned: it decides what is kept.
+HELD_OUT = 0.2
+# Weights are trained between these shares of the epochs; scales and biases before and after get used to them.
+FROM, TO = 0.1, 0.8
+# The share of its time in which a learning rate rises, before it falls to 0.
+RISE = 0.1
+# How often the held-out loss is measured.
+MEASURED = 40
+# The float network's answers are learned at this temperature (Hinton et al. 2015).
+TEMPERATURE = 2.0
+# On so many images, at most, the ranges of accumulators are observed.
+MOST_OBSERVED = 1000
+
+
+class Examples(NamedTuple):
+    """Images (N, C, *S), the right classes (N, …) if they are known, and the float network's sums."""
+
+    images: Tensor
+    labels: Tensor | None
+    meant: Tensor
+
+    def of(self, where: Tensor) -> "Examples":
+        """Return some of them."""
+        labels = None if self.labels is None else self.labels[where]
+        return Examples(self.images[where], labels, self.meant[where])
+
+
+def finetune(
+    network: QuantizedNetwork,
+    data: Data,
+    *,
+    epochs: int = 200,
+    validation: Data = None,
+    augment: Augment | None = None,
+    learning_rate: float = 0.01,
+    batch_size: int = 64,
+    patience: int | None = None,
+    seed: int = 0,
+) -> QuantizedNetwork:
+    """Return the network trained on, with the same widths, which stay proved.
+
+    `data` are images (N, C, *S), or a pair of them and their classes (N,). Without classes the network learns
+    the float network's results (mean squared error), with classes these too (cross-entropy, and the float
+    network's answers by distillation). A fifth of it is held out, or `validation` is given; what is returned
+    is the network with the least held-out loss of all that were measured, the first one included. In the
+    first tenth of the epochs only scales and biases are trained, then the weights too, by Adam; the learning
+    rate falls to 0, and most of the gain comes at the end.
+
+    `augment` maps a batch of images to changed ones, each epoch anew. `patience` stops the training after so
+    many epochs without a better held-out loss. The same `seed` gives the same network on one machine.
+
+    Raises `InputRangeError` for images that the network does not take, `InvalidArgumentError` for anything
+    else that does not fit.
+    """
+    check_integer("epochs", epochs, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("seed", seed, 0)
+    check_number("learning_rate", learning_rate, 0.0)
+    if patience is not None:
+        check_integer("patience", patience, 1)
+    examples = _examples(network, data, "data")
+    generator = torch.Generator().manual_seed(int(seed))
+    if validation is None:
+        examples, held_out = _split(examples, generator)
+    else:
+        held_out = _examples(network, validation, "validation")
+        if (held_out.labels is None) != (examples.labels is None):
+            raise InvalidArgumentError("Give classes with both data and validation, or with neither.")
+    with torch.random.fork_rng(devices=[]):  # noise and augmentations draw from torch's own generator
+        torch.manual_seed(int(seed))
+        return _train(
+            network, examples, held_out, augment, epochs, learning_rate, batch_size, patience or epochs
+        )
+
+
+def _train(
+    network: QuantizedNetwork,
+    examples: Examples,
+    held_out: Examples,
+    augment: Augment | None,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    patience: int,
+) -> QuantizedNetwork:
+    module = TrainableNetwork(network).train()
+    weights = [weight for layer in module.layers for weight in getattr(layer, "weights", ())]
+    held = {id(weight) for weight in weights}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in held]
+    batches = -(-len(examples.images) // batch_size)
+    start, end = math.ceil(FROM * epochs), math.ceil(TO * epochs)
+    optimizer = torch.optim.Adam(
+        [{"params": weights, "lr": learning_rate}, {"params": others, "lr": learning_rate / 2}]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        [
+            lambda step: _rate(step, start * batches, end * batches),
+            lambda step: _rate(step, 0, epochs * batches),
+        ],
+    )
+    observed = examples.images[:MOST_OBSERVED].double().numpy()
+    best, least, since = network, _held_out_loss(network, held_out), 0
+    every = -(-epochs // MEASURED)
+    for epoch in track(range(epochs), "Fine-tuning…"):
+        for batch in torch.randperm(len(examples.images)).split(batch_size):
+            some = examples.of(batch)
+            if augment is not None:
+                images = augment(some.images)
+                some = Examples(images, some.labels, _meant(network, images))
+            optimizer.zero_grad()
+            _loss(module(some.images), some).backward()
+            optimizer.step()
+            schedule.step()
+            module.draw_in()
+        if (epoch + 1) % every == 0 or epoch + 1 in (start, end, epochs):
+            now = module.quantized(observed)
+            loss = _held_out_loss(now, held_out)
+            if loss < least:
+                best, least, since = now, loss, epoch
+        if epoch - since >= patience:
+            break
+    return best
+
+
+def _rate(step: int, start: int, end: int) -> float:
+    """Return the share of the learning rate at a step: 0 outside, a short rise and a long fall between."""
+    at = (step - start) / max(end - start, 1)
+    if not 0 <= at < 1:
+        return 0.0
+    return (
+        min(at / RISE, (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2)
+        if at < RISE
+        else (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2
+    )
+
+
+def _examples(network: QuantizedNetwork, data: Data, name: str) -> Examples:
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    given = as_array(data[0] if pair else data, f"The images of {name}")
+    network.quantize_input(given)
+    if given.ndim != len(network.input_shape) + 1 or len(given) < 2:
+        raise InvalidArgumentError(
+            f"{name} has images of shape {given.shape}; give a batch of two or more, (n, "
+            f"{', '.join(map(str, network.input_shape))})."
+        )
+    images = torch.tensor(given, dtype=torch.float32)
+    meant = _meant(network, images)
+    if not pair:
+        return Examples(images, None, meant)
+    labels = as_array(data[1], f"The classes of {name}")
+    classes, shape = meant.shape[1], (len(images), *meant.shape[2:])
+    if (
+        labels.dtype.kind not in "iu"
+        or labels.shape != shape
+        or not (0 <= labels.min() <= labels.max() < classes)
+    ):
+        raise InvalidArgumentError(
+            f"The classes of {name} have shape {labels.shape} and type {labels.dtype}; this network needs "
+            f"integers from 0 to {classes - 1} of shape {shape}."
+        )
+    return Examples(images, torch.tensor(labels.astype(np.int64)), meant)
+
+
+def _split(examples: Examples, generator: torch.Generator) -> tuple[Examples, Examples]:
+    order = torch.randperm(len(examples.images), generator=generator)
+    count = math.ceil(HELD_OUT * len(order))
+    return examples.of(order[count:]), examples.of(order[:count])
+
+
+def _meant(network: QuantizedNetwork, images: Tensor) -> Tensor:
+    """Return the sums (N, K, *Out) of the float network's last layer."""
+    return torch.as_tensor(network.source.tensors(images.double().numpy())[-1], dtype=torch.float32)
+
+
+def _loss(sums: Tensor, examples: Examples) -> Tensor:
+    if examples.labels is None:
+        return functional.mse_loss(sums, examples.meant) / examples.meant.var().clamp(min=1e-12)
+    distilled = functional.kl_div(
+        functional.log_softmax(sums / TEMPERATURE, dim=1),
+        functional.log_softmax(examples.meant / TEMPERATURE, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return functional.cross_entropy(sums, examples.labels) + TEMPERATURE**2 * distilled
+
+
+def _held_out_loss(network: QuantizedNetwork, held_out: Examples) -> float:
+    """Return the loss of the integer network itself."""
+    accumulators = network.accumulate(network.quantize_input(held_out.images)[0])
+    sums = torch.as_tensor(accumulators * network.last.scale, dtype=torch.float32)
+    return float(_loss(sums, held_out))
