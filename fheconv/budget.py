@@ -66,7 +66,8 @@ class LayerBudget:
     observed, with a margin (`QuantConfig.overflow`), and `risk` bounds the probability that an image like
     those of calibration leaves what was observed, margin not counted. `lookup_bits` is what rounding leaves
     of it, `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all
-    lookups cost. `channels` is empty for maxima, whose accumulators are differences of two.
+    lookups cost. The circuit computes the last accumulators in `planes` of `plane_bits` each, from which the
+    client adds them up. `channels` is empty for maxima, whose accumulators are differences of two.
     """
 
     name: str
@@ -87,6 +88,8 @@ class LayerBudget:
     lookup_bits: int | None
     table_entries: int
     cost_share: float
+    planes: int
+    plane_bits: int
     channels: tuple[ChannelBudget, ...]
 
     @property
@@ -209,6 +212,11 @@ class BudgetReport(Report):
                     f"{layer.taps} taps. Proved {layer.offset_bits} bits; the data types alone would prove "
                     f"{layer.data_type_bits}{seen}."
                 )
+            if layer.planes > 1:
+                yield (
+                    f"{layer.name}: the circuit computes its accumulators in {layer.planes} planes of "
+                    f"{layer.plane_bits} bits, which cost it less; the client adds them up."
+                )
             if not layer.proved:
                 yield (
                     f"{layer.name}: {layer.accumulator_bits} bits are observed only, {layer.offset_bits} are "
@@ -275,6 +283,8 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
             lookup_bits=lowered.bits,
             table_entries=2**lowered.bits,
             cost_share=share,
+            planes=lowered.planes,
+            plane_bits=lowered.plane_bits,
             channels=(),
         )
     observed = network.observed[number]
@@ -313,6 +323,8 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
         lookup_bits=None if table is None else table.bits - table.dropped_bits,
         table_entries=0 if table is None else table.tables.shape[1],
         cost_share=share,
+        planes=lowered.planes,
+        plane_bits=lowered.plane_bits,
         channels=channels,
     )
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,11 +11,12 @@ from fheconv import engines
 from fheconv.arithmetic import OUTSIDE
 from fheconv.arithmetic.matrix import DENSE_LIMIT
 from fheconv.arrays import Array
-from fheconv.bounds import AccumulatorBounds, layer_bounds, without_bias
 from fheconv.config import Engine
 from fheconv.engines import UNIT_COST, WHY, take
 from fheconv.errors import InvalidArgumentError
+from fheconv.lanes import Lanes
 from fheconv.network import Maximum, Quantization
+from fheconv.planes import Planes, in_planes
 from fheconv.pruning import Plain, demand, prune
 from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
 from fheconv.steps import Kernel, Shape, Term
@@ -28,7 +29,8 @@ Function: TypeAlias = Callable[[list[Any]], Any]
 class LoweredLayer:
     """How a layer is computed: with which engine and why, for how many multiplications and lookups.
 
-    `lookup_bits` is the width of what enters its lookups, after rounding, `bits` before.
+    `bits` is the width of its accumulators, `lookup_bits` what rounding leaves of it for a lookup. The last
+    ones are computed in `planes` of `plane_bits` each (see `fheconv.planes`), all others in one.
     """
 
     name: str
@@ -38,6 +40,8 @@ class LoweredLayer:
     lookups: int
     bits: int
     lookup_bits: int
+    planes: int
+    plane_bits: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,31 +49,23 @@ class Lowered:
     """The circuit's function, and what it takes to feed it and to read its results.
 
     `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
-    those at `outputs` of the last accumulators in offset form (1, m): never negative, at most `bits` wide, by
-    the proof in `bounds` (which leaves the bias out). Values that no result depends on are left out, and so
-    are results that are constant.
-
-    `lanes` images ride in one: image i is shifted up by i·`lane_bits`, and because every result lies between
-    0 and 2^lane_bits − 1, no lane borrows from or carries into another.
+    those at `outputs` of the last accumulators' `planes` in offset form (1, m): never negative, at most
+    `bits` wide, by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends
+    on are left out, and so are results that are constant. Several images ride in one, in `lanes`.
     """
 
     function: Callable[[Any], Any]
     network: QuantizedNetwork
     layers: tuple[LoweredLayer, ...]
-    bounds: AccumulatorBounds
+    planes: Planes
     inputs: Array
     outputs: Array
-    lanes: int
-
-    @property
-    def lane_bits(self) -> int:
-        """The proved width of one image's results."""
-        return max(self.bounds.offset_bits, 1)
+    lanes: Lanes
 
     @property
     def bits(self) -> int:
         """The proved width of the function's results, all lanes together."""
-        return self.bounds.offset_bits + (self.lanes - 1) * self.lane_bits
+        return self.lanes.width(self.planes.bounds.offset_bits)
 
     @property
     def lookups(self) -> int:
@@ -78,60 +74,50 @@ class Lowered:
 
     def prepare(self, q: Array) -> Array:
         """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
-        empty = -len(q) % self.lanes
-        filler = np.full((empty, *q.shape[1:]), self.network.input.zero_point)
-        read = np.concatenate([q, filler]).reshape(len(q) + empty, math.prod(q.shape[1:]))[:, self.inputs]
-        by_lane = read.reshape((len(q) + empty) // self.lanes, self.lanes, len(self.inputs))
-        return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
+        read = q.reshape(len(q), math.prod(q.shape[1:]))[:, self.inputs]
+        return self.lanes.pack(read, self.network.input.zero_point)
 
     def inputset(self) -> Array:
         """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
         blank = blank_images(self.network.input, self.network.input_shape)
-        return self.prepare(np.repeat(blank, self.lanes, axis=0))
+        return self.prepare(np.repeat(blank, self.lanes.count, axis=0))
 
     def accumulators(self, results: Array, images: int) -> Array:
         """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""
-        shifts = np.arange(self.lanes)[:, None] * self.lane_bits
-        lanes = results[:, None] >> shifts
-        if self.lanes > 1:
-            lanes &= 2**self.lane_bits - 1
-        lanes = lanes.reshape(len(results) * self.lanes, len(self.outputs))[:images]
-        layer = self.network.last
-        y = np.zeros((images, math.prod(layer.shape)), np.int64)
-        y[:, self.outputs] = lanes
-        start = self.bounds.channel_minimum.reshape(-1, *[1] * (len(layer.shape) - 1))
-        return y.reshape(images, *layer.shape) + start + layer.bias
-
-
-def _lane_steps(lanes: int, lane_bits: int) -> Array:
-    """Return what one step of each lane is worth, (lanes,)."""
-    return 1 << np.arange(lanes) * lane_bits
+        shape = self.planes.layer.shape
+        y = np.zeros((images, math.prod(shape)), np.int64)
+        y[:, self.outputs] = self.lanes.unpack(results, images)
+        start = self.planes.bounds.channel_minimum.reshape(-1, *[1] * (len(shape) - 1))
+        return self.planes.recombine(y.reshape(images, *shape) + start) + self.network.last.bias
 
 
 def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
     """Return the function of a network, by the engine named or by the one that is predicted cheapest.
 
-    `lanes` images ride in one (see `Lowered`); the caller checks that so many bits can be held. Only networks
+    `lanes` images ride in one (see `Lanes`); the caller checks that so many bits can be held. Only networks
     without lookups take several.
 
     Raises `InvalidArgumentError` if the engine named cannot run a layer.
     """
-    masks = demand(network)
-    bounds = layer_bounds(without_bias(network.last), network.shapes)
-    changes = bounds.maximum != bounds.channel_minimum.reshape(-1, *[1] * (len(network.last.shape) - 1))
-    if changes.any():
-        masks[-1] = changes
-    every = int(_lane_steps(lanes, max(bounds.offset_bits, 1)).sum())
-    functions, layers = [], []
-    for number, layer in enumerate(network.layers):
-        wanted = masks[number + 1]
+    masks, shapes = demand(network), network.shapes
+    steps = []
+    for layer, wanted in zip(network.layers, masks[1:], strict=True):
         if isinstance(layer, Maximum):
-            function, lowered = _maximum(layer, masks, wanted, network)
-        else:
-            function, lowered = _layer(layer, masks, wanted, network.shapes, bounds, engine, every, lanes)
-        functions.append(function)
-        layers.append(lowered)
-    image_bits = _unsigned_bits(network.input) + (lanes - 1) * max(bounds.offset_bits, 1)
+            steps.append(_maximum(layer, masks, wanted, network))
+        elif (table := layer.lookup) is not None:
+            steps.append(_layer(layer, masks, wanted, shapes, engine, table.minimum, table.bits))
+    # A filter of rank one has digits that need not be.
+    lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
+    planes = in_planes(network.last, shapes, lookup_bits)
+    start, bounds = planes.bounds.channel_minimum, planes.bounds
+    changes = bounds.maximum != start.reshape(-1, *[1] * (bounds.maximum.ndim - 1))
+    outputs = changes if changes.any() else np.ones_like(changes)
+    riding = Lanes.of(lanes, bounds.offset_bits)
+    bits = riding.width(bounds.offset_bits)
+    function, last = _layer(planes.layer, masks, outputs, shapes, engine, start, bits, riding.every)
+    last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
+    functions = [*(step[0] for step in steps), function]
+    image_bits = riding.width(_unsigned_bits(network.input))
 
     def circuit(x: Any) -> Any:
         tensors = [x if network.input.minimum < 0 else _hint(x, image_bits)]
@@ -142,11 +128,11 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
     return Lowered(
         function=circuit,
         network=network,
-        layers=tuple(layers),
-        bounds=bounds,
+        layers=(*(step[1] for step in steps), last),
+        planes=planes,
         inputs=np.flatnonzero(masks[0]),
-        outputs=np.flatnonzero(masks[-1]),
-        lanes=lanes,
+        outputs=np.flatnonzero(outputs),
+        lanes=riding,
     )
 
 
@@ -155,13 +141,16 @@ def _layer(
     masks: list[Array],
     wanted: Array,
     shapes: tuple[Shape, ...],
-    last: AccumulatorBounds,
     engine: Engine,
-    every: int,
-    lanes: int,
+    start: Array,
+    bits: int,
+    every: int = 1,
 ) -> tuple[Function, LoweredLayer]:
+    """Compute a layer's `wanted` accumulators, less `start` (C,) and so `bits` wide, and look them up.
+
+    `every` is what one step is worth.
+    """
     table = layer.lookup
-    start = last.channel_minimum if table is None else table.minimum
     outputs = np.flatnonzero(wanted)
     offset = -np.broadcast_to(start.reshape(-1, *[1] * (len(layer.shape) - 1)), layer.shape).ravel()[outputs]
     programs = [
@@ -171,7 +160,6 @@ def _layer(
     for program in programs:
         offset = offset + program.constant
     offset = (offset * every).reshape(1, -1)
-    bits = last.offset_bits + (lanes - 1) * max(last.offset_bits, 1) if table is None else table.bits
     which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
 
     def function(tensors: list[Any]) -> Any:
@@ -190,6 +178,8 @@ def _layer(
         lookups=0 if table is None else len(outputs),
         bits=bits,
         lookup_bits=0 if table is None else bits - table.dropped_bits,
+        planes=1,
+        plane_bits=bits,
     )
 
 
@@ -323,6 +313,8 @@ def _maximum(
         lookups=(len(candidates) - 1) * candidates.shape[1],
         bits=(2 * steps).bit_length(),
         lookup_bits=(2 * steps).bit_length(),
+        planes=1,
+        plane_bits=(2 * steps).bit_length(),
     )
 
 
