@@ -275,8 +275,9 @@ def norm_bits(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
     if (kernel := layer.convolution) is not None:
         squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
     else:
-        total = sum(term.matrix(shapes[term.source]).astype(np.float64).power(2) for term in layer.terms)
-        squares = np.asarray(total.sum(axis=0)).reshape(layer.shape[0], -1).max(axis=1)
+        matrices = (term.matrix(shapes[term.source]).astype(np.float64) for term in layer.terms)
+        total = np.sum([np.asarray(matrix.power(2).sum(axis=0)) for matrix in matrices], axis=0)
+        squares = total.reshape(layer.shape[0], -1).max(axis=1)
     bits: Array = 0.5 * np.log2(np.maximum(squares, 1.0))
     return bits
 

@@ -159,6 +159,8 @@ def _layer(
     ]
     for program in programs:
         offset = offset + program.constant
+    if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
+        programs, offset = [with_offset], np.zeros_like(offset)
     offset = (offset * every).reshape(1, -1)
     which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
 
@@ -167,7 +169,7 @@ def _layer(
         for program in programs:
             summand = program(tensors[program.source], every)
             total = summand if total is None else total + summand
-        total = _hint(total + offset, bits)
+        total = _hint(total + offset if offset.any() else total, bits)
         return total if table is None else _look_up(table, which, total)
 
     return function, LoweredLayer(
@@ -208,6 +210,22 @@ class _Program:
             y = engines.run(engine, plain, take(x, places, pad * every), every)
             x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
         return take(x, self.places, 0)
+
+    def with_offset(self, offset: Array) -> "_Program | None":
+        """Return a program whose last convolution adds the offset (m,), or None if it cannot.
+
+        An addition of its own would see sums with signs, for which Concrete may take a bit more.
+        """
+        if self.matrix is not None or (self.places == OUTSIDE).any():
+            return None
+        *before, (engine, plain, index, pad) = self.stages
+        filters = self.places // math.prod(plain.outputs.shape[1:])
+        bias = np.zeros(len(plain.weight), np.int64)
+        bias[filters] = offset
+        if (bias[filters] != offset).any():  # one filter's results belong to several channels
+            return None
+        plain = replace(plain, constant=plain.constant + bias)
+        return replace(self, stages=(*before, (engine, plain, index, pad)))
 
     @classmethod
     def of(

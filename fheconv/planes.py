@@ -128,6 +128,7 @@ def _divided(
         shape=(channels * planes, *size),
         terms=tuple(terms),
         scale=frozen(scale * factors.reshape(-1, *[1] * len(size))),
+        bias=np.zeros((1,) * len(layer.shape), np.int64),
         weight_range=(-base, base),
     )
 
