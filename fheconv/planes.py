@@ -19,10 +19,10 @@ from fheconv.quantized import QuantizedLayer
 from fheconv.steps import Kernel, Select, Shape, Step, Term
 
 # Beside lookups, results cost nothing extra while their width and the log2 of their weights' Euclidean norm,
-# which the noise grows by, stay below so many bits together. tests/benchmarks/planes.py prints the complexity
-# of TinyCNN by that sum at p_error 0.01 and 0.05. Lookups of 5 bits: 22.9e9 and 20.9e9 up to 11.7, 33.0e9
-# and 30.6e9 from 12.4 on; of 6 bits, exact or rounded, the step is at about 11 and at 11.8. Lookups of 3 and
-# 4 bits have the same step at 12 and a smaller one at 7, which would take some five times the planes.
+# by which noise grows, stay below so many bits together. tests/benchmarks/planes.py prints the complexity of
+# TinyCNN by that sum, at p_error 0.01 and 0.05: with lookups of 5 bits, exact or rounded, 22.9e9 and 20.9e9
+# up to 11.4 bits, 33.0e9 and 30.6e9 from 13 on; with 6 bits the step lies between 10.3 and 11.4 bits. With
+# lookups of 3 and 4 bits there is a smaller step below, at 7 bits, which would take six times the planes.
 FREE_BITS = 10.5
 # Planes cost ciphertexts and additions: next to nothing beside lookups, while they are few.
 MOST_PLANES = 32
