@@ -3,23 +3,21 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from fheconv import engines
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arithmetic.matrix import DENSE_LIMIT
 from fheconv.arrays import Array
 from fheconv.config import Engine
-from fheconv.engines import UNIT_COST, WHY, take
-from fheconv.errors import InvalidArgumentError
+from fheconv.engines import take
 from fheconv.lanes import Lanes
 from fheconv.network import Maximum, Quantization
 from fheconv.planes import Planes, in_planes
-from fheconv.pruning import Plain, demand, prune
+from fheconv.program import Plan, Program
+from fheconv.pruning import demand
 from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
-from fheconv.steps import Kernel, Shape, Term
 
 # From the tensors so far, each (N, values that are read), to the next.
 Function: TypeAlias = Callable[[list[Any]], Any]
@@ -51,16 +49,27 @@ class Lowered:
     `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
     those at `outputs` of the last accumulators' `planes` in offset form (1, m): never negative, at most
     `bits` wide, by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends
-    on are left out, and so are results that are constant. Several images ride in one, in `lanes`.
+    on are left out, and so are results that are constant: `read` (C, *S) and `computed` are the masks of what
+    is left. Several images ride in one, in `lanes`.
     """
 
     function: Callable[[Any], Any]
     network: QuantizedNetwork
     layers: tuple[LoweredLayer, ...]
     planes: Planes
-    inputs: Array
-    outputs: Array
+    read: Array
+    computed: Array
     lanes: Lanes
+
+    @cached_property
+    def inputs(self) -> Array:
+        """The flat positions of what is encrypted of an image, (n,)."""
+        return np.flatnonzero(self.read)
+
+    @cached_property
+    def outputs(self) -> Array:
+        """The flat positions in the planes of what is computed, (m,)."""
+        return np.flatnonzero(self.computed)
 
     @property
     def bits(self) -> int:
@@ -99,22 +108,22 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
 
     Raises `InvalidArgumentError` if the engine named cannot run a layer.
     """
-    masks, shapes = demand(network), network.shapes
+    masks = demand(network)
     steps = []
     for layer, wanted in zip(network.layers, masks[1:], strict=True):
         if isinstance(layer, Maximum):
             steps.append(_maximum(layer, masks, wanted, network))
         elif (table := layer.lookup) is not None:
-            steps.append(_layer(layer, masks, wanted, shapes, engine, table.minimum, table.bits))
+            steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
     # A filter of rank one has digits that need not be.
     lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
-    planes = in_planes(network.last, shapes, lookup_bits)
+    planes = in_planes(network.last, network.shapes, lookup_bits)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
     changes = bounds.maximum != start.reshape(-1, *[1] * (bounds.maximum.ndim - 1))
-    outputs = changes if changes.any() else np.ones_like(changes)
+    computed = changes if changes.any() else np.ones_like(changes)
     riding = Lanes.of(lanes, bounds.offset_bits)
     bits = riding.width(bounds.offset_bits)
-    function, last = _layer(planes.layer, masks, outputs, shapes, engine, start, bits, riding.every)
+    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
     image_bits = riding.width(_unsigned_bits(network.input))
@@ -130,8 +139,8 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
         network=network,
         layers=(*(step[1] for step in steps), last),
         planes=planes,
-        inputs=np.flatnonzero(masks[0]),
-        outputs=np.flatnonzero(outputs),
+        read=masks[0],
+        computed=computed,
         lanes=riding,
     )
 
@@ -140,7 +149,6 @@ def _layer(
     layer: QuantizedLayer,
     masks: list[Array],
     wanted: Array,
-    shapes: tuple[Shape, ...],
     engine: Engine,
     start: Array,
     bits: int,
@@ -151,20 +159,25 @@ def _layer(
     `every` is what one step is worth.
     """
     table = layer.lookup
-    outputs = np.flatnonzero(wanted)
-    offset = -np.broadcast_to(start.reshape(-1, *[1] * (len(layer.shape) - 1)), layer.shape).ravel()[outputs]
-    programs = [
-        _Program.of(layer.name, term, quantization, masks[term.source], shapes[term.source], wanted, engine)
+    plans = [
+        Plan.of(layer.name, term, quantization.zero_point, masks[term.source], wanted, engine)
         for term, quantization in zip(layer.terms, layer.inputs, strict=True)
     ]
-    for program in programs:
-        offset = offset + program.constant
-    if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
-        programs, offset = [with_offset], np.zeros_like(offset)
-    offset = (offset * every).reshape(1, -1)
-    which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+
+    @cache
+    def made() -> tuple[list[Program], Array, Array]:
+        """Return the programs, the offset (1, m) that is left to add, and the rows of the table (m,)."""
+        outputs = np.flatnonzero(wanted)
+        channels = outputs // math.prod(layer.shape[1:])
+        programs = [plan.program() for plan in plans]
+        offset = sum((program.constant for program in programs), -start[channels])
+        if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
+            programs, offset = [with_offset], np.zeros_like(offset)
+        which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+        return programs, (offset * every)[None], which
 
     def function(tensors: list[Any]) -> Any:
+        programs, offset, which = made()
         total: Any = None
         for program in programs:
             summand = program(tensors[program.source], every)
@@ -174,130 +187,15 @@ def _layer(
 
     return function, LoweredLayer(
         name=layer.name,
-        engine=" + ".join(dict.fromkeys(program.engine for program in programs)),
-        reason=programs[0].reason,
-        multiply_adds=sum(program.multiply_adds for program in programs),
-        lookups=0 if table is None else len(outputs),
+        engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
+        reason=plans[0].reason,
+        multiply_adds=sum(plan.multiply_adds for plan in plans),
+        lookups=0 if table is None else int(wanted.sum()),
         bits=bits,
         lookup_bits=0 if table is None else bits - table.dropped_bits,
         planes=1,
         plane_bits=bits,
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Program:
-    """How one term is computed from the values that are read of its source, (N, n), to (N, m).
-
-    Either one product with `matrix` (n, m), or convolutions one after the other: `stages` holds each of them
-    with its engine and the places in the values before it that it reads; `places` is what is read at the end.
-    `constant` (m,) has to be added.
-    """
-
-    source: int
-    engine: str
-    reason: str
-    multiply_adds: int
-    constant: Array
-    matrix: Array | None
-    stages: tuple[tuple[str, Plain, Array, int], ...]
-    places: Array
-
-    def __call__(self, x: Any, every: int) -> Any:
-        if self.matrix is not None:
-            return x @ self.matrix
-        for engine, plain, places, pad in self.stages:
-            y = engines.run(engine, plain, take(x, places, pad * every), every)
-            x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
-        return take(x, self.places, 0)
-
-    def with_offset(self, offset: Array) -> "_Program | None":
-        """Return a program whose last convolution adds the offset (m,), or None if it cannot.
-
-        An addition of its own would see sums with signs, for which Concrete may take a bit more.
-        """
-        if self.matrix is not None or (self.places == OUTSIDE).any():
-            return None
-        *before, (engine, plain, index, pad) = self.stages
-        filters = self.places // math.prod(plain.outputs.shape[1:])
-        bias = np.zeros(len(plain.weight), np.int64)
-        bias[filters] = offset
-        if (bias[filters] != offset).any():  # one filter's results belong to several channels
-            return None
-        plain = replace(plain, constant=plain.constant + bias)
-        return replace(self, stages=(*before, (engine, plain, index, pad)))
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        term: Term,
-        quantization: Quantization,
-        mask: Array,
-        shape: Shape,
-        wanted: Array,
-        engine: Engine,
-    ) -> "_Program":
-        """Choose how to compute a term of the layer `name`."""
-        inputs, outputs = np.flatnonzero(mask), np.flatnonzero(wanted)
-        places = np.full(math.prod(shape), OUTSIDE)
-        places[inputs] = np.arange(len(inputs))
-        pad, stages, counts = quantization.zero_point, [], []
-        steps = zip(term.steps, term.shapes(shape)[:-1], term.masks(wanted, shape)[1:], strict=True)
-        for step, before, after in steps:
-            if isinstance(step, Kernel):
-                plain = prune(step, before, after, pad)
-                stages.append((plain, np.where(plain.index == OUTSIDE, OUTSIDE, places[plain.index]), pad))
-                counts.append(plain.multiply_adds())
-                places = np.full(after.size, OUTSIDE)
-                places[plain.outputs.ravel()] = np.arange(plain.outputs.size)
-                pad = 0
-            else:
-                places = np.where(step.index == OUTSIDE, OUTSIDE, places[step.index]).ravel()
-        possible = {
-            one: sum(count.get(one, count.get("conv", 0)) for count in counts)
-            for one in ("conv", "separable", "shifts")
-            if any(one in count for count in counts)
-        }
-        if not all(counts):
-            possible = {}
-        if 8 * len(inputs) * len(outputs) <= DENSE_LIMIT:
-            possible["matrix"] = len(inputs) * len(outputs)
-        chosen, reason = _choose(name, engine, possible)
-        zeros = np.zeros((1, *shape), np.int64)
-        matrix, constant = None, np.zeros(len(outputs), np.int64)
-        if chosen == "matrix":
-            matrix = term.matrix(shape)[inputs][:, outputs].toarray()
-            # The matrix reads no padding: what a zero-point there adds is a constant.
-            constant = term.apply(zeros, quantization.zero_point).ravel()[outputs]
-        return cls(
-            source=term.source,
-            engine=chosen,
-            reason=reason,
-            multiply_adds=possible[chosen],
-            constant=constant,
-            matrix=matrix,
-            stages=tuple(
-                (chosen if chosen in count else "conv", *stage)
-                for stage, count in zip(stages, counts, strict=True)
-            ),
-            places=places[outputs],
-        )
-
-
-def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
-    """Return the engine to run with, and why."""
-    if engine == "auto":
-        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
-        shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
-        return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
-    if engine not in possible:
-        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
-        raise InvalidArgumentError(
-            f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
-            + WHY.get(engine, too_large)
-        )
-    return engine, "asked for"
 
 
 def _maximum(
