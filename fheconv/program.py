@@ -92,9 +92,7 @@ class Plan:
             # The matrix reads no padding: what a zero-point there adds is a constant.
             constant = self.term.apply(np.zeros((1, *shape), np.int64), self.pad).ravel()[outputs]
             matrix = self.term.matrix(shape)[inputs][:, outputs].toarray()
-            return Program(
-                source=self.term.source, constant=constant, matrix=matrix, stages=(), places=outputs
-            )
+            return Program(source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none)
         places = np.full(self.read.size, OUTSIDE)
         places[inputs] = np.arange(len(inputs))
         pad, stages = self.pad, []
