@@ -267,6 +267,21 @@ def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Arra
     return minimum, maximum
 
 
+def norm_bits(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
+    """Return log2 ‖w‖₂ of the weights that meet in an accumulator, the most of each channel, (K,).
+
+    So many bits an encrypted sum loses to the noise of what it adds up.
+    """
+    if (kernel := layer.convolution) is not None:
+        squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
+    else:
+        matrices = (term.matrix(shapes[term.source]).astype(np.float64) for term in layer.terms)
+        total = np.sum([np.asarray(matrix.power(2).sum(axis=0)) for matrix in matrices], axis=0)
+        squares = total.reshape(layer.shape[0], -1).max(axis=1)
+    bits: Array = 0.5 * np.log2(np.maximum(squares, 1.0))
+    return bits
+
+
 def worst_case_inputs(layer: QuantizedLayer, shape: Shape, bounds: AccumulatorBounds) -> Array:
     """Return images on which each channel attains its minimum and its maximum, (2·K, C, *S).
 

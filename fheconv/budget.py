@@ -1,9 +1,8 @@
-"""What the proved bounds mean for an accumulator of a given width, and what to do when it is too narrow."""
+"""What the proved bounds mean for an accumulator of a given width."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, without_bias
-from fheconv.config import QuantConfig, check_integer
+from fheconv.bounds import layer_bounds, twos_complement_bits, without_bias
+from fheconv.config import check_integer
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.lower import LoweredLayer, lower
 from fheconv.network import Layer, Maximum
 from fheconv.quantized import QuantizedNetwork
-from fheconv.quantizer.activations import input_quantization
-from fheconv.quantizer.rounding import round_weight
+from fheconv.remedy import remedy_for
 from fheconv.rendering import Report
 from fheconv.steps import Kernel, Shape
 
@@ -66,7 +64,8 @@ class LayerBudget:
     observed, with a margin (`QuantConfig.overflow`), and `risk` bounds the probability that an image like
     those of calibration leaves what was observed, margin not counted. `lookup_bits` is what rounding leaves
     of it, `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all
-    lookups cost. `channels` is empty for maxima, whose accumulators are differences of two.
+    lookups cost. The circuit computes the last accumulators in `planes` of `plane_bits` each, from which the
+    client adds them up. `channels` is empty for maxima, whose accumulators are differences of two.
     """
 
     name: str
@@ -87,6 +86,8 @@ class LayerBudget:
     lookup_bits: int | None
     table_entries: int
     cost_share: float
+    planes: int
+    plane_bits: int
     channels: tuple[ChannelBudget, ...]
 
     @property
@@ -209,6 +210,11 @@ class BudgetReport(Report):
                     f"{layer.taps} taps. Proved {layer.offset_bits} bits; the data types alone would prove "
                     f"{layer.data_type_bits}{seen}."
                 )
+            if layer.planes > 1:
+                yield (
+                    f"{layer.name}: the circuit computes its accumulators in {layer.planes} planes of "
+                    f"{layer.plane_bits} bits, which cost it less; the client adds them up."
+                )
             if not layer.proved:
                 yield (
                     f"{layer.name}: {layer.accumulator_bits} bits are observed only, {layer.offset_bits} are "
@@ -237,7 +243,11 @@ def report(network: QuantizedNetwork, limit: int | None = None) -> BudgetReport:
         for number, (low, price) in enumerate(zip(lowered, prices, strict=True))
     )
     over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
-    remedy = _remedy(network, limit, layers) if limit is not None and over else None
+    remedy = (
+        remedy_for(network, limit, max(layer.input_bits for layer in layers))
+        if limit is not None and over
+        else None
+    )
     return BudgetReport(layers=layers, limit=limit, remedy=remedy)
 
 
@@ -275,6 +285,8 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
             lookup_bits=lowered.bits,
             table_entries=2**lowered.bits,
             cost_share=share,
+            planes=lowered.planes,
+            plane_bits=lowered.plane_bits,
             channels=(),
         )
     observed = network.observed[number]
@@ -313,6 +325,8 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
         lookup_bits=None if table is None else table.bits - table.dropped_bits,
         table_entries=0 if table is None else table.tables.shape[1],
         cost_share=share,
+        planes=lowered.planes,
+        plane_bits=lowered.plane_bits,
         channels=channels,
     )
 
@@ -352,55 +366,4 @@ def _verdict(layer: LayerBudget, limit: int) -> str:
         f"Layer {layer.name!r} does not fit {limit} bits: it needs {layer.accumulator_bits}, "
         f"{layer.accumulator_bits - limit} more, because of {where}, whose accumulator spans "
         f"{worst.span} steps ({worst.minimum}..{worst.maximum}) where {limit} bits hold {2**limit - 1}."
-    )
-
-
-def _remedy(network: QuantizedNetwork, limit: int, layers: Sequence[LayerBudget]) -> str:
-    """Say what to quantize with, or what else to do, for the network to fit."""
-    config, kernel = network.config, network.last.convolution
-    nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
-    if kernel is not None and len(layers) == 1 and nearest:
-        return _smaller_bits(network, kernel, limit)
-    # A weight of 1 needs as many bits as what it multiplies.
-    least = max(layer.input_bits for layer in layers)
-    if least > limit:
-        return (
-            f"Some layer reads {least}-bit values, and a single weight of 1 needs as many accumulator bits; "
-            f"use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
-        )
-    kept = replace(config, accumulator_bits=limit, overflow="proved", method="auto")
-    return f"Quantize with {kept}: the weights are then chosen to keep to {limit} bits."
-
-
-def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:
-    """Try smaller (weight_bits, input_bits) on the float weights, and name the first that fits.
-
-    Those that give up the fewest bits in all come first, and among them those with the most weight bits.
-    """
-    config = network.config
-    terms = (term for layer in network.source.layers if isinstance(layer, Layer) for term in layer.terms)
-    (source,) = (step.weight for term in terms for step in term.steps if isinstance(step, Kernel))
-    weights = {
-        bits: round_weight(source, bits, per_channel=config.per_channel).values
-        for bits in range(config.of_layer("weight_bits", network.last.name), 0, -1)
-    }
-    candidates = product(weights, range(config.input_bits, 1 if config.input_signed else 0, -1))
-    tried: list[tuple[int, QuantConfig]] = []
-    for weight_bits, input_bits in sorted(candidates, key=lambda bits: (sum(bits), bits), reverse=True):
-        smaller = replace(config, weight_bits=weight_bits, input_bits=input_bits)
-        inputs = input_quantization(network.calibrated, smaller)
-        bits = accumulator_bounds(
-            weights[weight_bits],
-            kernel.geometry,
-            network.input_shape[1:],
-            (inputs.minimum, inputs.maximum),
-            pad_value=inputs.zero_point,
-        ).offset_bits
-        if bits <= limit:
-            return f"Quantize with {smaller}: that is proved to need {bits} bits."
-        tried.append((bits, smaller))
-    least, smaller = min(tried, key=lambda attempt: attempt[0])
-    return (
-        f"No width of weights and inputs fits: with {smaller} it still needs {least}. Allow "
-        f"accumulator_bits={least}, or give the layer fewer taps (groups, a smaller kernel)."
     )

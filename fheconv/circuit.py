@@ -5,7 +5,6 @@ import math
 import secrets
 import threading
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -13,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import numpy as np
 
 from fheconv.arrays import Array
+from fheconv.bounds import norm_bits
 from fheconv.ciphertext import Ciphertext
 from fheconv.config import CompileConfig, check_integer
 from fheconv.errors import (
@@ -27,9 +27,8 @@ from fheconv.errors import (
 from fheconv.keys import read_keys, write_keys
 from fheconv.lower import Lowered, lower
 from fheconv.progress import status, track
-from fheconv.quantized import QuantizedLayer, QuantizedNetwork
+from fheconv.quantized import QuantizedNetwork
 from fheconv.reports import Cost, VerifyReport, compare
-from fheconv.steps import Shape
 from fheconv.timing import expected_seconds
 from fheconv.worker import CircuitForgotten, Compiled, Session, in_process, worker
 
@@ -97,7 +96,7 @@ class FheCircuit:
                 number,
                 self.network,
                 self.config,
-                lowered.lanes,
+                lowered.lanes.count,
                 limits=self.config,
             )
         return _Program(number=number, lowered=lowered, compiled=compiled)
@@ -305,7 +304,7 @@ class FheCircuit:
 
     def _restore(self, program: _Program) -> None:
         """Give a new worker what the old one knew, the program and its keys at once."""
-        what = (self.network, self.config, program.lowered.lanes, program.key_id, program.keys)
+        what = (self.network, self.config, program.lowered.lanes.count, program.key_id, program.keys)
         compiled = self._session.request(
             CompilationError, "compile", program.number, *what, limits=self.config
         )
@@ -332,10 +331,10 @@ class FheCircuit:
                     raise ArtifactError(
                         "The ciphertext was made with other keys; encrypt again with the present ones."
                     )
-                if len(ciphertext.values) != -(-ciphertext.images // program.lowered.lanes):
+                if len(ciphertext.values) != -(-ciphertext.images // program.lowered.lanes.count):
                     raise ArtifactError(
                         f"The ciphertext says it holds {ciphertext.images} images, in "
-                        f"{len(ciphertext.values)} values of {program.lowered.lanes} each."
+                        f"{len(ciphertext.values)} values of {program.lowered.lanes.count} each."
                     )
                 return program
         raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
@@ -363,13 +362,12 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
             )
         return 1
     layer = one.network.last
-    norms = _squares(layer, one.network.shapes)
+    norms = norm_bits(layer, one.network.shapes)
     channel = int(np.argmax(norms))
-    norm_bits = 0.5 * math.log2(max(float(norms[channel]), 1.0))
-    width = max(one.bits, one.network.input.bits) + norm_bits
+    width = max(one.bits, one.network.input.bits) + float(norms[channel])
 
     def all_lanes(lanes: int) -> float:
-        return width + (lanes - 1) * one.lane_bits
+        return width + (lanes - 1) * one.lanes.bits
 
     if config.lanes == "auto":
         lanes = max((n for n in range(1, MOST_LANES + 1) if all_lanes(n) <= SAFE_LIMIT), default=1)
@@ -379,8 +377,8 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
         remedy = "use fewer weight_bits or input_bits" + (", or fewer lanes" if lanes > 1 else "")
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r} needs {one.bits} accumulator bits for each of {lanes} images in a "
-            f"ciphertext, and with weights of Euclidean norm 2^{norm_bits:.1f} in channel {channel} that is "
-            f"{all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
+            f"ciphertext, and with weights of Euclidean norm 2^{norms[channel]:.1f} in channel {channel} "
+            f"that is {all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
             layer=layer.name,
             channel=channel,
             value=math.ceil(all_lanes(lanes)),
@@ -388,11 +386,3 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
             remedy=remedy,
         )
     return lanes
-
-
-def _squares(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
-    """Return the sum of the squared weights that meet in an accumulator, the greatest of each channel."""
-    if (kernel := layer.convolution) is not None:
-        return np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
-    total = sum(term.matrix(shapes[term.source]).astype(np.float64).power(2) for term in layer.terms)
-    return np.asarray(total.sum(axis=0)).reshape(layer.shape[0], -1).max(axis=1)

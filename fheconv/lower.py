@@ -2,23 +2,22 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from fheconv import engines
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arithmetic.matrix import DENSE_LIMIT
 from fheconv.arrays import Array
-from fheconv.bounds import AccumulatorBounds, layer_bounds, without_bias
 from fheconv.config import Engine
-from fheconv.engines import UNIT_COST, WHY, take
-from fheconv.errors import InvalidArgumentError
+from fheconv.engines import take
+from fheconv.lanes import Lanes
 from fheconv.network import Maximum, Quantization
-from fheconv.pruning import Plain, demand, prune
+from fheconv.planes import Planes, in_planes
+from fheconv.program import Plan, Program
+from fheconv.pruning import demand
 from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
-from fheconv.steps import Kernel, Shape, Term
 
 # From the tensors so far, each (N, values that are read), to the next.
 Function: TypeAlias = Callable[[list[Any]], Any]
@@ -28,7 +27,8 @@ Function: TypeAlias = Callable[[list[Any]], Any]
 class LoweredLayer:
     """How a layer is computed: with which engine and why, for how many multiplications and lookups.
 
-    `lookup_bits` is the width of what enters its lookups, after rounding, `bits` before.
+    `bits` is the width of its accumulators, `lookup_bits` what rounding leaves of it for a lookup. The last
+    ones are computed in `planes` of `plane_bits` each (see `fheconv.planes`), all others in one.
     """
 
     name: str
@@ -38,6 +38,8 @@ class LoweredLayer:
     lookups: int
     bits: int
     lookup_bits: int
+    planes: int
+    plane_bits: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,31 +47,34 @@ class Lowered:
     """The circuit's function, and what it takes to feed it and to read its results.
 
     `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
-    those at `outputs` of the last accumulators in offset form (1, m): never negative, at most `bits` wide, by
-    the proof in `bounds` (which leaves the bias out). Values that no result depends on are left out, and so
-    are results that are constant.
-
-    `lanes` images ride in one: image i is shifted up by i·`lane_bits`, and because every result lies between
-    0 and 2^lane_bits − 1, no lane borrows from or carries into another.
+    those at `outputs` of the last accumulators' `planes` in offset form (1, m): never negative, at most
+    `bits` wide, by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends
+    on are left out, and so are results that are constant: `read` (C, *S) and `computed` are the masks of what
+    is left. Several images ride in one, in `lanes`.
     """
 
     function: Callable[[Any], Any]
     network: QuantizedNetwork
     layers: tuple[LoweredLayer, ...]
-    bounds: AccumulatorBounds
-    inputs: Array
-    outputs: Array
-    lanes: int
+    planes: Planes
+    read: Array
+    computed: Array
+    lanes: Lanes
 
-    @property
-    def lane_bits(self) -> int:
-        """The proved width of one image's results."""
-        return max(self.bounds.offset_bits, 1)
+    @cached_property
+    def inputs(self) -> Array:
+        """The flat positions of what is encrypted of an image, (n,)."""
+        return np.flatnonzero(self.read)
+
+    @cached_property
+    def outputs(self) -> Array:
+        """The flat positions in the planes of what is computed, (m,)."""
+        return np.flatnonzero(self.computed)
 
     @property
     def bits(self) -> int:
         """The proved width of the function's results, all lanes together."""
-        return self.bounds.offset_bits + (self.lanes - 1) * self.lane_bits
+        return self.lanes.width(self.planes.bounds.offset_bits)
 
     @property
     def lookups(self) -> int:
@@ -78,60 +83,50 @@ class Lowered:
 
     def prepare(self, q: Array) -> Array:
         """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
-        empty = -len(q) % self.lanes
-        filler = np.full((empty, *q.shape[1:]), self.network.input.zero_point)
-        read = np.concatenate([q, filler]).reshape(len(q) + empty, math.prod(q.shape[1:]))[:, self.inputs]
-        by_lane = read.reshape((len(q) + empty) // self.lanes, self.lanes, len(self.inputs))
-        return np.tensordot(by_lane, _lane_steps(self.lanes, self.lane_bits), axes=(1, 0))
+        read = q.reshape(len(q), math.prod(q.shape[1:]))[:, self.inputs]
+        return self.lanes.pack(read, self.network.input.zero_point)
 
     def inputset(self) -> Array:
         """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
         blank = blank_images(self.network.input, self.network.input_shape)
-        return self.prepare(np.repeat(blank, self.lanes, axis=0))
+        return self.prepare(np.repeat(blank, self.lanes.count, axis=0))
 
     def accumulators(self, results: Array, images: int) -> Array:
         """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""
-        shifts = np.arange(self.lanes)[:, None] * self.lane_bits
-        lanes = results[:, None] >> shifts
-        if self.lanes > 1:
-            lanes &= 2**self.lane_bits - 1
-        lanes = lanes.reshape(len(results) * self.lanes, len(self.outputs))[:images]
-        layer = self.network.last
-        y = np.zeros((images, math.prod(layer.shape)), np.int64)
-        y[:, self.outputs] = lanes
-        start = self.bounds.channel_minimum.reshape(-1, *[1] * (len(layer.shape) - 1))
-        return y.reshape(images, *layer.shape) + start + layer.bias
-
-
-def _lane_steps(lanes: int, lane_bits: int) -> Array:
-    """Return what one step of each lane is worth, (lanes,)."""
-    return 1 << np.arange(lanes) * lane_bits
+        shape = self.planes.layer.shape
+        y = np.zeros((images, math.prod(shape)), np.int64)
+        y[:, self.outputs] = self.lanes.unpack(results, images)
+        start = self.planes.bounds.channel_minimum.reshape(-1, *[1] * (len(shape) - 1))
+        return self.planes.recombine(y.reshape(images, *shape) + start) + self.network.last.bias
 
 
 def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
     """Return the function of a network, by the engine named or by the one that is predicted cheapest.
 
-    `lanes` images ride in one (see `Lowered`); the caller checks that so many bits can be held. Only networks
+    `lanes` images ride in one (see `Lanes`); the caller checks that so many bits can be held. Only networks
     without lookups take several.
 
     Raises `InvalidArgumentError` if the engine named cannot run a layer.
     """
     masks = demand(network)
-    bounds = layer_bounds(without_bias(network.last), network.shapes)
-    changes = bounds.maximum != bounds.channel_minimum.reshape(-1, *[1] * (len(network.last.shape) - 1))
-    if changes.any():
-        masks[-1] = changes
-    every = int(_lane_steps(lanes, max(bounds.offset_bits, 1)).sum())
-    functions, layers = [], []
-    for number, layer in enumerate(network.layers):
-        wanted = masks[number + 1]
+    steps = []
+    for layer, wanted in zip(network.layers, masks[1:], strict=True):
         if isinstance(layer, Maximum):
-            function, lowered = _maximum(layer, masks, wanted, network)
-        else:
-            function, lowered = _layer(layer, masks, wanted, network.shapes, bounds, engine, every, lanes)
-        functions.append(function)
-        layers.append(lowered)
-    image_bits = _unsigned_bits(network.input) + (lanes - 1) * max(bounds.offset_bits, 1)
+            steps.append(_maximum(layer, masks, wanted, network))
+        elif (table := layer.lookup) is not None:
+            steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
+    # A filter of rank one has digits that need not be.
+    lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
+    planes = in_planes(network.last, network.shapes, lookup_bits)
+    start, bounds = planes.bounds.channel_minimum, planes.bounds
+    changes = bounds.maximum != start.reshape(-1, *[1] * (bounds.maximum.ndim - 1))
+    computed = changes if changes.any() else np.ones_like(changes)
+    riding = Lanes.of(lanes, bounds.offset_bits)
+    bits = riding.width(bounds.offset_bits)
+    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
+    last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
+    functions = [*(step[0] for step in steps), function]
+    image_bits = riding.width(_unsigned_bits(network.input))
 
     def circuit(x: Any) -> Any:
         tensors = [x if network.input.minimum < 0 else _hint(x, image_bits)]
@@ -142,11 +137,11 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
     return Lowered(
         function=circuit,
         network=network,
-        layers=tuple(layers),
-        bounds=bounds,
-        inputs=np.flatnonzero(masks[0]),
-        outputs=np.flatnonzero(masks[-1]),
-        lanes=lanes,
+        layers=(*(step[1] for step in steps), last),
+        planes=planes,
+        read=masks[0],
+        computed=computed,
+        lanes=riding,
     )
 
 
@@ -154,142 +149,53 @@ def _layer(
     layer: QuantizedLayer,
     masks: list[Array],
     wanted: Array,
-    shapes: tuple[Shape, ...],
-    last: AccumulatorBounds,
     engine: Engine,
-    every: int,
-    lanes: int,
+    start: Array,
+    bits: int,
+    every: int = 1,
 ) -> tuple[Function, LoweredLayer]:
+    """Compute a layer's `wanted` accumulators, less `start` (C,) and so `bits` wide, and look them up.
+
+    `every` is what one step is worth.
+    """
     table = layer.lookup
-    start = last.channel_minimum if table is None else table.minimum
-    outputs = np.flatnonzero(wanted)
-    offset = -np.broadcast_to(start.reshape(-1, *[1] * (len(layer.shape) - 1)), layer.shape).ravel()[outputs]
-    programs = [
-        _Program.of(layer.name, term, quantization, masks[term.source], shapes[term.source], wanted, engine)
+    plans = [
+        Plan.of(layer.name, term, quantization.zero_point, masks[term.source], wanted, engine)
         for term, quantization in zip(layer.terms, layer.inputs, strict=True)
     ]
-    for program in programs:
-        offset = offset + program.constant
-    offset = (offset * every).reshape(1, -1)
-    bits = last.offset_bits + (lanes - 1) * max(last.offset_bits, 1) if table is None else table.bits
-    which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+
+    @cache
+    def made() -> tuple[list[Program], Array, Array]:
+        """Return the programs, the offset (1, m) that is left to add, and the rows of the table (m,)."""
+        outputs = np.flatnonzero(wanted)
+        channels = outputs // math.prod(layer.shape[1:])
+        programs = [plan.program() for plan in plans]
+        offset = sum((program.constant for program in programs), -start[channels])
+        if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
+            programs, offset = [with_offset], np.zeros_like(offset)
+        which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+        return programs, (offset * every)[None], which
 
     def function(tensors: list[Any]) -> Any:
+        programs, offset, which = made()
         total: Any = None
         for program in programs:
             summand = program(tensors[program.source], every)
             total = summand if total is None else total + summand
-        total = _hint(total + offset, bits)
+        total = _hint(total + offset if offset.any() else total, bits)
         return total if table is None else _look_up(table, which, total)
 
     return function, LoweredLayer(
         name=layer.name,
-        engine=" + ".join(dict.fromkeys(program.engine for program in programs)),
-        reason=programs[0].reason,
-        multiply_adds=sum(program.multiply_adds for program in programs),
-        lookups=0 if table is None else len(outputs),
+        engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
+        reason=plans[0].reason,
+        multiply_adds=sum(plan.multiply_adds for plan in plans),
+        lookups=0 if table is None else int(wanted.sum()),
         bits=bits,
         lookup_bits=0 if table is None else bits - table.dropped_bits,
+        planes=1,
+        plane_bits=bits,
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Program:
-    """How one term is computed from the values that are read of its source, (N, n), to (N, m).
-
-    Either one product with `matrix` (n, m), or convolutions one after the other: `stages` holds each of them
-    with its engine and the places in the values before it that it reads; `places` is what is read at the end.
-    `constant` (m,) has to be added.
-    """
-
-    source: int
-    engine: str
-    reason: str
-    multiply_adds: int
-    constant: Array
-    matrix: Array | None
-    stages: tuple[tuple[str, Plain, Array, int], ...]
-    places: Array
-
-    def __call__(self, x: Any, every: int) -> Any:
-        if self.matrix is not None:
-            return x @ self.matrix
-        for engine, plain, places, pad in self.stages:
-            y = engines.run(engine, plain, take(x, places, pad * every), every)
-            x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
-        return take(x, self.places, 0)
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        term: Term,
-        quantization: Quantization,
-        mask: Array,
-        shape: Shape,
-        wanted: Array,
-        engine: Engine,
-    ) -> "_Program":
-        """Choose how to compute a term of the layer `name`."""
-        inputs, outputs = np.flatnonzero(mask), np.flatnonzero(wanted)
-        places = np.full(math.prod(shape), OUTSIDE)
-        places[inputs] = np.arange(len(inputs))
-        pad, stages, counts = quantization.zero_point, [], []
-        steps = zip(term.steps, term.shapes(shape)[:-1], term.masks(wanted, shape)[1:], strict=True)
-        for step, before, after in steps:
-            if isinstance(step, Kernel):
-                plain = prune(step, before, after, pad)
-                stages.append((plain, np.where(plain.index == OUTSIDE, OUTSIDE, places[plain.index]), pad))
-                counts.append(plain.multiply_adds())
-                places = np.full(after.size, OUTSIDE)
-                places[plain.outputs.ravel()] = np.arange(plain.outputs.size)
-                pad = 0
-            else:
-                places = np.where(step.index == OUTSIDE, OUTSIDE, places[step.index]).ravel()
-        possible = {
-            one: sum(count.get(one, count.get("conv", 0)) for count in counts)
-            for one in ("conv", "separable", "shifts")
-            if any(one in count for count in counts)
-        }
-        if not all(counts):
-            possible = {}
-        if 8 * len(inputs) * len(outputs) <= DENSE_LIMIT:
-            possible["matrix"] = len(inputs) * len(outputs)
-        chosen, reason = _choose(name, engine, possible)
-        zeros = np.zeros((1, *shape), np.int64)
-        matrix, constant = None, np.zeros(len(outputs), np.int64)
-        if chosen == "matrix":
-            matrix = term.matrix(shape)[inputs][:, outputs].toarray()
-            # The matrix reads no padding: what a zero-point there adds is a constant.
-            constant = term.apply(zeros, quantization.zero_point).ravel()[outputs]
-        return cls(
-            source=term.source,
-            engine=chosen,
-            reason=reason,
-            multiply_adds=possible[chosen],
-            constant=constant,
-            matrix=matrix,
-            stages=tuple(
-                (chosen if chosen in count else "conv", *stage)
-                for stage, count in zip(stages, counts, strict=True)
-            ),
-            places=places[outputs],
-        )
-
-
-def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
-    """Return the engine to run with, and why."""
-    if engine == "auto":
-        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
-        shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
-        return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
-    if engine not in possible:
-        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
-        raise InvalidArgumentError(
-            f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
-            + WHY.get(engine, too_large)
-        )
-    return engine, "asked for"
 
 
 def _maximum(
@@ -323,6 +229,8 @@ def _maximum(
         lookups=(len(candidates) - 1) * candidates.shape[1],
         bits=(2 * steps).bit_length(),
         lookup_bits=(2 * steps).bit_length(),
+        planes=1,
+        plane_bits=(2 * steps).bit_length(),
     )
 
 

@@ -59,11 +59,11 @@ class NativeCircuits:
         try:
             circuit = compiler.compile([x[None] for x in lowered.inputset()], _configuration(lowered, config))
         except RuntimeError as error:
-            widest = max(lowered.layers, key=lambda layer: layer.bits)
+            widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise CompilationError(
                 f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
-                f"of layer {widest.name!r}, {widest.bits} bits. Quantize with fewer accumulator_bits or "
-                "rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
+                f"of layer {widest.name!r}, {widest.plane_bits} bits. Quantize with fewer accumulator_bits "
+                "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
                 "larger p_error."
             ) from error
         output = next(iter(circuit.graph.output_nodes.values())).output

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,20 +35,49 @@ def demand(network: QuantizedNetwork) -> list[Array]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """Positions in a tensor of shape `within`: all combinations of those of `axes`.
+
+    Those of an axis may be `OUTSIDE`, and then the position is.
+    """
+
+    axes: tuple[Array, ...]
+    within: Shape
+
+    @property
+    def shape(self) -> Shape:
+        """How many positions there are along each axis."""
+        return tuple(map(len, self.axes))
+
+    @property
+    def inside(self) -> bool:
+        """Whether any of them lies in the tensor."""
+        return all((axis != OUTSIDE).any() for axis in self.axes)
+
+    @cached_property
+    def flat(self) -> Array:
+        """The flat positions, an array of `shape`, `OUTSIDE` where an axis is. Made when first used."""
+        grids = np.meshgrid(*self.axes, indexing="ij")
+        outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
+        position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), self.within)
+        return np.where(outside, OUTSIDE, position)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plain:
     """A convolution without padding, of what is left of a kernel: `weight` (K', C'/groups, *k').
 
-    `index` (C', *S') says which values of the kernel's input it runs over, flat positions, `OUTSIDE` for the
-    padding; `outputs` (K', *Out') which values of the kernel's output it computes. `constant` (K',) is what
-    those taps add that read nothing but padding.
+    `inputs` (C', *S') says which values of the kernel's input it runs over, `OUTSIDE` for the padding;
+    `outputs` (K', *Out') which values of the kernel's output it computes. `constant` (K',) is what those taps
+    add that read nothing but padding.
     """
 
     weight: Array
-    index: Array
+    inputs: Grid
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    outputs: Array
+    outputs: Grid
     constant: Array
 
     def multiply_adds(self) -> dict[str, int]:
@@ -55,12 +85,12 @@ class Plain:
         outputs = math.prod(self.outputs.shape[1:])
         counts = {}
         # Concrete builds no convolution from nothing but zeros.
-        if self.weight.any() and (self.index != OUTSIDE).any():
+        if self.weight.any() and self.inputs.inside:
             counts["conv"] = self.weight.size * outputs
             counts["shifts"] = math.prod(self.weight.shape[:2]) * len(self.nonzero_taps()) * outputs
             if self.separated() is not None:
                 height, width = self.weight.shape[2:]
-                half = self.outputs.shape[1] * self.index.shape[2]
+                half = self.outputs.shape[1] * self.inputs.shape[2]
                 counts["separable"] = len(self.weight) * (height * half + width * outputs)
         return counts
 
@@ -139,18 +169,10 @@ def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
         grids[axis] = grids[axis][begin : begin + extent]
     return Plain(
         weight=weight,
-        index=_flat_positions([channels, *grids], shape),
+        inputs=Grid(axes=(channels, *grids), within=shape),
         stride=tuple(steps),
         dilation=geometry.dilation,
         groups=groups,
-        outputs=_flat_positions([filters, *outputs], wanted.shape),
+        outputs=Grid(axes=(filters, *outputs), within=wanted.shape),
         constant=constant[filters],
     )
-
-
-def _flat_positions(axes: list[Array], shape: Shape) -> Array:
-    """Return the flat positions in a tensor of `shape` of all combinations, `OUTSIDE` where an axis is."""
-    grids = np.meshgrid(*axes, indexing="ij")
-    outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
-    position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), shape)
-    return np.where(outside, OUTSIDE, position)

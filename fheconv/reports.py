@@ -82,7 +82,8 @@ class Cost(Report):
             table.add_column(heading, justify="left" if heading in ("layer", "engine") else "right")
         for layer in self.layers:
             looked_up = f"{layer.lookup_bits} bits" if layer.lookups else "–"
-            counts = f"{layer.multiply_adds:,}", f"{layer.lookups:,}", str(layer.bits)
+            planes = f" in {layer.planes} planes of {layer.plane_bits}" if layer.planes > 1 else ""
+            counts = f"{layer.multiply_adds:,}", f"{layer.lookups:,}", f"{layer.bits}{planes}"
             table.add_row(Text(layer.name), layer.engine, *counts, looked_up)
         return table
 

@@ -31,17 +31,17 @@ def test_the_circuits_function_on_numpy_is_the_integer_network(engine, kind, see
 def test_worst_cases_reach_zero_and_the_proved_width(kind, seed):
     network, _, _ = random_network(seed, kind)
     lowered = lower(network)
-    worst = worst_case_inputs(network.last, network.input_shape, lowered.bounds)
+    worst = worst_case_inputs(network.last, network.input_shape, lowered.planes.bounds)
     results = lowered.function(lowered.prepare(worst))
     # The results that are computed, by the channel that each belongs to.
     channels = np.unravel_index(lowered.outputs, network.accumulator_shape)[0]
     for channel in np.unique(channels):
         ours = results[:, channels == channel]
-        assert int(ours.max()) == lowered.bounds.channel_span[channel]
+        assert int(ours.max()) == lowered.planes.bounds.channel_span[channel]
         # The least may belong to a position whose result is constant, and is not computed.
-        minimum = lowered.bounds.minimum[channel].ravel()
+        minimum = lowered.planes.bounds.minimum[channel].ravel()
         computed = lowered.outputs[channels == channel] - channel * minimum.size
-        assert int(ours.min()) == minimum[computed].min() - lowered.bounds.channel_minimum[channel]
+        assert int(ours.min()) == minimum[computed].min() - lowered.planes.bounds.channel_minimum[channel]
     assert int(results.max()).bit_length() == lowered.bits
 
 
@@ -68,7 +68,7 @@ def test_lanes_neither_borrow_nor_carry(engine, lanes, kind, seed):
     except fheconv.InvalidArgumentError:
         assert network.budget().accumulator_bits == 0
         return
-    worst = worst_case_inputs(network.last, network.input_shape, lowered.bounds)
+    worst = worst_case_inputs(network.last, network.input_shape, lowered.planes.bounds)
     order = np.random.default_rng(seed).permutation(len(worst) * 2) % len(worst)
     random, _ = network.quantize_input(unlike_calibration(network, seed, 3))
     images = np.concatenate([worst, worst[order], random])

@@ -1,9 +1,12 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
 import fheconv
 from fheconv.lower import lower
+from fheconv.pruning import Grid
 from tests.layers import integer_network
 
 ENGINES = ["auto", "conv", "shifts", "matrix"]
@@ -169,3 +172,15 @@ def test_a_layer_without_weights_compiles_whatever_it_reads():
     circuit = fheconv.compile(fheconv.quantize(source, images, config))
     circuit.keygen()
     assert circuit.verify(images).ok
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_circuit_costs_is_known_without_the_positions_of_its_values(engine):
+    network = integer_network([[1, 2], [3, 4]], (1, 9, 8), padding=1, stride=2)
+    with mock.patch.object(Grid, "flat", mock.PropertyMock(side_effect=AssertionError)):
+        lowered = lower(network, engine)
+        assert multiply_adds(lowered) > 0
+        assert network.budget().accumulator_bits == lowered.bits
+    q = np.random.default_rng(0).integers(0, 4, (2, 1, 9, 8))
+    results = lowered.function(lowered.prepare(q))
+    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
