@@ -12,8 +12,11 @@ from torch.nn import functional
 from fheconv.arrays import as_array
 from fheconv.config import check_integer, check_number
 from fheconv.errors import InvalidArgumentError
+from fheconv.network import Network
 from fheconv.progress import track
 from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer.layerwise import quantize_network
+from fheconv.thinning import thinned
 from fheconv.trainable import TrainableNetwork
 
 # Images (N, C, *S), alone or with what is right for them (N, …).
@@ -57,6 +60,7 @@ def finetune(
     learning_rate: float = 0.01,
     batch_size: int = 64,
     patience: int | None = None,
+    lookup_budget: int | None = None,
     seed: int = 0,
 ) -> QuantizedNetwork:
     """Return the network trained on, with the same widths, which stay proved.
@@ -69,7 +73,9 @@ def finetune(
     rate falls to 0, and most of the gain comes at the end.
 
     `augment` maps a batch of images to changed ones, each epoch anew. `patience` stops the training after so
-    many epochs without a better held-out loss. The same `seed` gives the same network on one machine.
+    many epochs without a better held-out loss. `lookup_budget` lets an image take so many lookups at most:
+    channels that hardly matter are taken out first, and average poolings moved before their activations (see
+    `fheconv.thinning`). The same `seed` gives the same network on one machine.
 
     Raises `InputRangeError` for images that the network does not take, `InvalidArgumentError` for anything
     else that does not fit.
@@ -78,8 +84,9 @@ def finetune(
     check_integer("batch_size", batch_size, 1)
     check_integer("seed", seed, 0)
     check_number("learning_rate", learning_rate, 0.0)
-    if patience is not None:
-        check_integer("patience", patience, 1)
+    for name, value in (("patience", patience), ("lookup_budget", lookup_budget)):
+        if value is not None:
+            check_integer(name, value, 1)
     examples = _examples(network, data, "data")
     generator = torch.Generator().manual_seed(int(seed))
     if validation is None:
@@ -90,13 +97,27 @@ def finetune(
             raise InvalidArgumentError("Give classes with both data and validation, or with neither.")
     with torch.random.fork_rng(devices=[]):  # noise and augmentations draw from torch's own generator
         torch.manual_seed(int(seed))
+        teacher = network.source
+        if lookup_budget is not None:
+            observed = examples.images[:MOST_OBSERVED].double().numpy()
+            source = thinned(teacher, observed, lookup_budget)
+            network = quantize_network(source, observed, network.calibrated, network.config)
         return _train(
-            network, examples, held_out, augment, epochs, learning_rate, batch_size, patience or epochs
+            network,
+            teacher,
+            examples,
+            held_out,
+            augment,
+            epochs,
+            learning_rate,
+            batch_size,
+            patience or epochs,
         )
 
 
 def _train(
     network: QuantizedNetwork,
+    teacher: Network,
     examples: Examples,
     held_out: Examples,
     augment: Augment | None,
@@ -125,13 +146,13 @@ def _train(
     best, least, since = network, _held_out_loss(network, held_out), 0
     every = -(-epochs // MEASURED)
     for epoch in track(range(epochs), "Fine-tuning…"):
-        for batch in torch.randperm(len(examples.images)).split(batch_size):
+        for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
             some = examples.of(batch)
             if augment is not None:
                 images = augment(some.images)
-                some = Examples(images, some.labels, _meant(network, images))
+                some = Examples(images, some.labels, _meant(teacher, images))
             optimizer.zero_grad()
-            _loss(module(some.images), some).backward()
+            torch.autograd.backward(_loss(module(some.images), some))
             optimizer.step()
             schedule.step()
             module.draw_in()
@@ -150,11 +171,7 @@ def _rate(step: int, start: int, end: int) -> float:
     at = (step - start) / max(end - start, 1)
     if not 0 <= at < 1:
         return 0.0
-    return (
-        min(at / RISE, (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2)
-        if at < RISE
-        else (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2
-    )
+    return at / RISE if at < RISE else (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2
 
 
 def _examples(network: QuantizedNetwork, data: Data, name: str) -> Examples:
@@ -167,7 +184,7 @@ def _examples(network: QuantizedNetwork, data: Data, name: str) -> Examples:
             f"{', '.join(map(str, network.input_shape))})."
         )
     images = torch.tensor(given, dtype=torch.float32)
-    meant = _meant(network, images)
+    meant = _meant(network.source, images)
     if not pair:
         return Examples(images, None, meant)
     labels = as_array(data[1], f"The classes of {name}")
@@ -190,9 +207,9 @@ def _split(examples: Examples, generator: torch.Generator) -> tuple[Examples, Ex
     return examples.of(order[count:]), examples.of(order[:count])
 
 
-def _meant(network: QuantizedNetwork, images: Tensor) -> Tensor:
+def _meant(teacher: Network, images: Tensor) -> Tensor:
     """Return the sums (N, K, *Out) of the float network's last layer."""
-    return torch.as_tensor(network.source.tensors(images.double().numpy())[-1], dtype=torch.float32)
+    return torch.as_tensor(teacher.tensors(images.double().numpy())[-1], dtype=torch.float32)
 
 
 def _loss(sums: Tensor, examples: Examples) -> Tensor:

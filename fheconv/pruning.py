@@ -8,27 +8,28 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array
-from fheconv.network import Maximum
+from fheconv.network import Maximum, Network
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.steps import Kernel, Shape
 
 
-def demand(network: QuantizedNetwork) -> list[Array]:
+def demand(network: Network | QuantizedNetwork) -> list[Array]:
     """Return, for each tensor, as a mask of its shape, the values that the network's results depend on.
 
     Traced backwards from the results. A value counts as read if the trained weights read it, even where
     their integers have become zero, or if the integers do: one bit has no zero. Of what nobody reads at all
     the first value counts, because Concrete has no empty tensors.
     """
+    source = network.source if isinstance(network, QuantizedNetwork) else network
     masks = [np.zeros(shape, bool) for shape in network.shapes]
     masks[-1][:] = True
     for number in reversed(range(len(network.layers))):
-        layer, quantized, wanted = network.source.layers[number], network.layers[number], masks[number + 1]
+        layer, integers, wanted = source.layers[number], network.layers[number], masks[number + 1]
         wanted.flat[0] |= not wanted.any()
         if isinstance(layer, Maximum):
             masks[layer.source].reshape(-1)[layer.index[:, wanted].ravel()] = True
-        elif isinstance(quantized, QuantizedLayer):
-            for term in (*layer.terms, *quantized.terms):
+        else:
+            for term in (*layer.terms, *(integers.terms if isinstance(integers, QuantizedLayer) else ())):
                 masks[term.source] |= term.read(wanted, network.shapes[term.source])
     masks[0].flat[0] |= not masks[0].any()
     return masks

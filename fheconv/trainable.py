@@ -24,7 +24,7 @@ from fheconv.expression import Expression
 from fheconv.network import Layer, Maximum, Quantization
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.quantizer.building import Building
-from fheconv.quantizer.weights import IntegerTerms, Rows
+from fheconv.quantizer.weights import IntegerTerms, Rows, read_taps
 from fheconv.steps import Kernel, Select, Shape, Term
 
 # How far the latent weights of a filter may lie outside the ball of its budget, as a multiple of its radius:
@@ -155,10 +155,12 @@ class _Layer(nn.Module):
 
     Filters that share a scale and a budget are one row. `index` (rows, n) tells where the weights of a row
     are among all of the layer's, flattened, and `prices` (rows, n) by how much a unit of each widens the
-    accumulator's range.
+    accumulator's range. `alive` (rows, n) is 0 for what no trained filter of its group reads: what is pruned
+    stays pruned.
     """
 
     index: Tensor
+    alive: Tensor
     prices: Tensor
     of_value: Tensor
     sign: Tensor
@@ -184,6 +186,8 @@ class _Layer(nn.Module):
         index, prices = _packed(rows)
         self._buffer("index", index)
         self._buffer("prices", prices.astype(np.float32))
+        alive = np.concatenate([*(read_taps(part.kernel).ravel() for part in rows.parts), [False]])
+        self._buffer("alive", alive[index].astype(np.float32))
         self._buffer("of_value", rows.of_value)
         scale = np.broadcast_to(layer.scale, layer.shape)
         step = np.ones(len(rows.rows))
@@ -282,7 +286,7 @@ class _Layer(nn.Module):
     def _by_row(self) -> Tensor:
         """Return the latent weights (rows, n), filled up with zeros."""
         flat = torch.cat([*(weight.flatten() for weight in self.weights), torch.zeros(1)])
-        return flat[self.index]
+        return flat[self.index] * self.alive
 
     def _unpacked(self, by_row: Tensor) -> list[Tensor]:
         """Return weights that were packed by row, in their own shapes."""

@@ -200,6 +200,14 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
     )
 
 
+def read_taps(kernel: Kernel) -> Array:
+    """Return, as a mask of the kernel's weights, those whose input some filter of their group reads."""
+    weight, groups = kernel.weight, kernel.geometry.groups
+    by_group = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+    read = (by_group != 0).any(axis=1, keepdims=True)
+    return np.broadcast_to(read, by_group.shape).reshape(weight.shape)
+
+
 def _flat(weight: Array) -> Array:
     """Return one filter (C/groups, *k) as a row, channels last as in the rows of im2col."""
     return np.moveaxis(weight, 0, -1).ravel()
