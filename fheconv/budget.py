@@ -322,7 +322,7 @@ def _layer(network: QuantizedNetwork, number: int, lowered: LoweredLayer, share:
         twos_complement_bits=bounds.twos_complement_bits,
         data_type_bits=(layer.taps * max(map(abs, layer.weight_range)) * steps).bit_length(),
         observed_bits=max(widths, default=None),
-        lookup_bits=None if table is None else table.bits - table.dropped_bits,
+        lookup_bits=None if table is None else table.column_bits,
         table_entries=0 if table is None else table.tables.shape[1],
         cost_share=share,
         planes=lowered.planes,

@@ -17,7 +17,7 @@ from fheconv.network import Maximum, Quantization
 from fheconv.planes import Planes, in_planes
 from fheconv.program import Plan, Program
 from fheconv.pruning import demand
-from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images
+from fheconv.quantized import Lookup, QuantizedLayer, QuantizedNetwork, blank_images, comparison
 
 # From the tensors so far, each (N, values that are read), to the next.
 Function: TypeAlias = Callable[[list[Any]], Any]
@@ -192,7 +192,7 @@ def _layer(
         multiply_adds=sum(plan.multiply_adds for plan in plans),
         lookups=0 if table is None else int(wanted.sum()),
         bits=bits,
-        lookup_bits=0 if table is None else bits - table.dropped_bits,
+        lookup_bits=0 if table is None else table.column_bits,
         planes=1,
         plane_bits=bits,
     )
@@ -201,14 +201,12 @@ def _layer(
 def _maximum(
     layer: Maximum, masks: list[Array], wanted: Array, network: QuantizedNetwork
 ) -> tuple[Function, LoweredLayer]:
-    """Take maxima of two at a time: max(a, b) = b + relu(a − b), one lookup each."""
+    """Take maxima of two at a time, one lookup each."""
     places = np.full(masks[layer.source].size, OUTSIDE)
     places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
     candidates = places[layer.index[:, wanted]]
     quantization = network.quantizations[layer.source]
-    steps = quantization.maximum - quantization.minimum
-    table = np.maximum(np.arange(2 ** (2 * steps).bit_length()) - steps, 0)
-    table = np.minimum(table, steps)
+    table = comparison(quantization)
     source, bits = layer.source, _unsigned_bits(quantization)
 
     def function(tensors: list[Any]) -> Any:
@@ -216,8 +214,8 @@ def _maximum(
         y = take(x, candidates[0], 0)
         for rest in candidates[1:]:
             other = take(x, rest, 0)
-            difference = _hint(other - y + steps, (2 * steps).bit_length())
-            y = y + _table(table[None], np.zeros(candidates.shape[1], np.int64), difference)
+            difference = _hint(other - y - int(table.minimum[0]), table.bits)
+            y = y + _look_up(table, np.zeros(candidates.shape[1], np.int64), difference)
             y = y if quantization.minimum < 0 else _hint(y, bits)
         return y
 
@@ -227,10 +225,10 @@ def _maximum(
         reason="a lookup for each comparison of two",
         multiply_adds=0,
         lookups=(len(candidates) - 1) * candidates.shape[1],
-        bits=(2 * steps).bit_length(),
-        lookup_bits=(2 * steps).bit_length(),
+        bits=table.bits,
+        lookup_bits=table.column_bits,
         planes=1,
-        plane_bits=(2 * steps).bit_length(),
+        plane_bits=table.bits,
     )
 
 

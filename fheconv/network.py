@@ -210,10 +210,13 @@ class Maximum:
         """The tensor that it reads."""
         return (self.source,)
 
+    def candidates(self, x: Array) -> Array:
+        """Return the values of which each output is the greatest, (n, N, C, *S), for the tensor it reads."""
+        return np.moveaxis(x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index], 1, 0)
+
     def output(self, tensors: Sequence[Array]) -> Array:
         """Return the layer's output, (N, C, *S)."""
-        x = tensors[self.source]
-        return x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index].max(axis=1)
+        return self.candidates(tensors[self.source]).max(axis=0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ that clear, simulated and encrypted runs agree on every machine.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,6 +39,11 @@ class Lookup:
     dropped_bits: int
     output: Quantization
     proved: bool
+
+    @property
+    def column_bits(self) -> int:
+        """The width of what enters the lookup, after rounding."""
+        return self.bits - self.dropped_bits
 
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
@@ -109,6 +114,21 @@ class QuantizedLayer:
         """Return the layer's integers (N, C, *S)."""
         accumulators = self.accumulate(tensors)
         return accumulators if self.lookup is None else self.lookup(accumulators)
+
+
+def comparison(quantization: Quantization) -> Lookup:
+    """Return the lookup of max(d, 0) for differences d of such integers: max(a, b) = b + max(a − b, 0)."""
+    steps = quantization.maximum - quantization.minimum
+    bits = (2 * steps).bit_length()
+    return Lookup(
+        tables=np.clip(np.arange(2**bits) - steps, 0, steps)[None],
+        which=np.zeros((), np.int64),
+        minimum=np.array([-steps]),
+        bits=bits,
+        dropped_bits=0,
+        output=replace(quantization, zero_point=0, minimum=0, maximum=steps),
+        proved=True,
+    )
 
 
 def blank_images(quantization: Quantization, shape: Shape) -> Array:
