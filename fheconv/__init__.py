@@ -18,6 +18,7 @@ from fheconv.errors import (
     InvalidArgumentError,
     MissingExtraError,
     NotCompiledError,
+    TuningError,
     UnsupportedLayerError,
 )
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from fheconv.quantized import QuantizedNetwork
     from fheconv.quantizer import quantize
     from fheconv.tiling import TiledCircuit, compile_tiled
+    from fheconv.tuner import tune
+    from fheconv.tuning import TunePoint, TuneResult
 
 _HOMES = {
     "fheconv.arithmetic": (
@@ -60,6 +63,8 @@ _HOMES = {
     "fheconv.quantized": ("QuantizedNetwork",),
     "fheconv.quantizer": ("quantize",),
     "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
+    "fheconv.tuner": ("tune",),
+    "fheconv.tuning": ("TunePoint", "TuneResult"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -83,6 +88,9 @@ __all__ = [
     "QuantConfig",
     "QuantizedNetwork",
     "TiledCircuit",
+    "TunePoint",
+    "TuneResult",
+    "TuningError",
     "UnsupportedLayerError",
     "accumulator_bounds",
     "compile",
@@ -95,6 +103,7 @@ __all__ = [
     "finetune",
     "max_taps",
     "quantize",
+    "tune",
 ]
 
 

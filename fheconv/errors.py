@@ -9,6 +9,7 @@ FheConvError
 ├── CompilationError          Concrete cannot compile the circuit
 ├── ExecutionError            key generation, encryption, evaluation or decryption failed
 ├── NotCompiledError          calls in the wrong order
+├── TuningError               no circuit that was tried keeps to what was asked
 ├── ArtifactError             a ciphertext, key or file that is damaged or belongs elsewhere
 └── MissingExtraError         a package of an optional extra that is not installed
 
@@ -71,6 +72,10 @@ class ExecutionError(FheConvError):
 
 class NotCompiledError(FheConvError):
     """A step was called before the step it needs."""
+
+
+class TuningError(FheConvError):
+    """No circuit that was tried is as accurate, or as cheap, as it was asked to be."""
 
 
 class ArtifactError(FheConvError):

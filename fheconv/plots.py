@@ -13,6 +13,7 @@ from fheconv.arrays import Array, as_array
 from fheconv.budget import BudgetReport
 from fheconv.config import check_integer
 from fheconv.errors import InvalidArgumentError, MissingExtraError
+from fheconv.tuning import TuneResult
 
 try:
     from matplotlib import pyplot as plt
@@ -266,6 +267,37 @@ def filter_matrices(
         if ax is not axes[0, 0]:
             ax.set_ylabel("")
     return figure
+
+
+def front(result: TuneResult, ax: Axes | None = None) -> Axes:
+    """Draw what `fheconv.tune` found: accuracy against what the objective makes small, and the front.
+
+    Raises `InvalidArgumentError` if `result` is not a tune result, or an empty one.
+    """
+    if not isinstance(result, TuneResult) or not result.points:
+        raise InvalidArgumentError(
+            f"{type(result).__name__} is no TuneResult with points; give what tune found."
+        )
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 5), layout="constrained")[1]
+    values = [point.value(result.objective) for point in result.points]
+    ax.scatter(values, [100 * point.accuracy for point in result.points], color=FITS, label="tried")
+    best = result.front
+    x, y = [p.value(result.objective) for p in best], [100 * p.accuracy for p in best]
+    ax.plot(x, y, color=OBSERVED, marker="o", label="front")
+    for point, across, up in zip(best, x, y, strict=True):
+        ax.annotate(str(point.setting), (across, up), xytext=(5, -10), textcoords="offset points", fontsize=8)
+    ax.axhline(100 * result.float_accuracy, color=LIMIT, linestyle="--", label="float")
+    ax.set_xscale("log")
+    units = {"latency": "seconds", "complexity": "complexity", "key_bytes": "bytes of keys"}
+    ax.set_xlabel(
+        f"{units[result.objective]} of one encrypted image"
+        if result.objective != "key_bytes"
+        else units["key_bytes"]
+    )
+    ax.set_ylabel("right answers, %")
+    ax.legend(loc="lower right")
+    return ax
 
 
 def _check_report(report: Any) -> None:

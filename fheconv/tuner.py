@@ -1,0 +1,258 @@
+"""The search for the cheapest circuit that is still accurate."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import numpy as np
+
+from fheconv.arrays import Array, as_array
+from fheconv.capture import capture
+from fheconv.circuit import FheCircuit
+from fheconv.config import CompileConfig, QuantConfig, check_integer, check_number
+from fheconv.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
+from fheconv.failures import accuracies
+from fheconv.finetuning import finetune
+from fheconv.network import Layer
+from fheconv.parameters import measure as timed
+from fheconv.parameters import parameter_choices
+from fheconv.progress import track
+from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer import quantize
+from fheconv.tuning import Objective, Setting, TunePoint, TuneResult, front_of
+
+# What is tried, the most generous first: widths of accumulators, and what rounding leaves of them.
+ROUNDED = ((9, 6), (8, 5), (7, 4))
+EXACT = (7, 6, 5, 4, 3)
+# Failure probabilities of a lookup that are tried. More makes keys larger and nothing faster.
+P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
+# So often the evaluation images go through the failure model.
+DRAWS = 8
+# Settings that lose more than this are not followed to narrower ones.
+HOPELESS = 0.1
+# So many points of the front, at most, are compiled with other parameters, or run.
+MOST_MEASURED = 4
+
+
+def tune(
+    model: Any,
+    calibration: Any,
+    *,
+    evaluation: tuple[Any, Any],
+    objective: Objective = "latency",
+    training: tuple[Any, Any] | None = None,
+    augment: Callable[[Any], Any] | None = None,
+    epochs: int = 200,
+    lookup_budgets: Sequence[int] = (),
+    max_drop: float = 0.05,
+    measure: bool = False,
+    config: QuantConfig | None = None,
+    compile_config: CompileConfig | None = None,
+    previous: TuneResult | None = None,
+    seed: int = 0,
+) -> TuneResult:
+    """Search the circuits of a trained classifier for the cheapest at each accuracy.
+
+    model, calibration: as for `fheconv.quantize`.
+    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide what is
+        chosen, so measure what you choose on other images.
+    objective: what is to be small: "latency" (seconds of one encrypted image on this machine), "complexity"
+        (Concrete's count of operations) or "key_bytes".
+    training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`), each
+        setting for about as long as a training. Without it, quantization alone.
+    lookup_budgets: numbers of lookups that are tried too, by fine-tuning a network with fewer channels.
+    max_drop: what loses more accuracy than this is no point.
+    measure: time the front's points encrypted, with the optimiser's parameters and with others of the same
+        security that may be faster here; it takes minutes. Without it, seconds are expected ones.
+    config, compile_config: with what else to quantize and to compile. The search sets the numbers of bits,
+        and p_error.
+    previous: an earlier result for the same model and data, whose networks are used again.
+
+    Widths of accumulators and what rounding leaves of them are tried from the most generous down to where
+    accuracy is lost; image, activation and weight bits follow by held-out calibration loss ("auto" in
+    `QuantConfig`). Accuracy comes from the integer network and the failure model of lookups
+    (`fheconv.failures`), cost from compiling without keys. An interruption returns what was found so far.
+
+    Raises `InvalidArgumentError` for arguments that do not go together, else like `quantize`.
+    """
+    if objective not in get_args(Objective):
+        raise InvalidArgumentError(
+            f"objective={objective!r}; it must be one of {', '.join(get_args(Objective))}."
+        )
+    if lookup_budgets and training is None:
+        raise InvalidArgumentError("lookup_budgets need training data: without, too much accuracy is lost.")
+    for budget in lookup_budgets:
+        check_integer("lookup_budgets", budget, 1)
+    check_number("max_drop", max_drop, 0.0, 1.0)
+    images, labels = _evaluation(evaluation)
+    search = _Search(
+        model=model,
+        calibration=calibration,
+        images=images,
+        labels=labels,
+        training=training,
+        augment=augment,
+        epochs=epochs,
+        config=QuantConfig() if config is None else config,
+        compile_config=CompileConfig() if compile_config is None else compile_config,
+        networks=dict(previous.networks) if previous else {},
+        seed=seed,
+    )
+    network = capture(model, images.shape[1:])
+    outputs = network(images.astype(np.float64))
+    if outputs.ndim != 2:
+        raise InvalidArgumentError(
+            f"The model's outputs have shape {outputs.shape}; tune needs a score for each class, (n, classes)."
+        )
+    right = float((outputs.argmax(axis=1) == labels).mean())
+    search.layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
+    if not search.layers:
+        raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
+    found: list[TunePoint] = []
+    reason = "Every width was tried down to where accuracy is lost."
+    try:
+        for point in search.points(lookup_budgets, right):
+            if point.accuracy >= right - max_drop - 1e-9:
+                found.append(point)
+        if measure:
+            found = _measured(found, objective)
+    except KeyboardInterrupt:
+        reason = "Interrupted: not every width was tried."
+    if not found and not reason.startswith("Interrupted"):
+        reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
+    return TuneResult(
+        objective=objective,
+        float_accuracy=right,
+        points=tuple(found),
+        networks=search.networks,
+        reason=reason,
+    )
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """What stays the same while settings change, and the networks made so far."""
+
+    model: Any
+    calibration: Any
+    images: Array
+    labels: Array
+    training: tuple[Any, Any] | None
+    augment: Callable[[Any], Any] | None
+    epochs: int
+    config: QuantConfig
+    compile_config: CompileConfig
+    networks: dict[Setting, QuantizedNetwork]
+    seed: int
+    layers: list[str] = field(default_factory=list)
+
+    def points(self, lookup_budgets: Sequence[int], right: float) -> Iterator[TunePoint]:
+        """Yield the points of all settings, the most generous first; hopeless ones are left out."""
+        families = [
+            [
+                Setting(accumulator_bits=bits, rounding_bits=kept, lookup_budget=budget)
+                for bits, kept in widths
+            ]
+            for budget in (None, *lookup_budgets)
+            for widths in (ROUNDED, [(bits, None) for bits in EXACT])
+        ]
+        hopeless: set[int] = set()
+        settings = [(number, setting) for number, family in enumerate(families) for setting in family]
+        for number, setting in track(settings, "Tuning…"):
+            if number in hopeless:
+                continue
+            try:
+                network = self._network(setting)
+            except AccumulatorOverflowError:  # not even one weight fits
+                hopeless.add(number)
+                continue
+            clear = float(accuracies(network, self.images, self.labels, 0.0, draws=1)[0])
+            if clear < right - HOPELESS:
+                hopeless.add(number)
+                continue
+            yield from self._compiled(setting, network, clear)
+
+    def _network(self, setting: Setting) -> QuantizedNetwork:
+        if setting not in self.networks:
+            bits = dict.fromkeys(self.layers, setting.accumulator_bits)
+            kept = setting.rounding_bits
+            config = replace(
+                self.config,
+                method="auto",
+                accumulator_bits=bits,
+                rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
+                weight_bits="auto",
+                activation_bits="auto",
+                input_bits="auto",
+            )
+            network = quantize(self.model, self.calibration, config)
+            if self.training is not None:
+                network = finetune(
+                    network,
+                    self.training,
+                    epochs=self.epochs,
+                    augment=self.augment,
+                    lookup_budget=setting.lookup_budget,
+                    seed=self.seed,
+                )
+            self.networks[setting] = network
+        return self.networks[setting]
+
+    def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
+        cheapest = math.inf
+        for p_error in P_ERRORS:
+            config = replace(self.compile_config, p_error=p_error)
+            try:
+                cost = FheCircuit(network, config).cost
+            except CompilationError:
+                continue
+            if cost.complexity >= cheapest:  # more failures for nothing
+                continue
+            cheapest = cost.complexity
+            predicted = accuracies(
+                network, self.images, self.labels, cost.p_error, draws=DRAWS, seed=self.seed
+            )
+            yield TunePoint(
+                setting=setting,
+                network=network,
+                config=config,
+                accuracy=float(predicted.mean()),
+                clear_accuracy=clear,
+                cost=cost,
+                seconds=math.inf if cost.seconds is None else cost.seconds,
+            )
+
+
+def _evaluation(evaluation: Any) -> tuple[Array, Array]:
+    try:
+        images, labels = evaluation
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            "evaluation must be a pair: images (n, C, *S) and classes (n,)."
+        ) from error
+    images, labels = (
+        as_array(images, "The images of evaluation"),
+        as_array(labels, "The classes of evaluation"),
+    )
+    if images.ndim < 2 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
+        raise InvalidArgumentError(
+            f"evaluation has images of shape {images.shape} and classes of shape {labels.shape} and type "
+            f"{labels.dtype}; give (n, C, *S) and integers (n,)."
+        )
+    return images, labels
+
+
+def _measured(points: list[TunePoint], objective: Objective) -> list[TunePoint]:
+    """Return the points, those of the front timed, with all the parameters that may be worth having."""
+    front = front_of(points, objective)[-MOST_MEASURED:]
+    found = [point for point in points if point not in front]
+    for point in front:
+        choices = parameter_choices(point.network, point.config)
+        for choice in timed(point.network, choices):
+            if choice.seconds is not None:
+                cost = FheCircuit(point.network, choice.config).cost
+                found.append(
+                    replace(point, config=choice.config, cost=cost, seconds=choice.seconds, measured=True)
+                )
+    return found
