@@ -242,6 +242,12 @@ class CompileConfig:
             raise InvalidArgumentError(
                 f"configuration={self.configuration!r:.50}; it must be a concrete.fhe.Configuration."
             )
+        for name in ("range_restriction", "keyset_restriction"):  # they do not get into another process
+            if getattr(self.configuration, name, None) is not None and not self.in_process:
+                raise InvalidArgumentError(
+                    f"configuration.{name} cannot be passed to the native library's process; use "
+                    "CompileConfig.parameters instead, or in_process=True."
+                )
         if self.parameters is not None and not isinstance(self.parameters, ParameterRange):
             raise InvalidArgumentError(
                 f"parameters={self.parameters!r:.50}; it must be a fheconv.ParameterRange."

@@ -157,6 +157,16 @@ def test_ranges_that_no_parameters_have_are_refused(name, value):
         fheconv.ParameterRange(**{name: (value,)})
 
 
+def test_a_restriction_that_the_worker_could_not_be_given_is_refused():
+    from concrete import fhe
+    from concrete.compiler import RangeRestriction
+
+    configuration = fhe.Configuration(range_restriction=RangeRestriction())
+    with pytest.raises(fheconv.InvalidArgumentError, match=r"use CompileConfig\.parameters"):
+        fheconv.CompileConfig(configuration=configuration)
+    fheconv.CompileConfig(configuration=configuration, in_process=True)
+
+
 def test_a_range_of_another_type_is_refused():
     with pytest.raises(fheconv.InvalidArgumentError, match="ParameterRange"):
         fheconv.CompileConfig(parameters={"glwe_dimensions": (1,)})
