@@ -168,6 +168,32 @@ SECURITY_LEVELS = (128, 132)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterRange:
+    """The parameters of TFHE that Concrete may choose from; () leaves it all that it knows.
+
+    log2_polynomial_sizes and glwe_dimensions shape what a lookup computes with, and the bootstrapping key;
+    keyswitch_levels the key switch before each lookup. Security is not among them: the noise of keys follows
+    from these dimensions and the security level.
+
+    Where no parameters of the range do, Concrete takes others without a word, or finds none.
+    Raises `InvalidArgumentError` for numbers that no parameters have.
+    """
+
+    log2_polynomial_sizes: tuple[int, ...] = ()
+    glwe_dimensions: tuple[int, ...] = ()
+    keyswitch_levels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, (least, greatest) in _PARAMETERS.items():
+            for number in getattr(self, name):
+                check_integer(name, number, least, greatest)
+
+
+# The least and the most of what Concrete's optimiser tries.
+_PARAMETERS = {"log2_polynomial_sizes": (8, 18), "glwe_dimensions": (1, 6), "keyswitch_levels": (1, 64)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """How to compile and run.
 
@@ -183,7 +209,8 @@ class CompileConfig:
     compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there
         are lookups; a network without runs slower on them.
     compress_evaluation_keys: smaller evaluation keys.
-    configuration: a `concrete.fhe.Configuration` with which everything else starts: parameters, strategies.
+    parameters: the range from which Concrete chooses them. None: all, or what `configuration` says.
+    configuration: a `concrete.fhe.Configuration` with which everything else starts: strategies, say.
     lanes: how many images of a batch ride in one ciphertext of a network without lookups. "auto" takes as
         many as fit beside each other, 4 at most (more is no faster); 1 is none.
     in_process: run the native library in this process, for debugging. It then takes the process with
@@ -204,6 +231,7 @@ class CompileConfig:
     security_level: int = 128
     compress_input: bool | None = None
     compress_evaluation_keys: bool = True
+    parameters: ParameterRange | None = None
     configuration: Any = None
     lanes: int | Literal["auto"] = "auto"
     in_process: bool = False
@@ -229,6 +257,16 @@ class CompileConfig:
         if self.configuration is not None and type(self.configuration).__name__ != "Configuration":
             raise InvalidArgumentError(
                 f"configuration={self.configuration!r:.50}; it must be a concrete.fhe.Configuration."
+            )
+        for name in ("range_restriction", "keyset_restriction"):  # they do not get into another process
+            if getattr(self.configuration, name, None) is not None and not self.in_process:
+                raise InvalidArgumentError(
+                    f"configuration.{name} cannot be passed to the native library's process; use "
+                    "CompileConfig.parameters instead, or in_process=True."
+                )
+        if self.parameters is not None and not isinstance(self.parameters, ParameterRange):
+            raise InvalidArgumentError(
+                f"parameters={self.parameters!r:.50}; it must be a fheconv.ParameterRange."
             )
         for name in ("p_error", "global_p_error"):
             value = getattr(self, name)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fheconv.arrays import Array
-from fheconv.config import SECURITY_LEVELS, CompileConfig
+from fheconv.config import SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.errors import ArtifactError, CompilationError
 from fheconv.lower import Lowered, lower
 from fheconv.quantized import QuantizedNetwork
@@ -21,6 +21,7 @@ from fheconv.worker import CircuitForgotten, Compiled
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
     from concrete import fhe
+    from concrete.compiler import RangeRestriction
 
 
 LINEAR_P_ERROR = 2.0**-64
@@ -171,7 +172,21 @@ def _configuration(lowered: Lowered, config: CompileConfig) -> Any:
             changes[name] = value
     if config.security_level != SECURITY_LEVELS[0]:
         changes["security_level"] = type(base.security_level)(config.security_level)
+    if config.parameters is not None:
+        changes["range_restriction"] = _restriction(config.parameters)
     return base.fork(**changes)
+
+
+def _restriction(parameters: ParameterRange) -> RangeRestriction:
+    """Return what Concrete's optimiser is told of a range of parameters."""
+    restriction = RangeRestriction()
+    for size in parameters.log2_polynomial_sizes:
+        restriction.add_available_glwe_log_polynomial_size(size)
+    for dimension in parameters.glwe_dimensions:
+        restriction.add_available_glwe_dimension(dimension)
+    for levels in parameters.keyswitch_levels:
+        restriction.add_available_ks_level_count(levels)
+    return restriction
 
 
 def _each(images: Array) -> list[Array]:

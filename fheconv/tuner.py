@@ -103,7 +103,7 @@ def tune(
     outputs = network(images.astype(np.float64))
     if outputs.ndim != 2:
         raise InvalidArgumentError(
-            f"The model's outputs have shape {outputs.shape}; tune needs a score for each class, (n, classes)."
+            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
         )
     right = float((outputs.argmax(axis=1) == labels).mean())
     search.layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
