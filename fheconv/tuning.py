@@ -43,11 +43,11 @@ class TunePoint:
     """
 
     setting: Setting
-    network: QuantizedNetwork
+    network: QuantizedNetwork = field(repr=False)
     config: CompileConfig
     accuracy: float
     clear_accuracy: float
-    cost: Cost
+    cost: Cost = field(repr=False)
     seconds: float
     measured: bool = False
 
