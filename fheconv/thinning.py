@@ -9,16 +9,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import scipy.linalg
 
 from fheconv.arrays import Array, frozen
 from fheconv.errors import InvalidArgumentError
-from fheconv.network import Layer, Maximum, Network
+from fheconv.network import Layer, Maximum, Network, Quantization
 from fheconv.progress import status
 from fheconv.pruning import demand
+from fheconv.quantizer.weights import Rows
 from fheconv.steps import Kernel, is_pooling
 
 # On so many images, at most, changes are compared.
 MOST_IMAGES = 200
+# How much weights that are fitted again hold on to what they were, as a share of the inputs' variance.
+RIDGE = 0.01
+# Real numbers as they are, for `Rows`.
+UNIT = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=1)
 
 
 def lookups(network: Network) -> int:
@@ -37,31 +43,71 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     """Return the network with the changes that matter least, and at most `lookup_budget` lookups.
 
     Changes are made one at a time: the one that changes the results on `images` (N, C, *S) the least, by mean
-    square, for each lookup that it saves. Training makes up for much of it.
+    square, for each lookup that it saves. After each, the weights are fitted again, layer by layer, to
+    compute from what is left what the trained network did (He et al. 2017). Training makes up for much of
+    the rest.
 
     Raises `InvalidArgumentError` if one channel of each activation is already more.
     """
-    images = images[:: -(-len(images) // MOST_IMAGES)]
-    meant = network.tensors(images)[-1]
+    original, meant = network, network.tensors(images)[-1]
+    some = slice(None, None, -(-len(images) // MOST_IMAGES))
 
     def price(changed: Network) -> float:
         saved = needed - lookups(changed)
-        return float(np.square(changed.tensors(images)[-1] - meant).mean()) / saved if saved > 0 else np.inf
+        error = np.square(changed.tensors(images[some])[-1] - meant[some]).mean()
+        return float(error) / saved if saved > 0 else np.inf
 
     with status("Looking for lookups that hardly matter…"):
         while (needed := lookups(network)) > lookup_budget:
-            priced = [(price(changed), changed) for changed in _changes(network, images)]
-            least, network = min(priced, key=lambda pair: pair[0], default=(np.inf, network))
+            priced = [(price(changed[0]), *changed) for changed in _changes(network, original, images[some])]
+            least, network, original = min(
+                priced, key=lambda one: one[0], default=(np.inf, network, original)
+            )
             if least == np.inf:
                 raise InvalidArgumentError(
                     f"lookup_budget={lookup_budget} is too small: with one channel left of each activation, "
                     f"this network still needs {needed} lookups; allow as many, or train a smaller network."
                 )
+            network = _fitted(network, original, images)
     return network
 
 
-def _changes(network: Network, images: Array) -> Iterator[Network]:
-    """Yield the network with each of the changes that can be made."""
+def _fitted(network: Network, original: Network, images: Array) -> Network:
+    """Return the network with weights and biases that best give what the original's layers sum.
+
+    Both have the same layers and shapes. What no filter of the network reads stays unread.
+    """
+    meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
+    for number, (layer, trained) in enumerate(zip(network.layers, original.layers, strict=True)):
+        if isinstance(layer, Layer) and isinstance(trained, Layer):
+            inputs = [UNIT] * len(layer.terms)
+            rows, before = (Rows(one, inputs, network.shapes) for one in (layer, trained))
+            none = [1.0] * len(inputs), [0] * len(inputs)
+            delivered, wanted = rows.windows(tensors, *none), before.windows(meant, *none)
+            weights = [rows.weights(row) for row in rows.rows]
+            for numbers in rows.alike():
+                row = rows.rows[numbers[0]]
+                now = np.stack([weights[n] for n in numbers])
+                then = np.stack([before.weights(before.rows[n]) for n in numbers])
+                read = (now != 0).any(axis=0)
+                moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
+                ridge = RIDGE * np.trace(moment) / max(len(moment), 1)
+                if ridge > 0:
+                    target = rows.covariance(row, delivered, wanted)[read] @ then.T + ridge * now.T[read]
+                    moment += ridge * np.eye(len(moment))
+                    now[:, read] = scipy.linalg.solve(moment, target, assume_a="pos").T
+                for n, values in zip(numbers, now, strict=True):
+                    weights[n] = values
+            layer = replace(layer, terms=rows.terms(weights))
+            off = trained.sums(meant) - layer.sums(tensors)
+            mean = off.mean(axis=(0, *range(2, off.ndim))).reshape(-1, *[1] * (off.ndim - 2))
+            layers[number] = replace(layer, bias=frozen(layer.bias + mean))
+        tensors.append(layers[number].output(tensors))
+    return replace(network, layers=tuple(layers))
+
+
+def _changes(network: Network, original: Network, images: Array) -> Iterator[tuple[Network, Network]]:
+    """Yield the network with each of the changes that can be made, and what it is to compute then."""
     masks, tensors = demand(network), network.tensors(images)
     for number, layer in enumerate(network.layers, 1):
         if isinstance(layer, Layer) and layer.activation is not None:
@@ -69,10 +115,10 @@ def _changes(network: Network, images: Array) -> Iterator[Network]:
             for channel in read if len(read) > 1 else []:
                 changed = _without(network, number, int(channel), float(tensors[number][:, channel].mean()))
                 if changed is not None:
-                    yield changed
-            pooled = _pooled_before(network, number)
-            if pooled is not None:
-                yield pooled
+                    yield changed, original
+            pooled, both = _pooled_before(network, number), _pooled_before(original, number)
+            if pooled is not None and both is not None:
+                yield pooled, both
 
 
 def _without(network: Network, number: int, channel: int, mean: float) -> Network | None:

@@ -151,18 +151,23 @@ class Rows:
     @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it
     def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
         """Return the terms with the integers and the scale of each row."""
-        weights = [np.zeros(part.kernel.weight.shape, np.int64) for part in self.parts]
-        for row, values in zip(self.rows, integers, strict=True):
+        terms = tuple(replace(term, factor=1.0) for term in self.terms(integers))
+        return IntegerTerms(terms, scale[self.of_value] * self.parts[0].unit, ends)
+
+    def terms(self, values: Sequence[Array]) -> tuple[Term, ...]:
+        """Return the terms with other weights, those of each row relative to the first term's unit."""
+        weights = [np.zeros(part.kernel.weight.shape, values[0].dtype) for part in self.parts]
+        for row, own_values in zip(self.rows, values, strict=True):
             sizes = [self.parts[p].kernel.weight[c].size for p, c in row]
-            for (p, c), own in zip(row, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            for (p, c), own in zip(row, np.split(own_values, np.cumsum(sizes)[:-1]), strict=True):
                 shape = weights[p][c].shape
                 weights[p][c] = np.moveaxis(own.reshape(*shape[1:], shape[0]), -1, 0)
         terms = []
         for part, weight in zip(self.parts, weights, strict=True):
             steps = list(part.term.steps)
             steps[part.at] = replace(part.kernel, weight=frozen(weight))
-            terms.append(Term(source=part.term.source, steps=tuple(steps)))
-        return IntegerTerms(tuple(terms), scale[self.of_value] * self.parts[0].unit, ends)
+            terms.append(Term(source=part.term.source, steps=tuple(steps), factor=self.parts[0].unit))
+        return tuple(terms)
 
 
 def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
