@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fheconv import (
     UnsupportedLayerError,
     quantize,
 )
-from fheconv.quantizer.rounding import round_weight
+from fheconv.config import Method
 from tests.strategies import layer_problems, quant_configs
 
 
@@ -57,13 +59,9 @@ def test_outputs_are_the_integers_times_their_scales(problem):
     y = network(problem.images)
     assert y.dtype == np.float64
     np.testing.assert_array_equal(y, accumulators * network.last.scale)
-    rounded = round_weight(
-        problem.module.weight.detach().numpy(),
-        problem.config.weight_bits,
-        per_channel=problem.config.per_channel,
-    )
-    np.testing.assert_array_equal(network.last.convolution.weight, rounded.values)
-    scale = (rounded.scale * network.input.scale).reshape(-1, 1, 1)
+    values, scale = problem.nearest_weight()
+    np.testing.assert_array_equal(network.last.convolution.weight, values)
+    scale = (scale * network.input.scale).reshape(-1, 1, 1)
     np.testing.assert_allclose(network.last.scale, scale, rtol=1e-14)  # sums in another order
     assert y.shape[1:] == network.output_shape
 
@@ -500,7 +498,7 @@ def test_arguments_that_do_not_go_together_are_refused(module, images):
         ({"rounding_bits": 1}, "from 2 to 8"),
         ({"overflow": "never"}, "one of proved, calibrated"),
         ({"overflow": None}, "one of proved, calibrated"),
-        ({"method": "gptq"}, "one of auto, mse, accumulator"),
+        ({"method": "adaround"}, "one of auto, minmax, mse, gptq, accumulator"),
         ({"margin": -0.1}, "margin=-0.1"),
         ({"margin": np.inf}, "margin=inf"),
         ({"margin": np.nan}, "margin=nan"),
@@ -526,7 +524,7 @@ def layers_bits(greatest, least=1):
         rounding_bits=st.none() | st.integers(2, 8) | layers_bits(8, 2),
         overflow=st.sampled_from(["proved", "calibrated"]),
         margin=st.floats(0, 9),
-        method=st.sampled_from(["auto", "mse", "accumulator"]),
+        method=st.sampled_from(get_args(Method)),
         input_bits=st.integers(2, 16),
         per_channel=st.booleans(),
         input_signed=st.booleans(),
