@@ -15,14 +15,14 @@ Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 # What holds for every layer, or for each by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
 Overflow: TypeAlias = Literal["proved", "calibrated"]
-Method: TypeAlias = Literal["auto", "mse", "accumulator"]
+Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How to quantize.
 
-    weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, +1}.
+    weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, 0, +1}.
     activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits
         if that is less, so that an accumulator holds some products.
     activation_levels: 2 to 256. How many integers the output of a lookup can be, instead of
@@ -36,12 +36,15 @@ class QuantConfig:
     overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
         calibration observed, and `margin` more at both ends; values outside give wrong results.
     margin: of "calibrated", as a share of the observed range.
-    method: how weights are rounded. "mse": each filter nearest to its float weights. "accumulator": nearest
-        in what the layer computes on the calibration images, under the budget of `accumulator_bits`. "auto":
+    method: how weights are rounded. "minmax": to the nearest integers, where a filter's greatest weight
+        becomes the greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to
+        those that change what the layer computes on the calibration images least. "accumulator": the same,
+        under the budget of `accumulator_bits`, to which no other method keeps. "auto": "accumulator", but
         "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
     input_bits: 1 to 16. How many bits an image value gets.
     input_levels: 2 to 65536. How many integers an image value can be, instead of input_bits.
-    per_channel: one weight scale for each output channel (True) or for the whole tensor.
+    per_channel: one weight scale for each output channel (True), or for the whole tensor, which "minmax" and
+        "mse" can do.
     input_signed: image integers in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0, instead of
         [0, 2^bits − 1] with the zero-point that calibration asks for.
     input_range: the (smallest, greatest) image value, instead of what calibration shows.
@@ -126,7 +129,8 @@ class QuantConfig:
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators have to keep to, None for any."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
-        if limit is None and rounding is not None and looks_up and self.method != "mse":
+        keeps = self.method in ("auto", "accumulator")
+        if limit is None and rounding is not None and looks_up and keeps:
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 

@@ -8,7 +8,7 @@ from fheconv.config import QuantConfig
 from fheconv.network import Layer
 from fheconv.quantized import QuantizedNetwork
 from fheconv.quantizer.activations import input_quantization
-from fheconv.quantizer.rounding import round_weight
+from fheconv.quantizer.mse import round_mse
 from fheconv.steps import Kernel
 
 
@@ -39,14 +39,15 @@ def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:
     config = network.config
     terms = (term for layer in network.source.layers if isinstance(layer, Layer) for term in layer.terms)
     (source,) = (step.weight for term in terms for step in term.steps if isinstance(step, Kernel))
+    rows = source if config.per_channel else source[None]
     weights = {
-        bits: round_weight(source, bits, per_channel=config.per_channel).values
+        bits: round_mse(rows, bits).values.reshape(source.shape)
         for bits in range(config.of_layer("weight_bits", network.last.name), 0, -1)
     }
     candidates = product(weights, range(config.input_bits, 1 if config.input_signed else 0, -1))
     tried: list[tuple[int, QuantConfig]] = []
     for weight_bits, input_bits in sorted(candidates, key=lambda bits: (sum(bits), bits), reverse=True):
-        smaller = replace(config, weight_bits=weight_bits, input_bits=input_bits)
+        smaller = replace(config, weight_bits=weight_bits, input_bits=input_bits, input_levels=None)
         inputs = input_quantization(network.calibrated, smaller)
         bits = accumulator_bounds(
             weights[weight_bits],

@@ -12,6 +12,7 @@ from fheconv.arithmetic import ConvGeometry
 from fheconv.config import QuantConfig
 from fheconv.network import Quantization
 from fheconv.quantized import QuantizedLayer
+from fheconv.quantizer.mse import round_mse
 from fheconv.steps import Kernel, Select, Shape, Step, Term
 
 
@@ -74,6 +75,13 @@ class LayerProblem:
         weight, bias = (None if p is None else p.detach().double() for p in (m.weight, m.bias))
         y = torch.conv2d(torch.tensor(x).double(), weight, bias, m.stride, m.padding, m.dilation, m.groups)
         return y.numpy()
+
+    def nearest_weight(self) -> tuple[np.ndarray, np.ndarray]:
+        """The integers of least squared error, and the scale of each channel."""
+        weight = self.module.weight.detach().numpy()
+        rows = weight if self.config.per_channel else weight[None]
+        rounded = round_mse(rows, self.config.weight_bits)
+        return rounded.values.reshape(weight.shape), np.broadcast_to(rounded.scale, len(weight))
 
 
 @st.composite

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv import InputRangeError, quantize
 from fheconv.network import Quantization
-from fheconv.quantizer.rounding import round_weight
 from tests.strategies import layer_problems
 
 
@@ -85,12 +84,8 @@ def test_the_accumulator_is_the_sum_that_it_is_said_to_be(problem):
         pixel = int(q[(n, k // filters * per_group + c, *at)]) if inside else z
         total += int(weight[(k, c, *tap)]) * pixel
     assert y[(n, k, *position)] == total
-    rounded = round_weight(
-        problem.module.weight.detach().numpy(),
-        problem.config.weight_bits,
-        per_channel=problem.config.per_channel,
-    )
-    exact = total * Fraction(rounded.scale[k]) * Fraction(network.input.scale)
+    _, scale = problem.nearest_weight()
+    exact = total * Fraction(scale[k]) * Fraction(network.input.scale)
     assert real[(n, k, *position)] == pytest.approx(float(exact), rel=1e-14)
 
 

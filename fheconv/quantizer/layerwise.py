@@ -12,6 +12,7 @@ from fheconv.quantized import QuantizedNetwork
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
+from fheconv.quantizer.methods import chosen_method
 from fheconv.quantizer.weights import round_by_output, round_nearest
 
 
@@ -23,8 +24,8 @@ def quantize_network(
     Raises like `fheconv.quantize`.
     """
     floats = network.tensors(images)
-    nearest = config.method == "mse" or (config.method == "auto" and _is_one_filter(network, config))
-    if not nearest:
+    method = chosen_method(network, config)
+    if method.by_output:
         network = equalized(network, floats, config)
         floats = network.tensors(images)
     image = input_quantization(calibrated, config)
@@ -36,8 +37,10 @@ def quantize_network(
             continue
         inputs = building.inputs(layer)
         bits = config.of_layer("weight_bits", layer.name)
-        if nearest:
-            rounded = round_nearest(layer, inputs, network.shapes, bits, per_channel=config.per_channel)
+        if not method.by_output:
+            rounded = round_nearest(
+                layer, inputs, network.shapes, bits, method.round, per_channel=config.per_channel
+            )
             building.add(layer, rounded, layer.bias)
         else:
             rounded = round_by_output(
@@ -47,20 +50,13 @@ def quantize_network(
                 floats,
                 building.tensors,
                 bits,
+                method.round,
                 building.budget(layer),
                 building.rounding_bits(layer),
             )
             bias = layer.bias + _mean_error(layer, rounded.step, building.sums(layer, rounded), floats)
             building.add(layer, rounded, bias)
     return building.network()
-
-
-def _is_one_filter(network: Network, config: QuantConfig) -> bool:
-    """Whether there is but one convolution, whose accumulators may take any width."""
-    first = network.layers[0]
-    if len(network.layers) > 1 or not isinstance(first, Layer) or len(first.terms) > 1:
-        return False
-    return config.accumulator_bits_of(first.name, looks_up=False) is None
 
 
 def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array]) -> Array:

@@ -1,10 +1,17 @@
-"""Integer weights nearest to float weights."""
+"""What the methods of rounding weights share: their signature, what they return, what they minimise.
 
-from typing import NamedTuple
+For one filter w, and the second moment H of the inputs it meets, the error of integers q with scale s is
+E(q, s) = (w − s·q) H (w − s·q)ᵀ, the mean squared error of what the layer computes.
+"""
+
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fheconv.arrays import Array
+
+# What is added to the diagonal of H, as a share of its mean: inputs that calibration never saw still count.
+DAMPING = 0.01
 
 
 class IntegerWeight(NamedTuple):
@@ -15,49 +22,49 @@ class IntegerWeight(NamedTuple):
     range: tuple[int, int]
 
 
-def round_weight(weight: Array, bits: int, *, per_channel: bool = True) -> IntegerWeight:
-    """Return the integers of `bits` bits, and the scales, of least squared error.
+class Rounding(Protocol):
+    """A method of rounding K filters that read the same n inputs."""
 
-    Float weights (K, …) become symmetric integers in ±(2^(bits−1) − 1), in {−1, +1} for one bit
-    (XNOR-Net, Rastegari et al. 2016); the pair minimises ‖weight − scale·values‖² exactly, for each
-    output channel or for the whole tensor. All-zero channels get zeros and scale 0. Weights that are
-    integers already, and fit `bits` bits signed or unsigned, stay as they are, with scale 1.
-    """
+    def __call__(
+        self, weight: Array, bits: int, moment: Array | None, ranges: Array, budget: int | None
+    ) -> IntegerWeight:
+        """Return integers of `bits` bits, and scales, for `weight` (K, n).
+
+        `moment` is H (n, n), None if nothing is known of the inputs; `ranges` (n,) how many steps the
+        accumulator gains for one step of each weight, and `budget` how many it may span, None for any number.
+        A method looks at what it needs.
+        """
+
+
+def greatest_integer(bits: int) -> int:
+    """Return the greatest of the symmetric integers of `bits` bits; of one bit 1."""
+    return max(2 ** (bits - 1) - 1, 1)
+
+
+def exact(weight: Array, bits: int) -> IntegerWeight | None:
+    """Return weights (K, …) that are integers of `bits` bits already, signed or unsigned; None for others."""
     if weight.dtype.kind in "iub":
         for low, high in ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), (0, 2**bits - 1)):
             if low <= weight.min() and weight.max() <= high:
                 return IntegerWeight(weight.astype(np.int64), np.ones(len(weight)), (low, high))
-    rows = weight.reshape(len(weight) if per_channel else 1, -1).astype(np.float64)
-    largest = np.abs(rows).max(axis=1, keepdims=True)
-    rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
-    q, scale = zip(*(_nearest(row, bits) for row in rows), strict=True)
-    end = max(2 ** (bits - 1) - 1, 1)
-    # In lowest terms: the same weights from narrower accumulators.
-    divisor = np.maximum(np.gcd.reduce(np.stack(q), axis=1), 1)
-    return IntegerWeight(
-        (np.stack(q) // divisor[:, None]).reshape(weight.shape),
-        np.broadcast_to(np.array(scale) * divisor * largest[:, 0], len(weight)).copy(),
-        (-end, end),
-    )
+    return None
 
 
-def _nearest(row: Array, bits: int) -> tuple[Array, float]:
-    """Sweep the scale down from infinity: the rounded row changes only at its rounding breakpoints.
+def damped(moment: Array | None, taps: int) -> Array:
+    """Return H, (taps, taps), to minimise by. Of inputs that tell nothing all count alike."""
+    variance = 0.0 if moment is None else float(np.trace(moment)) / taps
+    if moment is None or variance <= 0:
+        return np.eye(taps)
+    return moment + np.eye(taps) * DAMPING * variance
 
-    |w_i|/scale passes k − ½ at scale = |w_i|/(k − ½), where |q_i| goes from k − 1 to k. For fixed q the
-    best scale is A/D with A = Σ|w||q|, D = Σq², and leaves ‖w‖² − A²/D. The best pair is therefore the
-    breakpoint with the greatest A²/D.
-    """
-    size = np.abs(row)
-    if not size.any():
-        return np.zeros(len(row), np.int64), 0.0
-    if bits == 1:
-        return np.where(row < 0, -1, 1), float(size.mean())
-    k = np.arange(1, 2 ** (bits - 1))
-    breakpoints = (size[:, None] / (k - 0.5)).ravel()
-    order = np.argsort(-breakpoints, kind="stable")
-    a = np.cumsum(np.repeat(size, len(k))[order])
-    d = np.cumsum(np.tile(2 * k - 1, len(size))[order])
-    best = int(np.argmax(a**2 / d))
-    steps = np.bincount(order[: best + 1] // len(k), minlength=len(row))
-    return np.sign(row).astype(np.int64) * steps, float(a[best] / d[best])
+
+def output_error(weight: Array, q: Array, scale: Array, moment: Array) -> Array:
+    """Return E of each row (R,), for weights and integers (R, n), scales (R,) and H (n, n)."""
+    error: Array = weight - scale[:, None] * q
+    return np.einsum("rn,rn->r", error @ moment, error)
+
+
+def best_scale(weight: Array, q: Array, moment: Array) -> float:
+    """Return the scale of least E for the integers of one row (n,), 0 if they are of no use."""
+    fit = float(q @ moment @ q)
+    return max(float(weight @ moment @ q) / fit, 0.0) if fit > 0 else 0.0

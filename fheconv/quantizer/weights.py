@@ -14,8 +14,7 @@ from fheconv.arithmetic import OUTSIDE, im2col
 from fheconv.arrays import Array, frozen
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
-from fheconv.quantizer.budgeted import round_budgeted
-from fheconv.quantizer.rounding import IntegerWeight, round_weight
+from fheconv.quantizer.rounding import IntegerWeight, Rounding
 from fheconv.quantizer.tables import width
 from fheconv.steps import Kernel, Select, Shape, Term
 
@@ -224,17 +223,23 @@ def _covariance(x: Array, y: Array) -> Array:
 
 
 def round_nearest(
-    layer: Layer, inputs: Sequence[Quantization], shapes: Sequence[Shape], bits: int, *, per_channel: bool
+    layer: Layer,
+    inputs: Sequence[Quantization],
+    shapes: Sequence[Shape],
+    bits: int,
+    method: Rounding,
+    *,
+    per_channel: bool,
 ) -> IntegerTerms:
-    """Round each row to the nearest integers, by `round_weight`; without `per_channel` all rows as one."""
+    """Round each row by `method`, which looks at the weights alone; without `per_channel` all rows as one."""
     rows = Rows(layer, inputs, shapes)
-    weights = [rows.weights(row) for row in rows.rows]
     if not per_channel:
-        together = round_weight(np.concatenate(weights)[None], bits)
-        ends = np.cumsum([len(weight) for weight in weights])[:-1]
-        scale = np.full(len(weights), together.scale[0])
+        weights, ranges = map(rows.weights, rows.rows), map(rows.ranges, rows.rows)
+        together = method(np.concatenate([*weights])[None], bits, None, np.concatenate([*ranges]), None)
+        ends = np.cumsum([rows.weights(row).size for row in rows.rows])[:-1]
+        scale = np.full(len(rows.rows), together.scale[0])
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
-    return _in_batches(rows, lambda batch, stacked: round_weight(stacked, bits))
+    return _in_batches(rows, lambda batch, stacked: method(stacked, bits, None, rows.ranges(batch[0]), None))
 
 
 def round_by_output(
@@ -244,10 +249,11 @@ def round_by_output(
     floats: Sequence[Array],
     tensors: Sequence[Array],
     bits: int,
+    method: Rounding,
     budget: int | None,
     rounding_bits: int | None = None,
 ) -> IntegerTerms:
-    """Round so that the layer's sums on the calibration images change little, by `round_budgeted`.
+    """Round by `method` so that the layer's sums on the calibration images change little.
 
     `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their
     place: what is rounded are the weights that make the best of these, by least squares. Raises
@@ -286,7 +292,7 @@ def round_by_output(
             cross = rows.covariance(batch[0], delivered, meant)
             fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
         ranges = rows.ranges(batch[0]) * (2 if rows.mixed else 1)
-        rounded = round_budgeted(fitted, moment, ranges, bits, budget)
+        rounded = method(fitted, bits, moment, ranges, budget)
         return rounded._replace(scale=rounded.scale * size[:, 0])
 
     return _in_batches(rows, fit)

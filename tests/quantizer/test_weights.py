@@ -11,7 +11,8 @@ from torch import nn
 import fheconv
 from fheconv.bounds import layer_bounds
 from fheconv.network import Layer, Maximum, Network, Quantization
-from fheconv.quantizer.rounding import round_weight
+from fheconv.quantizer.accumulator import round_accumulator
+from fheconv.quantizer.mse import round_mse
 from fheconv.quantizer.tables import reserve
 from fheconv.quantizer.weights import Rows, round_by_output, round_nearest
 from tests.nets import integer_images, quantize, quantized, random_net
@@ -47,11 +48,11 @@ def test_a_single_convolution_gets_the_nearest_weights(seed, bits, per_channel, 
     network = Network.of(conv, (channels * groups, 4, 4))
     image = Quantization(scale=0.3, zero_point=2, minimum=0, maximum=15)
     (layer,) = network.layers
-    rounded = round_nearest(layer, [image], network.shapes, bits, per_channel=per_channel)
-    expected = round_weight(weight, bits, per_channel=per_channel)
+    rounded = round_nearest(layer, [image], network.shapes, bits, round_mse, per_channel=per_channel)
+    expected = round_mse(weight if per_channel else weight[None], bits)
     (term,) = rounded.terms
     (kernel,) = term.steps
-    np.testing.assert_array_equal(kernel.weight, expected.values)
+    np.testing.assert_array_equal(kernel.weight, expected.values.reshape(weight.shape))
     assert rounded.range == expected.range
     steps = np.broadcast_to((expected.scale * 0.3).reshape(-1, 1, 1), layer.shape)
     np.testing.assert_allclose(rounded.step, steps, rtol=1e-12)
@@ -61,7 +62,7 @@ def test_what_meets_in_an_accumulator_counts_in_one_unit(layers):
     """Through the filter matrices: the integers times the step are nearly the float weights, of every value
     of a layer, whatever terms, poolings and selections lie between."""
     for layer, inputs, shapes, _, _ in layers:
-        rounded = round_nearest(layer, inputs, shapes, 8, per_channel=True)
+        rounded = round_nearest(layer, inputs, shapes, 8, round_mse, per_channel=True)
         meant: dict = {}
         got: dict = {}
         for term, own, quantization in zip(layer.terms, rounded.terms, inputs, strict=True):
@@ -78,8 +79,8 @@ def test_exact_weights_stay_and_all_integers_are_of_their_type(layers):
     for bits in (1, 2, 3):
         for layer, inputs, shapes, floats, tensors in layers:
             for rounded in (
-                round_nearest(layer, inputs, shapes, bits, per_channel=True),
-                round_by_output(layer, inputs, shapes, floats, tensors, bits, None),
+                round_nearest(layer, inputs, shapes, bits, round_mse, per_channel=True),
+                round_by_output(layer, inputs, shapes, floats, tensors, bits, round_accumulator, None),
             ):
                 greatest = max(2 ** (bits - 1) - 1, 1)
                 assert rounded.range == (-greatest, greatest)
@@ -99,7 +100,9 @@ def test_every_row_keeps_to_the_budget(layers):
         rows = Rows(layer, inputs, shapes)
         least = min(rows.ranges(row).min() for row in rows.rows)
         for budget in (least, 2 * least + 1, 15 * least):
-            rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, int(budget))
+            rounded = round_by_output(
+                layer, inputs, shapes, floats, tensors, 4, round_accumulator, int(budget)
+            )
             # Each value of the layer by itself, by the filter matrix.
             needed = np.zeros(layer.shape, np.int64)
             for term, quantization in zip(rounded.terms, inputs, strict=True):
@@ -114,21 +117,47 @@ def test_every_row_keeps_to_the_budget(layers):
 def test_too_small_a_budget_is_refused_with_one_that_works(layers):
     for layer, inputs, shapes, floats, tensors in layers:
         with pytest.raises(fheconv.AccumulatorOverflowError, match="a single weight of 1") as refused:
-            round_by_output(layer, inputs, shapes, floats, tensors, 4, 0)
+            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, 0)
         error = refused.value
         assert (error.layer, error.limit) == (layer.name, 0)
         with pytest.raises(fheconv.AccumulatorOverflowError):
-            round_by_output(layer, inputs, shapes, floats, tensors, 4, error.value - 1)
-        rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, error.value)
+            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, error.value - 1)
+        rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, error.value)
         if len({part.range for part in Rows(layer, inputs, shapes).parts}) == 1:
             some = any(own.steps[own.inexact()[0]].weight.any() for own in rounded.terms)
             assert some or not any(term.steps[term.inexact()[0]].weight.any() for term in layer.terms)
         for rounding_bits in (None, 2, 4):
             with pytest.raises(fheconv.AccumulatorOverflowError) as refused:
-                round_by_output(layer, inputs, shapes, floats, tensors, 4, 0, rounding_bits)
+                round_by_output(
+                    layer, inputs, shapes, floats, tensors, 4, round_accumulator, 0, rounding_bits
+                )
             width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
             assert 2**width - 1 - reserve(width, rounding_bits) >= error.value
             assert 2 ** (width - 1) - 1 - reserve(width - 1, rounding_bits) < error.value
+
+
+@given(
+    st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6),
+    st.integers(1, 8),
+)  # fmt: skip
+def test_convolutions_keep_to_a_width_or_are_refused_with_the_least_that_works(
+    seed, filters, channels, size, input_bits, bits
+):
+    """Also with channels of zeros, and with filters of a single tap."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(filters, channels, size, size)) * rng.integers(0, 2, (filters, 1, 1, 1))
+    images = rng.uniform(0, 1, (4, channels, 4, 4))
+    config = fheconv.QuantConfig(accumulator_bits=bits, input_bits=input_bits)
+    if bits < input_bits:
+        with pytest.raises(fheconv.AccumulatorOverflowError, match="a single weight of 1") as refused:
+            fheconv.quantize(weight, images, config)
+        assert (refused.value.value, refused.value.limit) == (2**input_bits - 1, 2**bits - 1)
+        assert refused.value.remedy == f"accumulator_bits={input_bits}"
+        config = replace(config, accumulator_bits=input_bits)
+    network = fheconv.quantize(weight, images, config)
+    assert network.budget(config.accumulator_bits).fits
+    integers = network.last.convolution.weight
+    np.testing.assert_array_equal(integers.any(axis=(1, 2, 3)), weight.any(axis=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
