@@ -22,15 +22,17 @@ from fheconv.quantized import QuantizedNetwork
 from fheconv.quantizer import quantize
 from fheconv.tuning import Objective, Setting, TunePoint, TuneResult, front_of
 
-# What is tried, the most generous first: widths of accumulators, and what rounding leaves of them.
-ROUNDED = ((9, 6), (8, 5), (7, 4))
-EXACT = (7, 6, 5, 4, 3)
-# Failure probabilities of a lookup that are tried. More makes keys larger and nothing faster.
+# Widths of accumulators, and what rounding leaves of them (None: all), the most generous first. Exact lookups
+# of 7 bits cost four times those of 6, which 9 bits rounded to 6 are as good as.
+WIDTHS: tuple[tuple[int, int | None], ...] = (
+    (9, 6), (8, 5), (7, 4), (6, None), (5, None), (4, None), (3, None)
+)  # fmt: skip
+# Failure probabilities of a lookup. More makes keys larger and nothing faster.
 P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
 # So often the evaluation images go through the failure model.
 DRAWS = 8
-# Settings that lose more than this are not followed to narrower ones.
-HOPELESS = 0.1
+# What loses so much more than it may is not followed to narrower widths.
+HOPELESS = 0.02
 # So many points of the front, at most, are compiled with other parameters, or run.
 MOST_MEASURED = 4
 
@@ -45,6 +47,8 @@ def tune(
     augment: Callable[[Any], Any] | None = None,
     epochs: int = 200,
     lookup_budgets: Sequence[int] = (),
+    widths: Sequence[tuple[int, int | None]] = WIDTHS,
+    p_errors: Sequence[float] = P_ERRORS,
     max_drop: float = 0.05,
     measure: bool = False,
     config: QuantConfig | None = None,
@@ -62,6 +66,8 @@ def tune(
     training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`), each
         setting for about as long as a training. Without it, quantization alone.
     lookup_budgets: numbers of lookups that are tried too, by fine-tuning a network with fewer channels.
+    widths, p_errors: what is tried: widths of accumulators with what rounding leaves of them (None: all), the
+        most generous first, and failure probabilities of a lookup, the least first.
     max_drop: what loses more accuracy than this is no point.
     measure: time the front's points encrypted, with the optimiser's parameters and with others of the same
         security that may be faster here; it takes minutes. Without it, seconds are expected ones.
@@ -69,10 +75,10 @@ def tune(
         and p_error.
     previous: an earlier result for the same model and data, whose networks are used again.
 
-    Widths of accumulators and what rounding leaves of them are tried from the most generous down to where
-    accuracy is lost; image, activation and weight bits follow by held-out calibration loss ("auto" in
-    `QuantConfig`). Accuracy comes from the integer network and the failure model of lookups
-    (`fheconv.failures`), cost from compiling without keys. An interruption returns what was found so far.
+    From each width on, narrower ones are left out once accuracy is lost; image, activation and weight bits
+    follow by held-out calibration loss ("auto" in `QuantConfig`). Accuracy comes from the integer network and
+    the failure model of lookups (`fheconv.failures`), cost from compiling without keys. An interruption
+    returns what was found so far.
 
     Raises `InvalidArgumentError` for arguments that do not go together, else like `quantize`.
     """
@@ -84,6 +90,11 @@ def tune(
         raise InvalidArgumentError("lookup_budgets need training data: without, too much accuracy is lost.")
     for budget in lookup_budgets:
         check_integer("lookup_budgets", budget, 1)
+    settings = [
+        Setting(accumulator_bits=bits, rounding_bits=kept, lookup_budget=budget)
+        for budget in (None, *lookup_budgets)
+        for bits, kept in widths
+    ]
     check_number("max_drop", max_drop, 0.0, 1.0)
     images, labels = _evaluation(evaluation)
     search = _Search(
@@ -98,6 +109,7 @@ def tune(
         compile_config=CompileConfig() if compile_config is None else compile_config,
         networks=dict(previous.networks) if previous else {},
         seed=seed,
+        p_errors=p_errors,
     )
     network = capture(model, images.shape[1:])
     outputs = network(images.astype(np.float64))
@@ -112,7 +124,7 @@ def tune(
     found: list[TunePoint] = []
     reason = "Every width was tried down to where accuracy is lost."
     try:
-        for point in search.points(lookup_budgets, right):
+        for point in search.points(settings, right - max_drop - HOPELESS):
             if point.accuracy >= right - max_drop - 1e-9:
                 found.append(point)
         if measure:
@@ -145,33 +157,26 @@ class _Search:
     compile_config: CompileConfig
     networks: dict[Setting, QuantizedNetwork]
     seed: int
+    p_errors: Sequence[float]
     layers: list[str] = field(default_factory=list)
 
-    def points(self, lookup_budgets: Sequence[int], right: float) -> Iterator[TunePoint]:
-        """Yield the points of all settings, the most generous first; hopeless ones are left out."""
-        families = [
-            [
-                Setting(accumulator_bits=bits, rounding_bits=kept, lookup_budget=budget)
-                for bits, kept in widths
-            ]
-            for budget in (None, *lookup_budgets)
-            for widths in (ROUNDED, [(bits, None) for bits in EXACT])
-        ]
-        hopeless: set[int] = set()
-        settings = [(number, setting) for number, family in enumerate(families) for setting in family]
-        for number, setting in track(settings, "Tuning…"):
-            if number in hopeless:
+    def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
+        """Yield the points of all settings but those narrower than one below the `least` accuracy."""
+        hopeless: set[tuple[int | None, bool]] = set()
+        for setting in track(settings, "Tuning…"):
+            family = setting.lookup_budget, setting.rounding_bits is None
+            if family in hopeless:
                 continue
             try:
                 network = self._network(setting)
             except AccumulatorOverflowError:  # not even one weight fits
-                hopeless.add(number)
+                hopeless.add(family)
                 continue
             clear = float(accuracies(network, self.images, self.labels, 0.0, draws=1)[0])
-            if clear < right - HOPELESS:
-                hopeless.add(number)
-                continue
-            yield from self._compiled(setting, network, clear)
+            if clear < least:
+                hopeless.add(family)
+            else:
+                yield from self._compiled(setting, network, clear)
 
     def _network(self, setting: Setting) -> QuantizedNetwork:
         if setting not in self.networks:
@@ -201,7 +206,7 @@ class _Search:
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf
-        for p_error in P_ERRORS:
+        for p_error in self.p_errors:
             config = replace(self.compile_config, p_error=p_error)
             try:
                 cost = FheCircuit(network, config).cost
