@@ -10,6 +10,7 @@ from fheconv.config import QuantConfig
 from fheconv.errors import CalibrationError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Conv, Layer
 from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer.allocation import allocate, is_open
 from fheconv.quantizer.layerwise import quantize_network
 
 
@@ -42,6 +43,8 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         integral=images.dtype.kind in "iub",
         images=len(images),
     )
+    if is_open(config):
+        return allocate(network, images, calibrated, config).network
     return quantize_network(network, images, calibrated, config)
 
 
