@@ -39,7 +39,7 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     Changes are made one at a time: the one that changes the results on `images` (N, C, *S) the least, by mean
     square, for each lookup that it saves. Training makes up for much of it.
 
-    Raises `InvalidArgumentError` if one channel of each activation is already more.
+    Raises `InvalidArgumentError`, with the least number that it comes to, if that is more than the budget.
     """
     images = images[:: -(-len(images) // MOST_IMAGES)]
     meant = network.tensors(images)[-1]
@@ -54,8 +54,9 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             least, network = min(priced, key=lambda pair: pair[0], default=(np.inf, network))
             if least == np.inf:
                 raise InvalidArgumentError(
-                    f"lookup_budget={lookup_budget} is too small: with one channel left of each activation, "
-                    f"this network still needs {needed} lookups; allow as many, or train a smaller network."
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, one channel "
+                    f"being left of each activation, this network still needs {needed} lookups; allow as "
+                    "many, or train a smaller network."
                 )
     return network
 
