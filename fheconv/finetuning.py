@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fheconv.arrays import as_array
+from fheconv.arrays import Array, as_array
 from fheconv.config import check_integer, check_number
 from fheconv.errors import InvalidArgumentError
 from fheconv.network import Network
@@ -38,16 +38,20 @@ MOST_OBSERVED = 1000
 
 
 class Examples(NamedTuple):
-    """Images (N, C, *S), the right classes (N, …) if they are known, and the float network's sums."""
+    """Images (N, C, *S), the right classes (N, …) if they are known, and the float network's sums.
+
+    `spread` is the variance of all its sums, in which errors are counted.
+    """
 
     images: Tensor
     labels: Tensor | None
     meant: Tensor
+    spread: Tensor
 
     def of(self, where: Tensor) -> "Examples":
         """Return some of them."""
         labels = None if self.labels is None else self.labels[where]
-        return Examples(self.images[where], labels, self.meant[where])
+        return Examples(self.images[where], labels, self.meant[where], self.spread)
 
 
 def finetune(
@@ -77,12 +81,21 @@ def finetune(
     channels that hardly matter are taken out first, and average poolings moved before their activations (see
     `fheconv.thinning`). The same `seed` gives the same network on one machine.
 
+    Accumulators keep to the widths that the network's config asks for. Where it asks for none, no filter of a
+    layer may span more than the widest one did.
+
     Raises `InputRangeError` for images that the network does not take, `InvalidArgumentError` for anything
     else that does not fit.
     """
+    if not isinstance(network, QuantizedNetwork):
+        raise InvalidArgumentError(
+            f"network is a {type(network).__name__}; only what fheconv.quantize returns can be fine-tuned."
+        )
+    if augment is not None and not callable(augment):
+        raise InvalidArgumentError(f"augment={augment!r} must be a function of a batch of images.")
     check_integer("epochs", epochs, 1)
     check_integer("batch_size", batch_size, 1)
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, 2**63 - 1)
     check_number("learning_rate", learning_rate, 0.0)
     for name, value in (("patience", patience), ("lookup_budget", lookup_budget)):
         if value is not None:
@@ -101,7 +114,8 @@ def finetune(
         if lookup_budget is not None:
             observed = examples.images[:MOST_OBSERVED].double().numpy()
             source = thinned(teacher, observed, lookup_budget)
-            network = quantize_network(source, observed, network.calibrated, network.config)
+            if source is not teacher:
+                network = quantize_network(source, observed, network.calibrated, network.config)
         return _train(
             network,
             teacher,
@@ -143,27 +157,39 @@ def _train(
         ],
     )
     observed = examples.images[:MOST_OBSERVED].double().numpy()
-    best, least, since = network, _held_out_loss(network, held_out), 0
+    best, least, best_at = network, _held_out_loss(network, held_out), 0
     every = -(-epochs // MEASURED)
-    for epoch in track(range(epochs), "Fine-tuning…"):
+    for epoch in track(range(1, epochs + 1), "Fine-tuning…"):
         for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
             some = examples.of(batch)
             if augment is not None:
-                images = augment(some.images)
-                some = Examples(images, some.labels, _meant(teacher, images))
+                images = _augmented(augment, some.images)
+                some = some._replace(images=images, meant=_meant(teacher, images))
             optimizer.zero_grad()
             torch.autograd.backward(_loss(module(some.images), some))
             optimizer.step()
             schedule.step()
             module.draw_in()
-        if (epoch + 1) % every == 0 or epoch + 1 in (start, end, epochs):
+        if epoch % every == 0 or epoch in (start, end, epochs):
             now = module.quantized(observed)
             loss = _held_out_loss(now, held_out)
             if loss < least:
-                best, least, since = now, loss, epoch
-        if epoch - since >= patience:
-            break
+                best, least, best_at = now, loss, epoch
+            if epoch - best_at >= patience:
+                break
     return best
+
+
+def _augmented(augment: Augment, images: Tensor) -> Tensor:
+    """Return what `augment` makes of a batch."""
+    changed = augment(images)
+    if not isinstance(changed, Tensor) or changed.shape != images.shape:
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise InvalidArgumentError(
+            f"augment returned {got} for images of shape {tuple(images.shape)}; it must return a tensor of "
+            "the same shape."
+        )
+    return changed.to(images)
 
 
 def _rate(step: int, start: int, end: int) -> float:
@@ -185,8 +211,10 @@ def _examples(network: QuantizedNetwork, data: Data, name: str) -> Examples:
         )
     images = torch.tensor(given, dtype=torch.float32)
     meant = _meant(network.source, images)
+    variance = meant.var()
+    spread = torch.where(variance > 0, variance, 1.0)
     if not pair:
-        return Examples(images, None, meant)
+        return Examples(images, None, meant, spread)
     labels = as_array(data[1], f"The classes of {name}")
     classes, shape = meant.shape[1], (len(images), *meant.shape[2:])
     if (
@@ -195,10 +223,14 @@ def _examples(network: QuantizedNetwork, data: Data, name: str) -> Examples:
         or not (0 <= labels.min() <= labels.max() < classes)
     ):
         raise InvalidArgumentError(
-            f"The classes of {name} have shape {labels.shape} and type {labels.dtype}; this network needs "
-            f"integers from 0 to {classes - 1} of shape {shape}."
+            f"The classes of {name} are {labels.dtype} of shape {labels.shape}{_ends(labels)}; this network "
+            f"needs integers from 0 to {classes - 1} of shape {shape}."
         )
-    return Examples(images, torch.tensor(labels.astype(np.int64)), meant)
+    return Examples(images, torch.tensor(labels.astype(np.int64)), meant, spread)
+
+
+def _ends(values: Array) -> str:
+    return f", from {values.min()} to {values.max()}" if values.size else ""
 
 
 def _split(examples: Examples, generator: torch.Generator) -> tuple[Examples, Examples]:
@@ -214,7 +246,7 @@ def _meant(teacher: Network, images: Tensor) -> Tensor:
 
 def _loss(sums: Tensor, examples: Examples) -> Tensor:
     if examples.labels is None:
-        return functional.mse_loss(sums, examples.meant) / examples.meant.var().clamp(min=1e-12)
+        return functional.mse_loss(sums, examples.meant) / examples.spread
     distilled = functional.kl_div(
         functional.log_softmax(sums / TEMPERATURE, dim=1),
         functional.log_softmax(examples.meant / TEMPERATURE, dim=1),

@@ -47,7 +47,7 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     compute from what is left what the trained network did (He et al. 2017). Training makes up for much of
     the rest.
 
-    Raises `InvalidArgumentError` if one channel of each activation is already more.
+    Raises `InvalidArgumentError`, with the least number that it comes to, if that is more than the budget.
     """
     original, meant = network, network.tensors(images)[-1]
     some = slice(None, None, -(-len(images) // MOST_IMAGES))
@@ -65,8 +65,9 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             )
             if least == np.inf:
                 raise InvalidArgumentError(
-                    f"lookup_budget={lookup_budget} is too small: with one channel left of each activation, "
-                    f"this network still needs {needed} lookups; allow as many, or train a smaller network."
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, one "
+                    f"channel being left of each activation, this network still needs {needed} lookups; allow "
+                    "as many, or train a smaller network."
                 )
             network = _fitted(network, original, images)
     return network

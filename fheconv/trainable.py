@@ -38,9 +38,9 @@ CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d
 class TrainableNetwork(nn.Module):
     """What `QuantizedNetwork.to_torch` returns: images (N, C, *S) in, the last layer's sums (N, K, *Out) out.
 
-    Its parameters are, for each layer, the latent weights, the logarithm of the real size of an accumulator
-    step of each filter, and a shift of the bias of each channel, in such steps. Call `draw_in` after each
-    step of an optimizer; `quantized` returns the integer network that it has become.
+    Its parameters are, for each layer, the latent weights, the logarithm of how much the real size of an
+    accumulator step of each filter grew, and a shift of the bias of each channel, in such steps. Call
+    `draw_in` after each step of an optimizer; `quantized` returns the integer network that it has become.
 
     In training mode, noise stands for the approximate rounding before lookups; in evaluation mode rounding is
     left out.
@@ -155,15 +155,15 @@ class _Layer(nn.Module):
 
     Filters that share a scale and a budget are one row. `index` (rows, n) tells where the weights of a row
     are among all of the layer's, flattened, and `prices` (rows, n) by how much a unit of each widens the
-    accumulator's range. `alive` (rows, n) is 0 for what no trained filter of its group reads: what is pruned
-    stays pruned.
+    accumulator's range. `alive` (rows, n) is 0 for what no filter of its group reads: what is pruned stays
+    pruned.
     """
 
     index: Tensor
     alive: Tensor
     prices: Tensor
     of_value: Tensor
-    sign: Tensor
+    scale: Tensor
     bias: Tensor
     unit: Tensor
 
@@ -172,8 +172,6 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.activation = layer, source.activation
-        self.greatest = max(map(abs, layer.weight_range))
-        self.budget = building.budget(source)
         self.dropped = _dropped(layer, network)
         rows = Rows(source, layer.inputs, network.shapes)
         self.places = [part.at for part in rows.parts]
@@ -185,19 +183,25 @@ class _Layer(nn.Module):
         )
         index, prices = _packed(rows)
         self._buffer("index", index)
-        self._buffer("prices", prices.astype(np.float32))
-        alive = np.concatenate([*(read_taps(part.kernel).ravel() for part in rows.parts), [False]])
+        self._buffer("prices", prices)
+        # Weights of one bit have no zero: they read what no trained filter does.
+        read = [
+            read_taps(part.kernel) | read_taps(kernel)
+            for part, kernel in zip(rows.parts, kernels, strict=True)
+            if isinstance(kernel, Kernel)
+        ]
+        alive = np.concatenate([*map(np.ravel, read), [False]])
         self._buffer("alive", alive[index].astype(np.float32))
+        own = (self._by_row().detach().abs().long() * self.prices).sum(dim=1)
+        limit = building.budget(source)
+        # Where no width was asked for, no filter may span more than the widest does.
+        self.budget = int(own.max()) if limit is None else limit
         self._buffer("of_value", rows.of_value)
-        scale = np.broadcast_to(layer.scale, layer.shape)
-        step = np.ones(len(rows.rows))
-        step[rows.of_value] = scale
-        self._buffer("sign", np.sign(step).astype(np.float32))
-        self.log_step = nn.Parameter(torch.tensor(np.log(np.abs(step)), dtype=torch.float32))
-        by_channel = (-1, *[1] * (len(layer.shape) - 1))
+        self._buffer("scale", np.broadcast_to(layer.scale, layer.shape).astype(np.float32))
+        self.growth = nn.Parameter(torch.zeros(len(rows.rows)))
         self._buffer("bias", np.broadcast_to(layer.real_bias, layer.shape).astype(np.float32))
-        unit = np.abs(scale).reshape(len(scale), -1)[:, 0].reshape(by_channel)
-        self._buffer("unit", unit.astype(np.float32))
+        unit = self.scale.abs().reshape(len(self.scale), -1)[:, 0].reshape(-1, *[1] * (len(layer.shape) - 1))
+        self.register_buffer("unit", unit, persistent=False)
         self.shift = nn.Parameter(torch.zeros(unit.shape))
         self.terms: Any = nn.ModuleList(
             nn.ModuleList(
@@ -219,39 +223,36 @@ class _Layer(nn.Module):
         ):
             x = tensors[source]
             for place, step in enumerate(steps):
-                x = step(x, latent + (integers - latent).detach()) if place == at else step(x)
+                # Exactly the integers, with the gradient of the latent weights.
+                x = step(x, integers + (latent - latent.detach())) if place == at else step(x)
             sums = sums + x
         if self.training and self.dropped and isinstance(sums, Tensor):
             noise = torch.rand_like(sums) - 0.5 + ROUNDING_NOISE * torch.randn_like(sums)
             sums = sums + noise * 2.0**self.dropped
-        step = self.steps()
+        step = self.scale * self.growth.exp()[self.of_value]
         real = step * sums + self.bias + self.unit * self.shift
         if self.activation is None or self.layer.lookup is None:
             return real
         looked_up: Tensor = _Lookup.apply(real, step, self.activation, self.layer.lookup.output)  # type: ignore[no-untyped-call]
         return looked_up
 
-    def steps(self) -> Tensor:
-        """Return the real size of an accumulator step of each value, (C, *S)."""
-        return (self.sign * self.log_step.exp())[self.of_value]
-
     @torch.no_grad()
     def integers(self) -> list[Tensor]:
-        """Return the integers to which the latent weights are rounded, within the budget.
+        """Return the integers to which the latent weights are rounded, of their data type, within the budget.
 
         A latent of size v exceeds by v − (k − ½) what rounds to its k-th unit. Of all units, those that are
         exceeded the most for their price are taken while the budget lasts.
         """
-        latent = self._by_row()
-        sizes = latent.abs().clamp(max=self.greatest)
+        latent = self._by_row().clamp(*self.layer.weight_range)
+        sizes = latent.abs()
         units = sizes.round()
-        if self.budget is not None and (most := int(units.max())):
+        if most := int(units.max()):
             exceeds = sizes[:, :, None] - (torch.arange(most) + 0.5)
             gain = (exceeds / self.prices[:, :, None]).flatten(1)
-            gain, order = gain.sort(dim=1, descending=True)
+            gain, order = gain.sort(dim=1, descending=True, stable=True)
             price = self.prices.gather(1, order // most)
             taken = (gain >= 0) & (price.cumsum(1) <= self.budget)
-            units = torch.zeros_like(gain).scatter(1, order, taken.float()).reshape(exceeds.shape).sum(2)
+            units = torch.zeros_like(gain).scatter(1, order, taken.to(gain)).reshape(exceeds.shape).sum(2)
         return self._unpacked(units * torch.sign(latent))
 
     def draw_in(self) -> None:
@@ -259,14 +260,14 @@ class _Layer(nn.Module):
 
         The projection on a weighted L1 ball by sorting (Duchi et al. 2008).
         """
-        latent = self._by_row()
-        sizes = latent.abs().clamp(max=self.greatest + 0.5)
-        if self.budget is not None:
-            order = (sizes / self.prices).argsort(dim=1, descending=True)
-            price = self.prices.gather(1, order)
-            excess = (price * sizes.gather(1, order)).cumsum(1) - BALL * self.budget
-            pull = (excess / price.square().cumsum(1)).amax(1, keepdim=True).clamp(min=0)
-            sizes = (sizes - pull * self.prices).clamp(min=0)
+        least, greatest = self.layer.weight_range
+        latent = self._by_row().clamp(least - 0.5, greatest + 0.5)
+        sizes = latent.abs()
+        order = (sizes / self.prices).argsort(dim=1, descending=True)
+        price = self.prices.gather(1, order)
+        excess = (price * sizes.gather(1, order)).cumsum(1) - BALL * self.budget
+        pull = (excess / price.square().cumsum(1)).amax(1, keepdim=True).clamp(min=0)
+        sizes = (sizes - pull * self.prices).clamp(min=0)
         for weight, drawn in zip(self.weights, self._unpacked(sizes * torch.sign(latent)), strict=True):
             weight.copy_(drawn)
 
@@ -278,20 +279,21 @@ class _Layer(nn.Module):
             if isinstance(kernel, Kernel):
                 steps[at] = replace(kernel, weight=frozen(weight.numpy().astype(np.int64)))
             terms.append(Term(source=term.source, steps=tuple(steps)))
-        bias = self.bias.double() + self.unit.double() * self.shift.double()
-        return IntegerTerms(
-            tuple(terms), self.steps().double().numpy(), self.layer.weight_range
-        ), bias.numpy()
+        # From the layer's own numbers, so that what was not trained on stays the same to the last bit.
+        step = self.layer.scale * self.growth.double().exp()[self.of_value].numpy()
+        bias = self.layer.real_bias + (self.unit * self.shift).double().numpy()
+        terms_and_step = IntegerTerms(tuple(terms), step, self.layer.weight_range)
+        return terms_and_step, np.broadcast_to(bias, self.layer.shape)
 
     def _by_row(self) -> Tensor:
         """Return the latent weights (rows, n), filled up with zeros."""
-        flat = torch.cat([*(weight.flatten() for weight in self.weights), torch.zeros(1)])
-        return flat[self.index] * self.alive
+        flat = torch.cat([weight.flatten() for weight in self.weights])
+        return functional.pad(flat, (0, 1))[self.index] * self.alive
 
     def _unpacked(self, by_row: Tensor) -> list[Tensor]:
         """Return weights that were packed by row, in their own shapes."""
         counts = [weight.numel() for weight in self.weights]
-        flat = torch.zeros(sum(counts) + 1)
+        flat = by_row.new_zeros(sum(counts) + 1)
         flat[self.index] = by_row
         parts = torch.split(flat[:-1], counts)
         return [part.reshape(weight.shape) for part, weight in zip(parts, self.weights, strict=True)]
@@ -337,7 +339,8 @@ class _Lookup(torch.autograd.Function):
             steps = activation(x) / output.scale + output.zero_point
             return np.clip(steps, output.minimum, output.maximum)
 
-        slope = (level(x + half) - level(x - half)) / (2 * half)
+        # Where an activation is not a number, as a logarithm below 0, it has no slope either.
+        slope = np.nan_to_num((level(x + half) - level(x - half)) / (2 * half))
         ctx.save_for_backward(torch.as_tensor(slope, dtype=real.dtype))
         return torch.as_tensor(np.rint(level(x)) - output.zero_point, dtype=real.dtype)
 

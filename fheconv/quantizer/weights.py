@@ -115,6 +115,11 @@ class Rows:
         kernel = self.parts[part].kernel
         return channel // (len(kernel.weight) // kernel.geometry.groups)
 
+    def read(self, row: Row) -> Array:
+        """Return, as a mask of a row's weights, those whose input the trained filters read."""
+        parts = ((self.parts[p].kernel, c) for p, c in row)
+        return np.concatenate([_flat(read_taps(kernel)[c]) for kernel, c in parts])
+
     def ranges(self, row: Row) -> Array:
         """Return by how much the accumulator's range grows with one step of each weight of a row."""
         return np.concatenate(
@@ -284,16 +289,21 @@ def round_by_output(
         # Filters of any size, none of whose squares overflow.
         size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
         stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
-        moment = rows.covariance(batch[0], delivered, delivered)
+        # What is pruned stays pruned: a weight there would ask for lookups. Filters of zeros stay zeros.
+        read = rows.read(batch[0]) | (not stacked.any())
+        both, stacked = np.ix_(read, read), stacked[:, read]
+        moment = rows.covariance(batch[0], delivered, delivered)[both]
         variance = float(np.trace(moment)) / len(moment)
         fitted = stacked
         if variance > 0:  # else calibration delivered constants, which tell nothing of the weights
             ridge = np.eye(len(moment)) * RIDGE * variance
-            cross = rows.covariance(batch[0], delivered, meant)
+            cross = rows.covariance(batch[0], delivered, meant)[both]
             fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
-        ranges = rows.ranges(batch[0]) * (2 if rows.mixed else 1)
+        ranges = rows.ranges(batch[0])[read] * (2 if rows.mixed else 1)
         rounded = method(fitted, bits, moment, ranges, budget)
-        return rounded._replace(scale=rounded.scale * size[:, 0])
+        values = np.zeros((len(batch), len(read)), np.int64)
+        values[:, read] = rounded.values
+        return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
 
     return _in_batches(rows, fit)
 
