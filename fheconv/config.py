@@ -14,9 +14,6 @@ Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 # What holds for every layer, or for each by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
-# A number that is to be found on the calibration images.
-Auto: TypeAlias = Literal["auto"]
-AUTO: Auto = "auto"
 Overflow: TypeAlias = Literal["proved", "calibrated"]
 Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
@@ -54,23 +51,17 @@ class QuantConfig:
 
     What layers have is one number for all of them, or a number for each by its name, such as {"conv1": 3};
     layers that are not named get the default.
-
-    weight_bits, activation_bits, accumulator_bits and input_bits may be "auto": the numbers are then found on
-    the calibration images, a fifth of which is held out to judge, and the network's own config holds what was
-    found. What the first and the last two share is the width of accumulators, so that needs a limit:
-    accumulator_bits, or rounding_bits. accumulator_bits="auto" takes the narrowest, up to 8 bits before
-    lookups, with which the results still have an error of 5 % of their variance.
     """
 
-    weight_bits: PerLayer | Auto = 4
-    activation_bits: PerLayer | Auto | None = None
+    weight_bits: PerLayer = 4
+    activation_bits: PerLayer | None = None
     activation_levels: PerLayer | None = None
-    accumulator_bits: PerLayer | Auto | None = None
+    accumulator_bits: PerLayer | None = None
     rounding_bits: PerLayer | None = None
     overflow: Overflow = "proved"
     margin: float = 0.25
     method: Method = "auto"
-    input_bits: int | Auto = 4
+    input_bits: int = 4
     input_levels: int | None = None
     per_channel: bool = True
     input_signed: bool = False
@@ -93,13 +84,12 @@ class QuantConfig:
                 for layer, bits in value.items():
                     check_integer(f"{name}[{layer!r}]", bits, least, greatest)
                 value = {str(layer): int(bits) for layer, bits in value.items()}
-            elif (value is not None or name == "weight_bits") and not (value == AUTO and name in _FOUND):
+            elif value is not None or name == "weight_bits":
                 check_integer(name, value, least, greatest)
                 value = int(value)  # numpy's integers lack int's methods
             object.__setattr__(self, name, value)
-        if self.input_bits != AUTO:
-            check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
-            object.__setattr__(self, "input_bits", int(self.input_bits))
+        check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
+        object.__setattr__(self, "input_bits", int(self.input_bits))
         if self.input_levels is not None:
             check_integer("input_levels", self.input_levels, 3 if self.input_signed else 2, 2**16)
             object.__setattr__(self, "input_levels", int(self.input_levels))
@@ -133,7 +123,7 @@ class QuantConfig:
 
     def input_ends(self) -> tuple[int, int]:
         """Return the least and the greatest integer that an image value can be."""
-        levels = self.input_levels or 2 ** int(self.input_bits)
+        levels = self.input_levels or 2**self.input_bits
         return (-(levels // 2), levels - 1 - levels // 2) if self.input_signed else (0, levels - 1)
 
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
@@ -168,8 +158,6 @@ class QuantConfig:
 
 # How many bits of an accumulator are rounded away, unless its width was chosen.
 ROUNDED_AWAY = 4
-# What of layers may be "auto".
-_FOUND = ("weight_bits", "activation_bits", "accumulator_bits")
 # The least and the most.
 _LAYER_NUMBERS = {
     "weight_bits": (1, 8),

@@ -10,7 +10,6 @@ from fheconv.config import QuantConfig
 from fheconv.errors import CalibrationError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Conv, Layer
 from fheconv.quantized import QuantizedNetwork
-from fheconv.quantizer.allocation import allocate, is_open
 from fheconv.quantizer.layerwise import quantize_network
 
 
@@ -43,8 +42,6 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         integral=images.dtype.kind in "iub",
         images=len(images),
     )
-    if is_open(config):
-        return allocate(network, images, calibrated, config).network
     return quantize_network(network, images, calibrated, config)
 
 
