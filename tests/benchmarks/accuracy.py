@@ -48,10 +48,8 @@ ROWS = {
     f"{LOOKUPS}-lookups-8-rounded-to-5": Row(
         accumulator_bits=8, rounding_bits=5, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED
     ),
-    f"{LOOKUPS}-lookups-6": Row(
-        accumulator_bits=6, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED
-    ),
-}  # fmt: skip
+    f"{LOOKUPS}-lookups-6": Row(accumulator_bits=6, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
