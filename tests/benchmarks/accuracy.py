@@ -7,17 +7,17 @@ validation images. The 450 test images only measure. Figures are means over the 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
-from sys import path, stderr
 from time import perf_counter
 
 from rich.console import Console
 from rich.table import Table
 
-path.insert(0, str(Path(__file__).parents[2] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
 import fheconv
@@ -153,7 +153,7 @@ def main() -> None:
             figures = measure(network_of(ROWS[name], split, arguments.epochs), ROWS[name].p_error)
             found[name].append(figures)
             words = ", ".join(f"{key} {text(getattr(figures, key))}" for key, text in TEXT.items())
-            print(f"split {split}, {name}: {words}", file=stderr, flush=True)
+            print(f"split {split}, {name}: {words}", file=sys.stderr, flush=True)
     right = [digits.evaluate(shipped(split)) for split in arguments.splits]
     # Wide enough for every column, in a file too.
     Console(width=160).print(table(found, right))

@@ -15,6 +15,8 @@ from statistics import mean
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
+
 import digits
 from concrete_ml_peer import Peer, PeerError, add_environment, peer_python
 
