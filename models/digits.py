@@ -59,26 +59,25 @@ def digits() -> Digits:
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1)
     labels = torch.as_tensor(data.target)
-    parts = train_test_split(images, labels, test_size=0.25, shuffle=True, random_state=42)
-    return Digits(*parts)
+    return Digits(*train_test_split(images, labels, test_size=0.25, shuffle=True, random_state=42))
 
 
 def validation_split(seed: int) -> Split:
     """Split the training images, each class in proportion. No test image is among them."""
     data = digits()
-    parts = train_test_split(
-        data.train_images, data.train_labels, test_size=0.2, stratify=data.train_labels, random_state=seed
-    )
-    return Split(*parts)
+    images, labels = data.train_images, data.train_labels
+    return Split(*train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed))
+
+
+def parts(split: int | None) -> Digits | Split:
+    """Load the training images: all, beside the test images, or those of a split, beside its others."""
+    return digits() if split is None else validation_split(split)
 
 
 def held_out(split: int | None) -> tuple[Tensor, Tensor]:
     """Images and labels to measure on: the test images, or the validation images of a split."""
-    if split is None:
-        data = digits()
-        return data.test_images, data.test_labels
-    parts = validation_split(split)
-    return parts.validation_images, parts.validation_labels
+    _, images, _, labels = parts(split)
+    return images, labels
 
 
 def evaluate(model: nn.Module, split: int | None = None) -> float:
@@ -100,7 +99,7 @@ def warped(images: Tensor, warp: float, noise: float) -> Tensor:
 def train(network: Callable[[], Model], recipe: Recipe, split: int | None) -> Model:
     """Train a new `network()` for a fixed number of epochs on all training images, or on those of a split."""
     torch.manual_seed(recipe.seed)
-    data = digits() if split is None else validation_split(split)
+    data = parts(split)
     model = network()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -157,8 +156,8 @@ def measured(model: nn.Module, split: int | None) -> Entry:
 
 def left_out(split: int) -> str:
     """Say what a model was trained on, and what not."""
-    parts = validation_split(split)
-    trained, out = len(parts.train_images), len(parts.validation_images)
+    of_split = validation_split(split)
+    trained, out = len(of_split.train_images), len(of_split.validation_images)
     return (
         f"Of the {trained + out} training images, {out} were left out, as validation images: "
         f"train_test_split(test_size=0.2, stratify=labels, random_state={split})."

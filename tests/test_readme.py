@@ -17,12 +17,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_python_example_runs():
-    (example,) = blocks("python")
+PRINTED = [["Accumulator budget", "Cost of one encrypted image"], ["Cheapest circuits by accuracy"]]
+
+
+@pytest.mark.parametrize(("example", "titles"), [*zip(blocks("python"), PRINTED, strict=True)])
+def test_the_python_examples_run(example, titles):
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "Accumulator budget" in done.stdout
-    assert "Cost of one encrypted image" in done.stdout
+    assert all(title in done.stdout for title in titles)
 
 
 def test_the_budget_report_shown_is_the_one_printed():

@@ -1,30 +1,28 @@
 """Time Concrete ML and fheconv on a trained model: `python tests/benchmarks/concrete_ml.py [--model rescnn]`.
 
-Concrete ML needs other versions of torch and Concrete than fheconv, so it gets an environment of its own,
-made on the first run (a download of gigabytes), and runs there through concrete_ml_worker.py. Both libraries
-take float images to float logits, encryption and decryption included, and take turns image by image, so
-that whatever else the machine does hits both; which of them begins alternates too. A ratio is Concrete
-ML's figure divided by fheconv's: above 1, fheconv needs less.
+Both libraries take float images to float logits, encryption and decryption included, and take turns image
+by image, so that whatever else the machine does hits both; which of them begins alternates too. A ratio is
+Concrete ML's figure divided by fheconv's: above 1, fheconv needs less.
+
+With `--tuned SPLIT` both get the model that was trained without a validation split, and fheconv's circuit is
+what `fheconv.tune` finds: it trains on the split's training images, on which Concrete ML is calibrated, and
+chooses on its validation images. The 450 test images only measure.
 """
 
 import argparse
-import contextlib
-import hashlib
 import importlib
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
-from types import TracebackType
+from types import ModuleType
 from typing import Any
 
-import platformdirs
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -32,20 +30,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import torch
-from torch import nn
 
 import digits
 import fheconv
+from concrete_ml_peer import RELEASE, Peer, PeerError, PeerRefusal, add_environment, peer_python
 from fheconv.circuit import Fhe
 from fheconv.worker import worker as fheconv_worker
 
-RELEASE = "1.9.0"
-PACKAGES = (f"concrete-ml=={RELEASE}", "setuptools<81", "scikit-learn", "safetensors")
-WORKER = Path(__file__).with_name("concrete_ml_worker.py")
-CHECK = f"""
-from importlib.metadata import version
-assert version("concrete-ml") == "{RELEASE}" and version("scikit-learn") and version("safetensors")
-"""
 # Per model: the logits at a width that makes no ciphertext larger.
 QUANTIZE: dict[str, dict[str, Any]] = {
     "tinycnn": {
@@ -62,19 +53,11 @@ COMPILE = {"p_error": 0.05}
 PAUSE = 0.3
 
 
-class PeerError(Exception):
-    """Concrete ML raised, or its process ended."""
-
-
-class PeerRefusal(PeerError):
-    """Concrete ML raised; its process lives."""
-
-
 @dataclass(kw_only=True)
 class Figures:
     """What one library makes of the model. `compile` has the times with everything imported."""
 
-    quantize: list[float] = field(default_factory=list)  # empty: a part of compiling
+    quantize: list[float] = field(default_factory=list)  # empty: a part of compiling, or of tuning
     cold: float = 0.0  # to compile, with the start of the process and its imports
     compile: list[float] = field(default_factory=list)
     clear: float = 0.0
@@ -99,34 +82,30 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Ours:
-    """The model through fheconv."""
+    """The model through fheconv; a network that was tuned is not quantized again."""
 
     def __init__(
         self,
-        model: nn.Module,
-        data: digits.Digits,
-        config: fheconv.QuantConfig,
+        quantize: Callable[[], fheconv.QuantizedNetwork],
         compile_config: fheconv.CompileConfig,
+        *,
+        tuned: bool,
     ) -> None:
-        self.model, self.data, self.config, self.compile_config = model, data, config, compile_config
+        self.quantize, self.compile_config, self.tuned = quantize, compile_config, tuned
+        self.data = digits.digits()
         self.figures = Figures()
         self.circuit: fheconv.FheCircuit
         fheconv_worker().stop()
-        self._quantize()
         self.figures.cold = self._compile()
 
     def compile(self) -> None:
-        self._quantize()
         self.figures.compile.append(self._compile())
 
-    def _quantize(self) -> None:
-        seconds, self.network = timed(
-            lambda: fheconv.quantize(self.model, self.data.train_images, self.config)
-        )
-        self.figures.quantize.append(seconds)
-
     def _compile(self) -> float:
-        seconds, self.circuit = timed(lambda: fheconv.compile(self.network, self.compile_config))
+        seconds, network = timed(self.quantize)
+        if not self.tuned:
+            self.figures.quantize.append(seconds)
+        seconds, self.circuit = timed(lambda: fheconv.compile(network, self.compile_config))
         return seconds
 
     def keygen(self) -> None:
@@ -145,129 +124,56 @@ class Ours:
         return float((predicted == self.data.test_labels.numpy()).mean())
 
 
-class Peer:
-    """The model through Concrete ML, in a process of another environment."""
+class Theirs:
+    """The model through Concrete ML, in the process of `peer`."""
 
-    def __init__(self, python: Path, data: digits.Digits, *arguments: object) -> None:
+    def __init__(self, peer: Peer, settings: tuple[int, int, float]) -> None:
+        self.peer, self.settings = peer, settings
         self.figures = Figures()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        start = perf_counter()
-        # -I: without this environment's PYTHONPATH.
-        self._process = subprocess.Popen(
-            [python, "-I", WORKER, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            cwd=tempfile.gettempdir(),
-            text=True,
-        )
-        ready = self._answer()["ready"]
-        self._imports = perf_counter() - start
-        if ready != fingerprint(data):
-            raise PeerError("scikit-learn splits the digits differently in the two environments.")
-
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._stderr.close()
 
     def compile(self) -> None:
-        answer = self._request("compile")
+        answer = self.peer.request("compile", *self.settings)
         figures = self.figures
         figures.compile.append(answer["seconds"])
-        figures.cold = self._imports + figures.compile[0]
+        figures.cold = self.peer.imports + figures.compile[0]
         figures.lookups, figures.complexity = answer["lookups"], answer["complexity"]
         figures.key_bytes = answer["key_bytes"]
 
     def keygen(self) -> None:
-        accuracy = self._request("accuracy")
+        accuracy = self.peer.request("accuracy")
         self.figures.clear, self.figures.simulated = accuracy["disable"], accuracy["simulate"]
-        self.figures.keygen = self._request("keygen")["seconds"]
+        self.figures.keygen = self.peer.request("keygen")["seconds"]
 
     def run(self, image: int) -> tuple[float, int]:
-        answer = self._request("run", image)
+        answer = self.peer.request("run", image)
         return answer["seconds"], answer["class"]
-
-    def _request(self, *request: object) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            self._process.wait()
-            self._stderr.seek(0)
-            words = self._stderr.read().decode(errors="replace").split("\n")
-            last = next((word for word in reversed(words) if word.strip()), "nothing")
-            raise PeerError(f"Its process ended without an answer. Its last words: {last}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise PeerRefusal(answer["error"])
-        return answer
 
 
 def first(times: list[float]) -> float:
     return times[0]
 
 
-def fingerprint(data: digits.Digits) -> str:
-    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in data)).hexdigest()
-
-
-def peer_python(environment: Path, console: Console) -> Path:
-    """Return the interpreter of the environment with Concrete ML, which is made unless it is there."""
-    python = environment / "bin" / "python"
-    if _works(python):
-        return python
-    if environment.exists() and any(environment.iterdir()) and not (environment / "pyvenv.cfg").exists():
-        raise SystemExit("--environment is a folder with something else in it.")
-    console.print(f"Installing Concrete ML {RELEASE} into an environment of its own: gigabytes, once…")
-    try:
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit("The environment for Concrete ML could not be made.") from error
-    if not _works(python):
-        raise SystemExit("The new environment for Concrete ML does not work.")
-    return python
-
-
-def _works(python: Path) -> bool:
-    try:
-        return subprocess.run([python, "-I", "-c", CHECK], capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
-def table(sides: dict[str, Figures], images: int, compiles: int) -> Table:
+def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
+    seconds = "{:.2f} s".format
+    compiling: list[tuple[str, Callable[[Figures], float], Callable[[float], str], bool]] = [
+        ("quantize and compile, cold", lambda f: f.cold + first(f.quantize or [0.0]), seconds, True),
+        ("quantize and compile, first", lambda f: f.from_float(first), seconds, True),
+        ("quantize and compile, least", lambda f: f.from_float(min), seconds, True),
+        ("compile alone, cold", lambda f: f.cold, seconds, True),
+        ("compile alone, first", lambda f: first(f.compile), seconds, True),
+        ("compile alone, least", lambda f: min(f.compile), seconds, True),
+    ]
     rows: list[tuple[str, Callable[[Figures], float], Callable[[float], str], bool]] = [
         ("right of 450, clear integers", lambda f: f.clear, "{:.1%}".format, False),
         ("right of 450, simulated", lambda f: f.simulated, "{:.1%}".format, False),
         ("lookups", lambda f: f.lookups, "{:,}".format, True),
         ("complexity", lambda f: f.complexity, "{:.3g}".format, True),
         ("keys", lambda f: f.key_bytes, lambda size: decimal(int(size)), True),
-        (
-            "quantize and compile, cold",
-            lambda f: f.cold + first(f.quantize or [0.0]),
-            "{:.2f} s".format,
-            True,
-        ),
-        ("quantize and compile, first", lambda f: f.from_float(first), "{:.2f} s".format, True),
-        (f"quantize and compile, least of {compiles}", lambda f: f.from_float(min), "{:.2f} s".format, True),
-        ("compile alone, cold", lambda f: f.cold, "{:.2f} s".format, True),
-        ("compile alone, first", lambda f: first(f.compile), "{:.2f} s".format, True),
-        (f"compile alone, least of {compiles}", lambda f: min(f.compile), "{:.2f} s".format, True),
-        ("generate keys", lambda f: f.keygen, "{:.2f} s".format, True),
-        ("first encrypted image", lambda f: f.first, "{:.2f} s".format, True),
-        ("encrypted image, least", lambda f: min(f.seconds), "{:.2f} s".format, True),
-        ("encrypted image, median", lambda f: median(f.seconds), "{:.2f} s".format, True),
+        *([] if tuned else compiling),
+        ("generate keys", lambda f: f.keygen, seconds, True),
+        ("first encrypted image", lambda f: f.first, seconds, True),
+        ("encrypted image, least", lambda f: min(f.seconds), seconds, True),
+        ("encrypted image, median", lambda f: median(f.seconds), seconds, True),
         (f"right of {images}, encrypted", lambda f: f.right, "{:.0f}".format, False),
     ]
     result = Table()
@@ -285,8 +191,9 @@ def table(sides: dict[str, Figures], images: int, compiles: int) -> Table:
     return result
 
 
-def measure(sides: list[Ours | Peer], data: digits.Digits, images: int) -> None:
+def measure(sides: list[Theirs | Ours], images: int) -> None:
     """Make keys and time encrypted images, of all sides in turns."""
+    labels = digits.digits().test_labels
     for side in sides:
         side.keygen()
     for side in sides:
@@ -296,7 +203,41 @@ def measure(sides: list[Ours | Peer], data: digits.Digits, images: int) -> None:
             sleep(PAUSE)
             seconds, predicted = side.run(image)
             side.figures.seconds.append(seconds)
-            side.figures.right += predicted == int(data.test_labels[image])
+            side.figures.right += predicted == int(labels[image])
+
+
+def ratios(theirs: Figures, own: Figures, *, tuned: bool) -> str:
+    """Say Concrete ML's figures by fheconv's."""
+    figures = {
+        "time of an encrypted image (median)": median(theirs.seconds) / median(own.seconds),
+        "of the least": min(theirs.seconds) / min(own.seconds),
+        "complexity": theirs.complexity / own.complexity,
+        "keys": theirs.key_bytes / own.key_bytes,
+        "to generate keys": theirs.keygen / own.keygen,
+    }
+    if not tuned:
+        figures["to quantize and compile (least)"] = theirs.from_float(min) / own.from_float(min)
+    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in figures.items())
+
+
+def tune(module: ModuleType, arguments: argparse.Namespace, console: Console) -> fheconv.TunePoint:
+    """Return the cheapest circuit on the model of a split that loses no more than was asked for."""
+    parts = digits.validation_split(arguments.tuned)
+    started = perf_counter()
+    result = fheconv.tune(
+        module.shipped(arguments.tuned),
+        parts.train_images,
+        evaluation=(parts.validation_images, parts.validation_labels),
+        training=(parts.train_images, parts.train_labels),
+        augment=partial(digits.warped, warp=module.RECIPE.warp, noise=module.RECIPE.noise),
+        epochs=arguments.epochs,
+        lookup_budgets=arguments.lookup_budget,
+        measure=arguments.measure,
+        compile_config=arguments.compile_config,
+    )
+    console.print(f"Tuned on split {arguments.tuned} in {(perf_counter() - started) / 60:.0f} minutes:")
+    console.print(result)
+    return result.best(max_drop=arguments.max_drop)
 
 
 def configured(kind: type[Any]) -> Callable[[str], Any]:
@@ -317,17 +258,12 @@ def positive(text: str) -> int:
     return number
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time Concrete ML and fheconv on one trained model.")
     parser.add_argument("--model", choices=("tinycnn", "rescnn"), default="tinycnn")
     parser.add_argument("--images", type=positive, default=4, help="timed images, after one to warm up")
     parser.add_argument("--compiles", type=positive, default=3, help="how often each compiles")
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        default=Path(platformdirs.user_cache_dir("fheconv")) / f"concrete-ml-{RELEASE}",
-        help="folder of Concrete ML's environment, made if it is not there (default: in the user's cache)",
-    )
+    add_environment(parser)
     ours = parser.add_argument_group("fheconv")
     text = json.dumps(COMPILE)
     ours.add_argument(
@@ -341,67 +277,87 @@ def main() -> None:
         default=text,
         help=f"a CompileConfig as JSON (default: {text})",
     )
+    tuning = parser.add_argument_group("fheconv, tuned")
+    tuning.add_argument(
+        "--tuned",
+        type=int,
+        choices=digits.SPLITS,
+        metavar="SPLIT",
+        help="take the model of this split (0, 1, 2), and what fheconv.tune finds for it",
+    )
+    tuning.add_argument("--max-drop", type=float, default=0.01, help="of accuracy (default: 0.01, a point)")
+    tuning.add_argument("--epochs", type=positive, default=400, help="of fine-tuning (default: 400)")
+    tuning.add_argument("--lookup-budget", type=positive, nargs="*", default=[], help="lookups to try, too")
+    tuning.add_argument("--measure", action="store_true", help="let tune time circuits on this machine")
     peers = parser.add_argument_group("Concrete ML")
     peers.add_argument("--n-bits", type=int, default=6, help="of weights and activations (default: 6)")
     peers.add_argument("--rounding-bits", type=int, default=6, help="left for a lookup (default: 6)")
     peers.add_argument("--p-error", type=float, default=0.3, help="of a lookup (default: 0.3)")
     arguments = parser.parse_args()
-    quant_config = arguments.quant_config or fheconv.QuantConfig(**QUANTIZE[arguments.model])
+    if arguments.tuned is not None and arguments.quant_config:
+        parser.error("--tuned chooses what --quant-config would give; leave out one of them")
+    return arguments
 
+
+def main() -> None:
+    arguments = parse()
     console = Console()
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
     torch.set_num_threads(1)  # as in concrete_ml_worker.py
-    data = digits.digits()
-    model = importlib.import_module(f"train_{arguments.model}_digits").shipped()
-    settings = arguments.model, arguments.n_bits, arguments.rounding_bits, arguments.p_error
+    module = importlib.import_module(f"train_{arguments.model}_digits")
+    tuned = arguments.tuned is not None
+    settings = arguments.n_bits, arguments.rounding_bits, arguments.p_error
     python = peer_python(arguments.environment, console)
     try:
-        with Peer(python, data, *settings) as peer:
-            mine = Ours(model, data, quant_config, arguments.compile_config)
-            refusal = ""
+        if tuned:
+            point = tune(module, arguments, console)
+            mine = Ours(lambda: point.network, point.config, tuned=True)
+            words = f"tuned, {point.setting}, predicted {point.accuracy:.1%} of the validation images right"
+        else:
+            config = arguments.quant_config or fheconv.QuantConfig(**QUANTIZE[arguments.model])
+            images = digits.digits().train_images
+            mine = Ours(
+                partial(fheconv.quantize, module.shipped(), images, config),
+                arguments.compile_config,
+                tuned=False,
+            )
+            words = str(config)
+        with Peer(python, arguments.model, arguments.tuned) as peer:
+            theirs, refusal = Theirs(peer, settings), ""
             for _ in range(arguments.compiles):
                 if not refusal:
                     try:
-                        peer.compile()
+                        theirs.compile()
                     except PeerRefusal as error:
                         refusal = str(error)
                 mine.compile()
-            measure([mine] if refusal else [peer, mine], data, arguments.images)
-            sides = {f"fheconv {version('fheconv')}": mine.figures}
-            if not refusal:
-                sides = {f"Concrete ML {RELEASE}": peer.figures, **sides}
+            measure([mine] if refusal else [theirs, mine], arguments.images)
     except PeerError as error:
         raise SystemExit(f"FAILED: Concrete ML: {error}") from error
     except fheconv.FheConvError as error:
         raise SystemExit(f"FAILED: fheconv: {error}") from error
 
-    say = Console(highlight=False, markup=False, soft_wrap=True).print
-    say(f"{arguments.model}: {digits.evaluate(model):.1%} of 450 right in float")
-    say(f"fheconv: {quant_config}, p_error={arguments.compile_config.p_error}")
+    right = digits.evaluate(module.shipped(arguments.tuned))
+    say(f"{arguments.model}: {right:.1%} of 450 right in float")
+    say(f"fheconv: {words}, p_error={mine.compile_config.p_error}")
+    sides = {f"fheconv {version('fheconv')}": mine.figures}
     if refusal:
         say("Concrete ML cannot compile this model. It says:", refusal, sep="\n")
     else:
-        _, bits, rounding, p_error = settings
+        bits, rounding, p_error = settings
         say(f"Concrete ML: n_bits={bits}, {rounding} rounding bits (approximate), p_error={p_error}")
-    console.print(table(sides, arguments.images, arguments.compiles))
-    say(
-        "cold: with the start of the process that holds the native library, and its imports (Concrete ML's "
-        "torch too); first and least: with that done. Concrete ML quantizes as it compiles: "
-        "compile_torch_model does both."
-    )
+        sides = {f"Concrete ML {RELEASE}": theirs.figures, **sides}
+    console.print(table(sides, arguments.images, tuned=tuned))
+    if not tuned:
+        say(
+            "cold: with the start of the process that holds the native library, and its imports (Concrete "
+            f"ML's torch too); first, and least of {arguments.compiles}: with that done. Concrete ML "
+            "quantizes as it compiles: compile_torch_model does both."
+        )
     if refusal:
         say(f"Done: fheconv alone, {median(mine.figures.seconds):.2f} s an encrypted image (median).")
-        return
-    theirs, own = peer.figures, mine.figures
-    ratios = {
-        "time of an encrypted image (median)": median(theirs.seconds) / median(own.seconds),
-        "of the least": min(theirs.seconds) / min(own.seconds),
-        "complexity": theirs.complexity / own.complexity,
-        "keys": theirs.key_bytes / own.key_bytes,
-        "to quantize and compile (least)": theirs.from_float(min) / own.from_float(min),
-        "to generate keys": theirs.keygen / own.keygen,
-    }
-    words = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-    say(f"Done: Concrete ML by fheconv: {words}.")
+    else:
+        say(f"Done: Concrete ML by fheconv: {ratios(theirs.figures, mine.figures, tuned=tuned)}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Concrete ML's side of `concrete_ml.py`, which runs this with the interpreter of another environment.
+"""Concrete ML's process: `concrete_ml_peer.py` runs this with the interpreter of another environment.
 
 Requests come as lines of JSON on stdin, a method of `Worker` and its arguments, and each is answered by a
 line of JSON on stdout: {"error": …} where Concrete ML raised. A process that ran Concrete exits with 0
@@ -26,28 +26,27 @@ from torch import Tensor  # noqa: E402
 import digits  # noqa: E402
 
 
-def fingerprint(data: digits.Digits) -> str:
-    """Tell whether two environments, with their own versions of scikit-learn, see the same split."""
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in data)).hexdigest()
+def fingerprint(split: int | None) -> str:
+    """Tell whether two environments, with their own versions of scikit-learn, see the same images."""
+    seen = (*digits.parts(split), *digits.digits())
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in seen)).hexdigest()
 
 
 class Worker:
-    """A trained model, compiled and run by Concrete ML."""
+    """A trained model, compiled and run by Concrete ML; calibrated on what it was trained on."""
 
-    def __init__(self, model: str, n_bits: int, rounding_bits: int, p_error: float) -> None:
-        self.data = digits.digits()
-        self.model = importlib.import_module(f"train_{model}_digits").shipped()
-        self.settings = {
-            "n_bits": n_bits,
-            "rounding_threshold_bits": {"n_bits": rounding_bits, "method": "APPROXIMATE"},
-            "p_error": p_error,
-        }
+    def __init__(self, model: str, split: int | None) -> None:
+        self.data, self.calibration = digits.digits(), digits.parts(split).train_images.numpy()
+        self.model = importlib.import_module(f"train_{model}_digits").shipped(split)
         self.module: Any = None
 
-    def compile(self) -> dict[str, Any]:
-        """Quantize and compile, which Concrete ML does in one step."""
+    def compile(self, n_bits: int, rounding_bits: int | None, p_error: float | None) -> dict[str, Any]:
+        """Quantize and compile, in one step as Concrete ML does. None: no rounding, its own p_error."""
+        rounding = None if rounding_bits is None else {"n_bits": rounding_bits, "method": "APPROXIMATE"}
         start = perf_counter()
-        self.module = compile_torch_model(self.model, self.data.train_images.numpy(), **self.settings)
+        self.module = compile_torch_model(
+            self.model, self.calibration, n_bits=n_bits, rounding_threshold_bits=rounding, p_error=p_error
+        )
         seconds = perf_counter() - start
         circuit = self.module.fhe_circuit
         return {
@@ -55,6 +54,7 @@ class Worker:
             "lookups": circuit.programmable_bootstrap_count,
             "complexity": circuit.complexity,
             "key_bytes": circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys,
+            "p_error": circuit.p_error,
         }
 
     def accuracy(self) -> dict[str, float]:
@@ -80,8 +80,8 @@ class Worker:
         return self.module.forward(images.numpy(), fhe=fhe).argmax(1)
 
 
-def serve(worker: Worker) -> None:
-    """Answer requests until there are no more."""
+def serve(worker: Worker, seen: str) -> None:
+    """Say which images the worker sees, and answer requests until there are no more."""
     # Libraries that print must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -89,7 +89,7 @@ def serve(worker: Worker) -> None:
     def answer(what: dict[str, Any]) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
-    answer({"ready": fingerprint(worker.data)})
+    answer({"ready": seen})
     for line in sys.stdin:
         method, *arguments = json.loads(line)
         try:
@@ -102,12 +102,11 @@ def main() -> None:
     # torch's threads spin while they wait, and on a busy machine compiling takes ten times as long for it.
     # Concrete has threads of its own.
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description="Serve Concrete ML to concrete_ml.py.")
+    parser = argparse.ArgumentParser(description="Serve Concrete ML to concrete_ml_peer.py.")
     parser.add_argument("model")
-    parser.add_argument("n_bits", type=int)
-    parser.add_argument("rounding_bits", type=int)
-    parser.add_argument("p_error", type=float)
-    serve(Worker(**vars(parser.parse_args())))
+    parser.add_argument("split", type=int, nargs="?", help="of the reference model; without, the shipped one")
+    arguments = parser.parse_args()
+    serve(Worker(arguments.model, arguments.split), fingerprint(arguments.split))
 
 
 if __name__ == "__main__":
