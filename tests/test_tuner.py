@@ -1,0 +1,230 @@
+"""The search itself; how it is used on a trained network, its benchmark and notebook show."""
+
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fheconv
+from fheconv import tuner
+from fheconv.tuning import Setting, TunePoint, TuneResult
+
+IMAGES = np.random.default_rng(0).uniform(0, 1, (60, 1, 4, 4))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 3, 2)
+        self.fc = nn.Linear(27, 3)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+NET = Net().double().eval()
+with torch.no_grad():
+    CLASSES = NET(torch.tensor(IMAGES)).argmax(1).numpy()
+WIDTHS = ((8, 5), (6, None), (4, None))
+P_ERRORS = (1e-2, 5e-2)
+
+
+def tuned(**options):
+    options = {"widths": WIDTHS, "p_errors": P_ERRORS, "max_drop": 0.3, **options}
+    return fheconv.tune(NET, IMAGES[:40], evaluation=(IMAGES[40:], CLASSES[40:]), **options)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return tuned(objective="complexity")
+
+
+def test_every_width_and_probability_is_tried_and_the_float_network_is_right(result):
+    assert result.float_accuracy == 1.0
+    tried = {(p.setting.accumulator_bits, p.setting.rounding_bits, p.config.p_error) for p in result.points}
+    assert tried <= {(*width, p) for width in WIDTHS for p in P_ERRORS}
+    assert {p.setting for p in result.points} == set(result.networks)
+    assert len(result.points) >= 3
+
+
+def test_widths_are_proved_and_kept(result):
+    for point in result.points:
+        for layer in point.network.budget().layers:
+            assert layer.proved
+            if layer.lookups:
+                assert layer.accumulator_bits <= point.setting.accumulator_bits
+                assert layer.lookup_bits <= (point.setting.rounding_bits or point.setting.accumulator_bits)
+
+
+def test_a_point_compiles_as_it_is(result):
+    for point in result.front:
+        cost = point.compile().cost
+        assert (cost.complexity, cost.key_bytes) == (point.cost.complexity, point.cost.key_bytes)
+        exact = (point.network(IMAGES[40:]).argmax(1) == CLASSES[40:]).mean()
+        assert point.clear_accuracy == exact
+
+
+def test_the_front_is_what_no_other_point_beats(result):
+    def beats(a, b):
+        better = a.cost.complexity < b.cost.complexity or a.accuracy > b.accuracy
+        return better and a.cost.complexity <= b.cost.complexity and a.accuracy >= b.accuracy
+
+    front = result.front
+    assert not any(beats(a, b) for a in result.points for b in front)
+    for point in result.points:
+        if point not in front:
+            assert any(
+                other.cost.complexity <= point.cost.complexity and other.accuracy >= point.accuracy
+                for other in front
+            )
+    values = [point.cost.complexity for point in front]
+    assert values == sorted(values)
+
+
+def test_what_loses_too_much_is_no_point():
+    strict = tuned(max_drop=0.001)
+    assert all(point.accuracy >= strict.float_accuracy - 0.001 for point in strict.points)
+
+
+def test_an_earlier_result_is_not_made_again(result):
+    with mock.patch.object(tuner, "quantize", side_effect=RuntimeError("made again")):
+        again = tuned(objective="complexity", previous=result)
+    assert [p.cost.complexity for p in again.points] == [p.cost.complexity for p in result.points]
+    assert [p.accuracy for p in again.points] == [p.accuracy for p in result.points]
+
+
+def test_an_interruption_returns_what_there_is():
+    real, calls = tuner.FheCircuit, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with mock.patch.object(tuner, "FheCircuit", side_effect=interrupted):
+        some = tuned()
+    assert 1 <= len(some.points) <= 2
+    assert some.reason.startswith("Interrupted")
+
+
+def test_fine_tuned_with_fewer_lookups():
+    some = tuned(
+        widths=((6, None),),
+        p_errors=(1e-2,),
+        max_drop=0.9,
+        training=(IMAGES[:40], CLASSES[:40]),
+        epochs=3,
+        lookup_budgets=(20,),
+    )
+    lookups = {point.setting.lookup_budget: point.cost.lookups for point in some.points}
+    assert lookups[None] == 27
+    assert lookups[20] <= 20
+
+
+def test_measured_points_say_so_and_are_as_accurate():
+    some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
+    assert some.points
+    for point in some.points:
+        assert point.measured
+        assert point.seconds > 0
+        assert "expected" not in str(some)
+
+
+def test_the_report_and_the_picture(result):
+    text = str(result)
+    for point in result.front:
+        assert str(point.setting) in text
+    assert "100.0% of the evaluation images are right in float" in text.replace("\n", " ")
+    assert result.reason.split(":")[0] in text
+    assert "<pre" in result._repr_html_()
+    axes = result.plot()
+    assert "complexity" in axes.get_xlabel()
+    _, front = axes.get_legend_handles_labels()
+    assert "front" in front
+
+
+def points(*pairs):
+    """Points of these (seconds, accuracy), otherwise alike."""
+    network = mock.Mock()
+    return tuple(
+        TunePoint(
+            setting=Setting(accumulator_bits=6),
+            network=network,
+            config=fheconv.CompileConfig(),
+            accuracy=accuracy,
+            clear_accuracy=accuracy,
+            cost=mock.Mock(complexity=seconds, key_bytes=1),
+            seconds=seconds,
+        )
+        for seconds, accuracy in pairs
+    )
+
+
+def found(*pairs):
+    return TuneResult(
+        objective="latency", float_accuracy=0.98, points=points(*pairs), networks={}, reason="Tried."
+    )
+
+
+def test_best_is_the_cheapest_accurate_or_the_most_accurate_fast_one():
+    result = found((1.0, 0.90), (2.0, 0.97), (3.0, 0.975), (4.0, 0.96))
+    assert result.best(max_drop=0.01).seconds == 2.0
+    assert result.best(max_drop=0.006).seconds == 3.0
+    assert result.best(max_seconds=2.5).accuracy == 0.97
+    assert result.best(max_drop=0.2, max_seconds=2.5).seconds == 1.0
+    assert [point.seconds for point in result.front] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_drop": 0.001}, {"max_seconds": 0.5}, {"max_drop": 0.01, "max_seconds": 1}]
+)
+def test_where_nothing_is_best_the_nearest_are_named(limits):
+    with pytest.raises(fheconv.TuningError, match=r"90\.0%.*|97\.5%") as refused:
+        found((1.0, 0.90), (3.0, 0.975)).best(**limits)
+    assert "97.5%" in str(refused.value)
+    with pytest.raises(fheconv.TuningError, match="there are none"):
+        found().best(**limits)
+
+
+def test_best_of_what_must_be_said():
+    with pytest.raises(fheconv.InvalidArgumentError, match="max_drop"):
+        found((1.0, 0.9)).best()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "speed"}, "speed"),
+        ({"lookup_budgets": (10,)}, "training"),
+        ({"max_drop": 0}, "max_drop"),
+        ({"evaluation": IMAGES}, "pair"),
+        ({"evaluation": (IMAGES, CLASSES[:3])}, "shape"),
+        ({"evaluation": (IMAGES, CLASSES.astype(float))}, "integers"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(options, words):
+    evaluation = options.pop("evaluation", (IMAGES, CLASSES))
+    with pytest.raises(fheconv.InvalidArgumentError, match=words):
+        fheconv.tune(NET, IMAGES, evaluation=evaluation, **options)
+
+
+def test_networks_without_lookups_or_classes_are_refused():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
+    with pytest.raises(fheconv.InvalidArgumentError, match="no lookups"):
+        fheconv.tune(linear, IMAGES, evaluation=(IMAGES, CLASSES))
+    maps = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 2)).double()
+    with pytest.raises(fheconv.InvalidArgumentError, match="score"):
+        fheconv.tune(maps, IMAGES, evaluation=(IMAGES, CLASSES))
+
+
+def test_what_the_search_sets_wins_over_the_config(result):
+    config = fheconv.QuantConfig(weight_bits=1, overflow="proved")
+    some = tuned(widths=((6, None),), p_errors=(1e-2,), config=config)
+    (point,) = some.points
+    assert replace(point.config, p_error=None) == fheconv.CompileConfig()
+    assert point.network.config.weight_bits != 1
