@@ -54,8 +54,8 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             least, network = min(priced, key=lambda pair: pair[0], default=(np.inf, network))
             if least == np.inf:
                 raise InvalidArgumentError(
-                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, one channel "
-                    f"being left of each activation, this network still needs {needed} lookups; allow as "
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
+                    f"channel left of each activation, this network still needs {needed} lookups; allow as "
                     "many, or train a smaller network."
                 )
     return network

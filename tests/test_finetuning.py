@@ -19,17 +19,22 @@ SHAPE = (1, 5, 5)
 def small_module(seed=0):
     """A network of two convolutions and a linear layer, for three classes."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(3, 3),
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(4, 3),
     ).double()  # fmt: skip
-
-
-MODULE = small_module()
+    with torch.no_grad():  # as large as trained ones, with results about 0
+        for parameter in module.parameters():
+            parameter.mul_(2)
+        module[-1].bias.sub_(module(torch.tensor(images_of(0, 60)).double()).mean(dim=0))
+    return module
 
 
 def images_of(seed, n):
-    return np.random.default_rng(seed).uniform(0, 1, (n, *SHAPE)).astype(np.float32)
+    return np.random.default_rng(seed).uniform(0, 1, (n, *SHAPE)).astype(np.float32).clip(0.01, 0.99)
+
+
+MODULE = small_module()
 
 
 def small(**options):
@@ -140,17 +145,16 @@ def test_nothing_worse_than_given_comes_back(learning_rate, labelled):
 
 def test_the_seed_fixes_everything_and_the_callers_generator_is_left_alone():
     network, images = small(), images_of(0, 40)
-    options = {"epochs": 3, "augment": lambda x: (x + 0.1 * torch.rand_like(x)).clamp(0, 0.99)}
+    options = {"epochs": 12, "augment": lambda x: (x + 0.1 * torch.rand_like(x)).clamp(0, 1)}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    one = fheconv.finetune(network, images, learning_rate=0.05, seed=3, **options)
+    one = fheconv.finetune(network, images, seed=3, **options)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    with mock.patch.object(torch, "manual_seed", wraps=torch.manual_seed):
-        other = fheconv.finetune(network, images, learning_rate=0.05, seed=3, **options)
+    other = fheconv.finetune(network, images, seed=3, **options)
     assert same(one, other, images)
     assert not same(one, network, images)
-    different = fheconv.finetune(network, images, learning_rate=0.05, seed=4, **options)
+    different = fheconv.finetune(network, images, seed=4, **options)
     assert not same(one, different, images)
 
 
@@ -214,11 +218,11 @@ def test_one_image_a_batch_and_one_result_are_enough():
 
 
 def test_a_lookup_budget_is_kept():
-    network, images = small(), images_of(0, 60)
+    network, images = small(accumulator_bits=7), images_of(0, 60)
     every = lookups(network.source)
     tuned = fheconv.finetune(network, images, epochs=3, lookup_budget=every // 2)
     assert tuned.budget().lookups <= every // 2 < network.budget().lookups
-    assert tuned.budget(5).fits
+    assert tuned.budget(7).fits
     # Where it is kept already, nothing changes but the weights.
     assert fheconv.finetune(network, images, epochs=1, lookup_budget=every).source is network.source
     with pytest.raises(fheconv.InvalidArgumentError, match=r"lookup_budget=1 is too small.* needs \d+"):
@@ -227,9 +231,9 @@ def test_a_lookup_budget_is_kept():
 
 def test_an_encrypted_run_gives_the_clear_integers():
     module = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
-    images = images_of(0, 30)[:, :, :3, :3]
+    images = images_of(0, 60)[:, :, :3, :3]
     network = quantize(module, images, accumulator_bits=4, activation_bits=2, input_bits=2, weight_bits=3)
-    tuned = fheconv.finetune(network, images, epochs=5, learning_rate=0.1)
+    tuned = fheconv.finetune(network, images, epochs=20)
     assert not same(tuned, network, images)
     circuit = fheconv.compile(tuned, fheconv.CompileConfig(p_error=1e-9))
     circuit.keygen()
@@ -249,7 +253,7 @@ BAD = {
     "classes below 0": ({"data": (images_of(0, 4), [0, 1, 2, -1])}, "from -1 to 2; .* from 0 to 2"),
     "fractions for classes": ({"data": (images_of(0, 4), [0.0, 1, 2, 1])}, "are float64 .* needs integers"),
     "no classes": ({"data": (images_of(0, 4), [])}, r"shape \(0,\)"),
-    "classes of data only": ({"data": (images_of(0, 4), [0, 1, 2, 1]), "validation": images_of(0, 4)}, "both"),
+    "classes of data only": ({"data": (images_of(0, 2), [0, 1]), "validation": images_of(0, 2)}, "both"),
     "validation": ({"validation": np.zeros((3, 2, 5, 5))}, r"shape \(3, 2, 5, 5\)"),
     "augment": ({"augment": 3}, "augment=3 must be a function"),
     "augment that crops": ({"augment": lambda x: x[..., 1:]}, r"returned .*4\) for images of shape .*5\)"),

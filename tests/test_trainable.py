@@ -335,7 +335,7 @@ def test_gradients_are_nearly_those_of_the_float_network(block):
                 )
             )
             meant.append(slope(source, number, with_weights(layer, shares), images, weigh))
-        assert np.corrcoef(got, meant)[0, 1] > 0.95
+        assert np.corrcoef(got, meant)[0, 1] > 0.9
         assert 0.5 < np.dot(got, meant) / np.dot(meant, meant) < 2
         # A greater step is as much as greater weights.
         together = sum(float((weight.grad * weight.detach()).sum()) for weight in trained.weights)
