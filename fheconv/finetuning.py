@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fheconv.arrays import Array, as_array
 from fheconv.config import check_integer, check_number
-from fheconv.errors import InvalidArgumentError
+from fheconv.errors import CalibrationError, InvalidArgumentError
 from fheconv.network import Network
 from fheconv.progress import track
 from fheconv.quantized import QuantizedNetwork
@@ -84,8 +84,9 @@ def finetune(
     Accumulators keep to the widths that the network's config asks for. Where it asks for none, no filter of a
     layer may span more than the widest one did.
 
-    Raises `InputRangeError` for images that the network does not take, `InvalidArgumentError` for anything
-    else that does not fit.
+    Raises `InputRangeError` for images that the network does not take, `AccumulatorOverflowError` where a
+    pooling before its activation leaves room for no weight, `InvalidArgumentError` for anything else that
+    does not fit.
     """
     if not isinstance(network, QuantizedNetwork):
         raise InvalidArgumentError(
@@ -171,7 +172,10 @@ def _train(
             schedule.step()
             module.draw_in()
         if epoch % every == 0 or epoch in (start, end, epochs):
-            now = module.quantized(observed)
+            try:
+                now = module.quantized(observed)
+            except CalibrationError:  # training has diverged, and nothing good comes of it any more
+                break
             loss = _held_out_loss(now, held_out)
             if loss < least:
                 best, least, best_at = now, loss, epoch

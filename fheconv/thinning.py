@@ -65,9 +65,9 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             )
             if least == np.inf:
                 raise InvalidArgumentError(
-                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, one "
-                    f"channel being left of each activation, this network still needs {needed} lookups; "
-                    "allow as many, or train a smaller network."
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
+                    f"channel left of each activation, this network still needs {needed} lookups; allow as "
+                    "many, or train a smaller network."
                 )
             network = _fitted(network, original, images)
     return network

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fheconv.arithmetic import OUTSIDE, expand
 from fheconv.arrays import Array, frozen
-from fheconv.errors import UnsupportedLayerError
+from fheconv.errors import CalibrationError, UnsupportedLayerError
 from fheconv.expression import Expression
 from fheconv.network import Layer, Maximum, Quantization
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
@@ -78,8 +78,14 @@ class TrainableNetwork(nn.Module):
     def quantized(self, calibration: Array) -> QuantizedNetwork:
         """Return the integer network, with what it observes on calibration images (N, C, *S).
 
-        Raises `CalibrationError` where a step or a bias has become impossible to count.
+        Raises `CalibrationError` where training has diverged: parameters that are not finite, or steps in
+        which nothing can be counted.
         """
+        for name, parameter in self.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise CalibrationError(
+                    f"The parameter {name} is not finite: training has diverged; lower the learning rate."
+                )
         building = self._building(calibration)
         for layer, source in zip(self.layers, self.network.source.layers, strict=True):
             if isinstance(source, Maximum):
@@ -243,7 +249,7 @@ class _Layer(nn.Module):
         A latent of size v exceeds by v − (k − ½) what rounds to its k-th unit. Of all units, those that are
         exceeded the most for their price are taken while the budget lasts.
         """
-        latent = self._by_row().clamp(*self.layer.weight_range)
+        latent = self._by_row().nan_to_num().clamp(*self.layer.weight_range)
         sizes = latent.abs()
         units = sizes.round()
         if most := int(units.max()):
@@ -332,6 +338,7 @@ class _Lookup(torch.autograd.Function):
     """
 
     @staticmethod
+    @np.errstate(invalid="ignore", over="ignore")  # where training has diverged, `quantized` says so
     def forward(ctx: Any, real: Tensor, step: Tensor, activation: Expression, output: Quantization) -> Tensor:
         x, half = real.detach().double().numpy(), np.abs(step.detach().double().numpy()) / 2
 

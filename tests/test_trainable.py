@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fheconv
 from fheconv.bounds import layer_bounds
@@ -15,7 +16,7 @@ from fheconv.network import Layer, Maximum
 from fheconv.steps import Kernel
 from fheconv.trainable import BALL
 from tests.layers import KINDS, random_network, unlike_calibration
-from tests.nets import BLOCKS, integer_images, quantized, random_net, real_images
+from tests.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images
 
 SIZE = (1, 5, 6)
 WIDTHS = ({"accumulator_bits": 8}, {"weight_bits": 1}, {"weight_bits": 8, "activation_levels": 50})
@@ -274,7 +275,7 @@ def test_integer_weights_keep_to_the_end_of_their_data_type(values):
         assert least <= weight.min() <= weight.max() <= greatest
 
 
-FINE = {"weight_bits": 8, "activation_bits": 8, "input_bits": 10, "accumulator_bits": 16}
+FINE = {"weight_bits": 8, "activation_bits": 8, "input_bits": 6, "method": "mse", "overflow": "calibrated"}
 
 
 def slope(network, number, changed, images, weigh):
@@ -292,15 +293,15 @@ def with_bias(layer, direction):
     return lambda way: replace(layer, bias=layer.bias + way * by_channel)
 
 
-def with_weights(layer, directions):
-    """The layer with the weights of its terms so far in directions, relative to their inputs."""
+def with_weights(layer, shares):
+    """The layer with each weight of its terms greater by its share, times so far."""
 
     def changed(way):
         terms = []
-        for term, direction in zip(layer.terms, directions, strict=True):
+        for term, share in zip(layer.terms, shares, strict=True):
             (at,) = term.inexact()
             steps, kernel = [*term.steps], term.steps[at]
-            steps[at] = replace(kernel, weight=kernel.weight + way * direction)
+            steps[at] = replace(kernel, weight=kernel.weight * (1 + way * share))
             terms.append(replace(term, steps=tuple(steps)))
         return replace(layer, terms=tuple(terms))
 
@@ -312,15 +313,44 @@ def test_gradients_are_nearly_those_of_the_float_network(block):
     """Of fine roundings, against differences of the float network, whose tensors are scaled alike."""
     network = quantized(7, block, size=SIZE, **FINE)
     source, rng = network.source, np.random.default_rng(0)
-    images = real_images(network, network.input.nearest(rng.uniform(-1, 1, (100, *SIZE))))
+    images = real_images(network, network.input.integers(random_net(7, block, size=SIZE)[1]))
     weigh = rng.normal(size=(1, *network.accumulator_shape))
     module = network.to_torch().eval().double()
     (module(torch.tensor(images)) * torch.tensor(weigh)).sum().backward()
     for number, (layer, trained) in enumerate(zip(source.layers, module.layers, strict=True)):
         if not isinstance(layer, Layer):
             continue
+        by_bias = (trained.shift.grad / trained.unit).flatten().numpy()
         got, meant = [], []
-        for channel in np.eye(layer.shape[0]):
-            meant.append(slope(source, number, with_bias(layer, channel), images, weigh))
-        got = (trained.shift.grad / trained.unit).flatten().numpy()
-        print(block, number, np.abs(got - meant).max() / np.abs(meant).max())
+        for _ in range(8):
+            direction = rng.normal(size=layer.shape[0])
+            got.append(by_bias @ direction)
+            meant.append(slope(source, number, with_bias(layer, direction), images, weigh))
+            # As a share of the weights themselves, whatever their unit.
+            shares = [rng.normal(size=weight.shape) for weight in trained.weights]
+            got.append(
+                sum(
+                    float((weight.grad * weight.detach() * torch.tensor(share)).sum())
+                    for weight, share in zip(trained.weights, shares, strict=True)
+                )
+            )
+            meant.append(slope(source, number, with_weights(layer, shares), images, weigh))
+        assert np.corrcoef(got, meant)[0, 1] > 0.9
+        assert 0.5 < np.dot(got, meant) / np.dot(meant, meant) < 2
+        # A greater step is as much as greater weights.
+        together = sum(float((weight.grad * weight.detach()).sum()) for weight in trained.weights)
+        assert float(trained.growth.grad.sum()) == pytest.approx(together, rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=str)
+@pytest.mark.parametrize("shift", [-1e6, 1e6])
+def test_what_is_clipped_has_no_gradient(activation, shift):
+    """Beyond both ends of the integers of an activation."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 2, 2), activation, nn.Conv2d(2, 1, 2))
+    trained = quantize(module, np.random.default_rng(0).uniform(size=(9, 1, 4, 4))).to_torch()
+    with torch.no_grad():
+        trained.layers[0].shift.fill_(shift)
+    trained(torch.rand(3, 1, 4, 4)).sum().backward()
+    assert not any(parameter.grad.any() for parameter in trained.layers[0].parameters())
+    assert trained.layers[1].shift.grad.any()
