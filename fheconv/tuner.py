@@ -29,6 +29,9 @@ WIDTHS: tuple[tuple[int, int | None], ...] = (
 )  # fmt: skip
 # Failure probabilities of a lookup. More makes keys larger and nothing faster.
 P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
+# Bits of weights before lookups, where the width of accumulators limits them anyway, and of the last layer's,
+# whose width costs little (see `fheconv.planes`).
+WEIGHT_BITS, LAST_WEIGHT_BITS = 4, 6
 # So often the evaluation images go through the failure model.
 DRAWS = 8
 # What loses so much more than it may is not followed to narrower widths.
@@ -118,6 +121,7 @@ def tune(
             f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
         )
     right = float((outputs.argmax(axis=1) == labels).mean())
+    search.last = network.layers[-1].name
     search.layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
     if not search.layers:
         raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
@@ -159,6 +163,7 @@ class _Search:
     seed: int
     p_errors: Sequence[float]
     layers: list[str] = field(default_factory=list)
+    last: str = ""
 
     def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
         """Yield the points of all settings but those narrower than one below the `least` accuracy."""
@@ -187,7 +192,7 @@ class _Search:
                 method="auto",
                 accumulator_bits=bits,
                 rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
-                weight_bits="auto",
+                weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
                 activation_bits="auto",
                 input_bits="auto",
             )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv import tuner
+from fheconv import parameters, tuner
 from fheconv.tuning import Setting, TunePoint, TuneResult
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (60, 1, 4, 4))
@@ -30,7 +30,7 @@ class Net(nn.Module):
 NET = Net().double().eval()
 with torch.no_grad():
     CLASSES = NET(torch.tensor(IMAGES)).argmax(1).numpy()
-WIDTHS = ((8, 5), (6, None), (4, None))
+WIDTHS = ((7, 4), (5, None))
 P_ERRORS = (1e-2, 5e-2)
 
 
@@ -49,7 +49,7 @@ def test_every_width_and_probability_is_tried_and_the_float_network_is_right(res
     tried = {(p.setting.accumulator_bits, p.setting.rounding_bits, p.config.p_error) for p in result.points}
     assert tried <= {(*width, p) for width in WIDTHS for p in P_ERRORS}
     assert {p.setting for p in result.points} == set(result.networks)
-    assert len(result.points) >= 3
+    assert len(result.points) >= 2
 
 
 def test_widths_are_proved_and_kept(result):
@@ -86,8 +86,8 @@ def test_the_front_is_what_no_other_point_beats(result):
     assert values == sorted(values)
 
 
-def test_what_loses_too_much_is_no_point():
-    strict = tuned(max_drop=0.001)
+def test_what_loses_too_much_is_no_point(result):
+    strict = tuned(max_drop=0.001, previous=result)
     assert all(point.accuracy >= strict.float_accuracy - 0.001 for point in strict.points)
 
 
@@ -98,7 +98,7 @@ def test_an_earlier_result_is_not_made_again(result):
     assert [p.accuracy for p in again.points] == [p.accuracy for p in result.points]
 
 
-def test_an_interruption_returns_what_there_is():
+def test_an_interruption_returns_what_there_is(result):
     real, calls = tuner.FheCircuit, itertools.count()
 
     def interrupted(*arguments):
@@ -107,7 +107,7 @@ def test_an_interruption_returns_what_there_is():
         return real(*arguments)
 
     with mock.patch.object(tuner, "FheCircuit", side_effect=interrupted):
-        some = tuned()
+        some = tuned(previous=result)
     assert 1 <= len(some.points) <= 2
     assert some.reason.startswith("Interrupted")
 
@@ -127,7 +127,8 @@ def test_fine_tuned_with_fewer_lookups():
 
 
 def test_measured_points_say_so_and_are_as_accurate():
-    some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
+    with mock.patch.object(parameters, "RANGES", parameters.RANGES[-2:]):
+        some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
     assert some.points
     for point in some.points:
         assert point.measured
@@ -184,7 +185,7 @@ def test_best_is_the_cheapest_accurate_or_the_most_accurate_fast_one():
     "limits", [{"max_drop": 0.001}, {"max_seconds": 0.5}, {"max_drop": 0.01, "max_seconds": 1}]
 )
 def test_where_nothing_is_best_the_nearest_are_named(limits):
-    with pytest.raises(fheconv.TuningError, match=r"90\.0%.*|97\.5%") as refused:
+    with pytest.raises(fheconv.TuningError, match="No circuit") as refused:
         found((1.0, 0.90), (3.0, 0.975)).best(**limits)
     assert "97.5%" in str(refused.value)
     with pytest.raises(fheconv.TuningError, match="there are none"):
