@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv import InputRangeError, quantize
-from fheconv.network import Quantization
+from fheconv.network import Layer, Maximum, Quantization
+from tests.nets import BLOCKS, quantized, random_net
 from tests.strategies import layer_problems
 
 
@@ -124,3 +126,41 @@ def test_what_happens_to_the_module_afterwards_does_not_change_the_network():
     assert network.budget(4).remedy == before
     with pytest.raises(ValueError, match="read-only"):
         network.last.convolution.weight[:] = 0
+
+
+@given(seed=st.integers(0, 2**32), block=st.sampled_from(list(BLOCKS)))
+def test_a_network_makes_up_for_a_tensor_that_was_divided(seed, block):
+    """Layer by layer: whoever reads the divided tensor, or maxima of it, delivers what it did before."""
+    network = quantized(7, block, size=(1, 5, 6)).source
+    rng = np.random.default_rng(seed)
+    number = int(rng.integers(0, len(network.layers)))
+    factors = rng.uniform(0.5, 2, network.shapes[number][0])
+    rescaled = network.rescaled(number, factors)
+    if rescaled is None:  # read without weights: added up, or mixed before any
+        return
+    changed, concerned = rescaled
+    tensors = network.tensors(random_net(7, block, size=(1, 5, 6))[1])
+    divided = [tensor / concerned.get(at, 1.0) for at, tensor in enumerate(tensors)]
+    np.testing.assert_array_equal(
+        concerned[number], np.broadcast_to(factors[:, None, None], network.shapes[number])
+    )
+    for at, (before, after) in enumerate(zip(network.layers, changed.layers, strict=True), 1):
+        if at != number:
+            np.testing.assert_allclose(after.output(divided), divided[at], rtol=1e-9, atol=1e-12)
+        if isinstance(before, Maximum):
+            assert at in concerned or before.source not in concerned
+        elif not concerned.keys() & set(before.sources):
+            assert all(a is b for a, b in zip(before.terms, after.terms, strict=True))
+
+
+def test_what_a_sum_or_a_maximum_mixes_is_not_rescaled():
+    added = quantized(7, "residual of activations", size=(1, 5, 6)).source
+    plain = next(layer for layer in added.layers if isinstance(layer, Layer) and len(layer.terms) > 1)
+    # One factor for a channel is possible even there: its weights of 1 become others.
+    assert all(added.rescaled(source, np.array([2.0])) is not None for source in plain.sources)
+    mixed = Maximum(name="max", source=1, index=np.array([[[[0]]], [[[1]]]]))
+    conv = fheconv.Conv.of(np.ones((2, 1, 1, 1)))
+    network = fheconv.quantize(conv, np.ones((1, 1, 1, 1))).source
+    network = replace(network, layers=(*network.layers, mixed))
+    assert network.rescaled(1, np.array([1.0, 2.0])) is None
+    assert network.rescaled(1, np.array([2.0, 2.0])) is not None

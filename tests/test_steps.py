@@ -208,3 +208,46 @@ def test_what_merges():
                 assert term.steps[0].geometry.groups > 1
     pooled = replace(each, exact=True)
     assert len(Term(source=0, steps=(wide,)).then(pooled, (4, 5, 5)).steps) == 2
+
+
+@given(seeds)
+def test_weights_absorb_what_their_source_was_divided_by(seed):
+    """Factors by channel: the term of the divided source is the term of the source."""
+    rng = np.random.default_rng(seed)
+    shape = random_shape(rng)
+    term = Term(source=0, factor=3.0, steps=tuple(random_steps(rng, shape, int(rng.integers(0, 4)))))
+    factors = np.broadcast_to(rng.uniform(0.5, 2, (shape[0], *[1] * (len(shape) - 1))), shape)
+    absorbed = term.absorbed(factors)
+    first = term.steps[0] if term.steps else None
+    if isinstance(first, Kernel) and not first.exact:
+        assert absorbed is not None  # each of its weights reads one channel
+    if absorbed is not None:
+        x = rng.normal(size=(2, *shape))
+        same(absorbed.apply(x / factors), term.apply(x))
+        assert (absorbed.source, absorbed.factor) == (term.source, term.factor)
+        assert len(absorbed.steps) == len(term.steps)
+
+
+@given(seeds)
+def test_weights_absorb_no_more_than_one_factor_each(seed):
+    """Factors of single values: a convolution whose taps all have weights reads several with each."""
+    rng = np.random.default_rng(seed)
+    kernel = Kernel(weight=rng.normal(size=(2, 2, 2, 2)), geometry=ConvGeometry.of((2, 2)))
+    factors = rng.choice([1.0, 2.0], (2, 3, 3))
+    by_channel = factors.reshape(2, -1)
+    absorbed = Term(source=0, steps=(kernel,)).absorbed(factors)
+    assert (absorbed is None) == bool((by_channel != by_channel[:, :1]).any())
+    # A selection that takes the values of one factor apart makes channels of them again.
+    apart = Select(index=np.stack([np.arange(18)] * 2).reshape(2, 18).T.reshape(18, 2))
+    linear = Kernel(weight=rng.normal(size=(3, 18, 1)), geometry=ConvGeometry.of((1,)))
+    term = Term(source=0, steps=(apart, linear))
+    absorbed = term.absorbed(factors)
+    x = rng.normal(size=(2, 2, 3, 3))
+    same(absorbed.apply(x / factors), term.apply(x))
+
+
+def test_nothing_without_weights_absorbs_factors():
+    pooling = Kernel(weight=np.ones((2, 1, 2, 2)), geometry=ConvGeometry.of((2, 2), groups=2), exact=True)
+    factors = np.broadcast_to(np.array([1.0, 2.0])[:, None, None], (2, 3, 3))
+    assert Term(source=0).absorbed(factors) is None
+    assert Term(source=0, steps=(pooling,)).absorbed(factors) is None

@@ -175,8 +175,8 @@ def test_what_was_taken_out_stays_out_when_quantized(block, options):
 
 
 def test_a_circuit_takes_as_many_lookups():
-    _, images = random_net(7, "shuffle", size=SIZE)
-    given = quantized(7, "shuffle", size=SIZE, accumulator_bits=9)
+    _, images = random_net(7, "depthwise", size=SIZE)
+    given = quantized(7, "depthwise", size=SIZE, accumulator_bits=9)
     budget = lookups(given.source) * 3 // 4
     fewer = thinned(given.source, images, budget)
     circuit = fheconv.compile(quantize_network(fewer, images, given.calibrated, given.config))
