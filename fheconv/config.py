@@ -12,8 +12,11 @@ from fheconv.errors import InvalidArgumentError
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 
+# What calibration images decide.
+Auto: TypeAlias = Literal["auto"]
 # What holds for every layer, or for each by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
+PerLayerOrAuto: TypeAlias = int | Auto | Mapping[str, int | Auto]
 Overflow: TypeAlias = Literal["proved", "calibrated"]
 Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
@@ -51,17 +54,26 @@ class QuantConfig:
 
     What layers have is one number for all of them, or a number for each by its name, such as {"conv1": 3};
     layers that are not named get the default.
+
+    weight_bits, activation_bits, accumulator_bits and input_bits can be "auto", the first three also for a
+    layer by its name: `fheconv.quantize` then chooses them on calibration images, every fifth of which it
+    holds out (of fewer than 20 images all serve for both). Weights of 2 to 6 bits, 2 to 32 integers for each
+    activation and for image values are balanced against the accumulators, so that accumulator_bits, or
+    rounding_bits, have to be given too. Of accumulators only those that enter lookups are "auto": they get
+    one width, the least from 3 to 8 (with rounding_bits to 4 more than those) at which the network's results
+    differ from the float network's by at most 6 % of their variance, or else the one of least difference.
+    The network's own `config` has the numbers that were chosen.
     """
 
-    weight_bits: PerLayer = 4
-    activation_bits: PerLayer | None = None
+    weight_bits: PerLayerOrAuto = 4
+    activation_bits: PerLayerOrAuto | None = None
     activation_levels: PerLayer | None = None
-    accumulator_bits: PerLayer | None = None
+    accumulator_bits: PerLayerOrAuto | None = None
     rounding_bits: PerLayer | None = None
     overflow: Overflow = "proved"
     margin: float = 0.25
     method: Method = "auto"
-    input_bits: int = 4
+    input_bits: int | Auto = 4
     input_levels: int | None = None
     per_channel: bool = True
     input_signed: bool = False
@@ -81,15 +93,15 @@ class QuantConfig:
         for name, (least, greatest) in _LAYER_NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                for layer, bits in value.items():
-                    check_integer(f"{name}[{layer!r}]", bits, least, greatest)
-                value = {str(layer): int(bits) for layer, bits in value.items()}
+                value = {
+                    str(layer): _number(f"{name}[{layer!r}]", one, least, greatest, auto=name in _AUTO)
+                    for layer, one in value.items()
+                }
             elif value is not None or name == "weight_bits":
-                check_integer(name, value, least, greatest)
-                value = int(value)  # numpy's integers lack int's methods
+                value = _number(name, value, least, greatest, auto=name in _AUTO)
             object.__setattr__(self, name, value)
-        check_integer("input_bits", self.input_bits, 2 if self.input_signed else 1, 16)
-        object.__setattr__(self, "input_bits", int(self.input_bits))
+        bits = _number("input_bits", self.input_bits, 2 if self.input_signed else 1, 16, auto=True)
+        object.__setattr__(self, "input_bits", bits)
         if self.input_levels is not None:
             check_integer("input_levels", self.input_levels, 3 if self.input_signed else 2, 2**16)
             object.__setattr__(self, "input_levels", int(self.input_levels))
@@ -105,6 +117,27 @@ class QuantConfig:
                     f"input_range={self.input_range} must be two finite numbers, the smaller first."
                 )
             object.__setattr__(self, "input_range", (low, high))
+        unbalanced = [name for name in _AUTO if name != "accumulator_bits" and self.asks(name)]
+        if unbalanced and not self.accumulator_bits and not (self.rounding_bits and self._keeps_widths):
+            raise InvalidArgumentError(
+                f'{unbalanced[0]}="auto" balances it against the width of accumulators, and any width is '
+                'allowed; give accumulator_bits too, a number or "auto".'
+            )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether there are numbers to choose."""
+        return any(map(self.asks, _AUTO))
+
+    def asks(self, name: str) -> bool:
+        """Whether some number of this name, such as "weight_bits", is "auto"."""
+        value = getattr(self, name)
+        return "auto" in (value.values() if isinstance(value, Mapping) else (value,))
+
+    @property
+    def _keeps_widths(self) -> bool:
+        """Whether weights are chosen to keep accumulators to widths."""
+        return self.method in ("auto", "accumulator")
 
     def of_layer(self, name: str, layer: str) -> Any:
         """Return what was chosen for a layer, of what layers have, such as "weight_bits"."""
@@ -123,14 +156,13 @@ class QuantConfig:
 
     def input_ends(self) -> tuple[int, int]:
         """Return the least and the greatest integer that an image value can be."""
-        levels = self.input_levels or 2**self.input_bits
+        levels = self.input_levels or 2 ** int(self.input_bits)
         return (-(levels // 2), levels - 1 - levels // 2) if self.input_signed else (0, levels - 1)
 
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators have to keep to, None for any."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
-        keeps = self.method in ("auto", "accumulator")
-        if limit is None and rounding is not None and looks_up and keeps:
+        if limit is None and rounding is not None and looks_up and self._keeps_widths:
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 
@@ -166,6 +198,8 @@ _LAYER_NUMBERS = {
     "accumulator_bits": (1, 16),
     "rounding_bits": (2, 8),
 }
+# What can be left to `fheconv.quantize`.
+_AUTO = ("weight_bits", "activation_bits", "accumulator_bits", "input_bits")
 
 
 SECURITY_LEVELS = (128, 132)
@@ -254,6 +288,14 @@ class CompileConfig:
                 "time_limit and memory_limit end the worker process, and in_process=True runs without one; "
                 "leave out one or the other."
             )
+
+
+def _number(name: str, value: Any, least: int, greatest: int, *, auto: bool) -> int | Auto:
+    """Return `value` as an int, or "auto" where that is allowed; raise `InvalidArgumentError` for others."""
+    if auto and isinstance(value, str) and value == "auto":
+        return "auto"
+    check_integer(name, value, least, greatest)
+    return int(value)  # numpy's integers lack int's methods
 
 
 def _is_number(value: Any) -> bool:

@@ -130,6 +130,15 @@ def test_the_remedy_knows_the_zero_point_where_no_position_sees_every_tap(filter
             assert not quantize(layer, images, more).budget(limit).fits
 
 
+def test_the_remedy_gives_bits_to_images_that_had_levels():
+    layer, images = Conv.of([[[[3.0, 1.0, -2.0]]]]), np.linspace(0, 1, 8).reshape(1, 1, 2, 4)
+    network = quantize(layer, images, QuantConfig(input_levels=30))
+    limit = network.budget().accumulator_bits - 2
+    named = named_config(network.budget(limit).remedy)
+    assert named.input_levels is None
+    assert quantize(layer, images, named).budget(limit).fits
+
+
 def test_where_nothing_fits_the_least_width_may_belong_to_two_bit_weights():
     """One bit has no zero: sixteen taps ±1 reach 16, where (1, 1, 0, …, 0) reaches 2."""
     weight = np.full((4, 4), 1e-3)

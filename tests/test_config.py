@@ -35,6 +35,13 @@ from fheconv.config import Method
         ({"activation_levels": 1}, "activation_levels=1 must be an integer from 2 to 256"),
         ({"activation_levels": 257}, "from 2 to 256"),
         ({"activation_levels": {"conv1": 5.0}}, r"activation_levels\['conv1'\]=5.0"),
+        ({"activation_bits": "auto"}, 'activation_bits="auto" .* give accumulator_bits'),
+        ({"input_bits": "auto"}, 'input_bits="auto" .* give accumulator_bits'),
+        ({"weight_bits": {"fc": "auto"}, "accumulator_bits": {}}, 'weight_bits="auto"'),
+        ({"input_bits": "auto", "rounding_bits": 4, "method": "gptq"}, 'input_bits="auto"'),
+        ({"rounding_bits": "auto"}, "rounding_bits='auto' must be an integer"),
+        ({"activation_levels": "auto"}, "activation_levels='auto' must be an integer"),
+        ({"accumulator_bits": "most"}, "accumulator_bits='most' must be an integer"),
         ({"input_levels": 1}, "input_levels=1 must be an integer from 2 to 65536"),
         ({"input_levels": 2**16 + 1}, "from 2 to 65536"),
         ({"input_levels": 2, "input_signed": True}, "from 3 to 65536"),
@@ -55,22 +62,30 @@ def test_configurations_without_meaning_are_refused(options, words):
         QuantConfig(**options)
 
 
-def layers_bits(greatest, least=1):
-    return st.dictionaries(st.sampled_from(["conv1", "a.b", "it's"]), st.integers(least, greatest))
+LAYERS = st.sampled_from(["conv1", "a.b", "it's"])
+
+
+def numbers(greatest, least=1):
+    return st.integers(least, greatest) | st.dictionaries(LAYERS, st.integers(least, greatest))
+
+
+def automatic(greatest):
+    number = st.just("auto") | st.integers(1, greatest)
+    return number | st.dictionaries(LAYERS, number)
 
 
 @given(
     st.builds(
         QuantConfig,
-        weight_bits=st.integers(1, 8) | layers_bits(8),
-        activation_bits=st.none() | st.integers(1, 8) | layers_bits(8),
-        activation_levels=st.none() | st.integers(2, 256) | layers_bits(256, 2),
-        accumulator_bits=st.none() | st.integers(1, 16) | layers_bits(16),
-        rounding_bits=st.none() | st.integers(2, 8) | layers_bits(8, 2),
+        weight_bits=automatic(8),
+        activation_bits=st.none() | automatic(8),
+        activation_levels=st.none() | numbers(256, 2),
+        accumulator_bits=automatic(16).filter(bool),
+        rounding_bits=st.none() | numbers(8, 2),
         overflow=st.sampled_from(["proved", "calibrated"]),
         margin=st.floats(0, 9),
         method=st.sampled_from(get_args(Method)),
-        input_bits=st.integers(2, 16),
+        input_bits=st.just("auto") | st.integers(2, 16),
         input_levels=st.none() | st.integers(3, 2**16),
         per_channel=st.booleans(),
         input_signed=st.booleans(),
@@ -120,3 +135,15 @@ def test_signed_images_have_zero_in_the_middle(levels):
 def test_activations_get_half_of_a_narrow_accumulator(limit):
     levels = QuantConfig(accumulator_bits=limit).activation_levels_of("conv")
     assert levels == {None: 16, 1: 2, 2: 2, 5: 4, 16: 16}[limit]
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "accumulator_bits"])
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_a_configuration_knows_what_it_leaves_open(name, of_layers):
+    value = {"conv1": "auto", "conv2": 3} if of_layers else "auto"
+    config = QuantConfig(**{"accumulator_bits": 5, name: value})
+    assert config.is_auto
+    assert config.asks(name)
+    assert not config.asks("input_bits")
+    assert QuantConfig(accumulator_bits=5, input_bits="auto").asks("input_bits")
+    assert not QuantConfig(accumulator_bits=5).is_auto

@@ -10,6 +10,7 @@ from fheconv.config import QuantConfig
 from fheconv.errors import CalibrationError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Conv, Layer
 from fheconv.quantized import QuantizedNetwork
+from fheconv.quantizer.allocation import allocate
 from fheconv.quantizer.layerwise import quantize_network
 
 
@@ -23,7 +24,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
 
     Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
     the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
-    deliver.
+    deliver. What is "auto" in `config` is chosen before, on images that are held out.
 
     Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
     chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
@@ -42,6 +43,8 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
         integral=images.dtype.kind in "iub",
         images=len(images),
     )
+    if config.is_auto:
+        config = allocate(network, images, calibrated, config).config
     return quantize_network(network, images, calibrated, config)
 
 

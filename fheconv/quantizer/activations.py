@@ -93,14 +93,14 @@ def least_error(name: str, values: Array, levels: int) -> Quantization:
     if low == high:
         return Quantization(scale=1.0, zero_point=0, minimum=0, maximum=maximum)
     zero_point = int(np.rint(-low / (high - low) * maximum))
-    candidates = [
-        Quantization(scale=float(scale), zero_point=zero_point, minimum=0, maximum=maximum)
-        for scale in CLIPS * (high - low) / maximum
-    ]
-    return min(
-        candidates,
-        key=lambda one: float(np.square((one.nearest(seen) - one.zero_point) * one.scale - seen).mean()),
-    )
+
+    def error(scale: float) -> float:
+        steps = seen / scale
+        off = np.rint(steps).clip(-zero_point, maximum - zero_point) - steps
+        return float(np.linalg.norm(off)) * scale
+
+    scale = min((CLIPS * (high - low) / maximum).tolist(), key=error)
+    return Quantization(scale=scale, zero_point=zero_point, minimum=0, maximum=maximum)
 
 
 def _at_scale(quantization: Quantization, scale: float) -> Quantization:

@@ -1,0 +1,216 @@
+"""Numbers that are "auto", chosen together by the network's error on calibration images that are held out.
+
+An accumulator of P bits can be spent on many levels of what a layer reads, or on great weights; which is
+better depends on the layers around. The search is a coordinate descent on ladders of numbers. It climbs from
+the narrowest accumulators to the widest that are allowed, each width from the numbers of the one before. A
+narrower network keeps to a wider limit too, so that more bits never give a greater error.
+"""
+
+from bisect import bisect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from fheconv.arrays import Array
+from fheconv.config import ROUNDED_AWAY, QuantConfig
+from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.network import CalibratedInput, Layer, Network
+from fheconv.progress import status
+from fheconv.quantizer.layerwise import quantize_network
+
+# How many integers an activation, or an image value, can be; and how many bits a weight.
+LEVELS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
+WEIGHT_BITS = (2, 3, 4, 5, 6)
+# The greatest width of "auto" accumulators.
+WIDEST = 8
+# The error at which "auto" accumulators are wide enough: digits networks lose a point or two of accuracy.
+TOLERANCE = 0.06
+# The least share by which a move has to lessen the error: less is luck.
+SHARE = 0.01
+# Every fifth image is held out, where there are enough for both parts.
+EVERY, ENOUGH = 5, 20
+
+# The rung on each ladder.
+State: TypeAlias = tuple[int, ...]
+
+
+class Allocation(NamedTuple):
+    """A configuration with numbers throughout, and its error on the held-out images."""
+
+    config: QuantConfig
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A number to choose, `name` of a layer or (None) of images: from `ladder`, beginning at rung `first`."""
+
+    name: str
+    layer: str | None
+    ladder: tuple[int, ...]
+    first: int = 0
+
+
+class Trial:
+    """Quantizes on some of the calibration images (N, C, *S), and measures on the others."""
+
+    def __init__(self, network: Network, images: Array, calibrated: CalibratedInput) -> None:
+        self.network, self.calibrated = network, calibrated
+        self.images = self.held_out = images
+        if len(images) >= ENOUGH:
+            held_out = np.arange(len(images)) % EVERY == EVERY - 1
+            self.images, self.held_out = images[~held_out], images[held_out]
+        self.expected = network.tensors(self.held_out)[-1]
+
+    def error(self, config: QuantConfig) -> float:
+        """Return the mean squared error of the last layer's real sums, over their variance among images.
+
+        Raises like `fheconv.quantize`.
+        """
+        quantized = quantize_network(self.network, self.images, self.calibrated, config)
+        sums = quantized.accumulate(quantized.input.integers(self.held_out)) * quantized.last.scale
+        variance = self.expected.var(axis=0).mean()
+        return float(np.square(sums - self.expected).mean() / (variance or 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The search for numbers, with accumulators of `widths` by the names of layers."""
+
+    trial: Trial
+    config: QuantConfig
+    knobs: Sequence[Knob]
+    widths: Mapping[str, int]
+
+    def filled(self, state: State) -> QuantConfig:
+        """Return the configuration with the numbers of a state."""
+        config = self.config
+        chosen: dict[str, dict[str | None, int]] = {}
+        for knob, rung in zip(self.knobs, state, strict=True):
+            chosen.setdefault(knob.name, {})[knob.layer] = knob.ladder[rung]
+        numbers: dict[str, Any] = {"accumulator_bits": dict(self.widths)}
+        if isinstance(config.accumulator_bits, int):
+            numbers["accumulator_bits"] = max(self.widths.values())
+        for name in ("weight_bits", "activation_levels"):
+            if name in chosen:
+                given = getattr(config, name)
+                numbers[name] = {**(given if isinstance(given, Mapping) else {}), **chosen[name]}
+        if config.asks("activation_bits"):
+            given = config.activation_bits
+            others = given.items() if isinstance(given, Mapping) else ()
+            numbers["activation_bits"] = {layer: bits for layer, bits in others if bits != "auto"} or None
+        if config.asks("input_bits"):
+            numbers["input_bits"] = QuantConfig.input_bits
+        if "input_levels" in chosen:
+            numbers["input_levels"] = chosen["input_levels"][None]
+        return replace(config, **numbers)
+
+    def error(self, state: State) -> float:
+        """Return a state's error, infinity if accumulators would overflow."""
+        try:
+            return self.trial.error(self.filled(state))
+        except AccumulatorOverflowError:
+            return np.inf
+
+    def descended(self, state: State) -> tuple[State, float]:
+        """Return the state to which moves of single rungs lead, and its error.
+
+        They start from the best of `state`, one rung more of everything, and half of the width for levels.
+        Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
+        """
+        self.trial.error(self.filled(state))
+        error = cache(self.error)
+        state = min((state, self._moved(state, range(len(state)), 1), self._halves()), key=error)
+        least, before = error(state), np.inf
+        while least < before:
+            before = least
+            for place in range(len(state)):
+                better = min((self._moved(state, [place], step) for step in (-1, 1)), key=error)
+                if error(better) < least * (1 - SHARE):
+                    state, least = better, error(better)
+        return state, least
+
+    def _halves(self) -> State:
+        """Return the state in which levels have half of an accumulator's bits, and weights begin."""
+        levels = 2 ** (max(self.widths.values()) // 2)
+        return tuple(
+            knob.first if knob.name == "weight_bits" else max(bisect(knob.ladder, levels) - 1, 0)
+            for knob in self.knobs
+        )
+
+    def _moved(self, state: State, places: Collection[int], step: int) -> State:
+        """Return a state some of whose numbers are a step further on their ladders, where these go on."""
+        return tuple(
+            min(max(rung + step, 0), len(knob.ladder) - 1) if place in places else rung
+            for place, (rung, knob) in enumerate(zip(state, self.knobs, strict=True))
+        )
+
+
+def allocate(network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig) -> Allocation:
+    """Choose all that is "auto" in `config`, by calibration images (N, C, *S).
+
+    Raises `AccumulatorOverflowError` if no numbers keep to the widths, `InvalidArgumentError` if there is no
+    width to keep to, and else like `fheconv.quantize`.
+    """
+    layers = [layer for layer in network.layers if isinstance(layer, Layer)]
+    limits = _limits(layers, config)
+    if not limits:
+        raise InvalidArgumentError(
+            "No accumulator of this network enters a lookup, so that nothing limits its width; give a number "
+            'in place of "auto".'
+        )
+    knobs, trial = _knobs(layers, config), Trial(network, images, calibrated)
+    state = tuple(knob.first for knob in knobs)
+    greatest, found = max(limits.values()), []
+    refused: AccumulatorOverflowError | None = None
+    with status("Choosing numbers of bits on held-out images…"):
+        for width in range(1, greatest + 1):
+            widths = {layer: min(limit, width) for layer, limit in limits.items()}
+            search = Search(trial=trial, config=config, knobs=knobs, widths=widths)
+            try:
+                state, error = search.descended(state)
+            except AccumulatorOverflowError as too_narrow:
+                refused = too_narrow
+                continue
+            found.append(Allocation(search.filled(state), error))
+            if error <= TOLERANCE and config.asks("accumulator_bits"):
+                break
+    if not found and refused is not None:
+        raise refused
+    return min(found, key=lambda allocation: allocation.error)
+
+
+def _limits(layers: Sequence[Layer], config: QuantConfig) -> dict[str, int]:
+    """Return how wide accumulators may be at most, by the names of the layers that have a limit."""
+    limits = {}
+    for layer in layers:
+        looks_up = layer.activation is not None
+        if config.of_layer("accumulator_bits", layer.name) != "auto":
+            limit = config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        elif looks_up:
+            rounding = config.of_layer("rounding_bits", layer.name)
+            limit = WIDEST if rounding is None else rounding + ROUNDED_AWAY
+        else:
+            limit = None
+        if limit is not None:
+            limits[layer.name] = limit
+    return limits
+
+
+def _knobs(layers: Sequence[Layer], config: QuantConfig) -> list[Knob]:
+    """Return the numbers to choose beside the accumulators'."""
+    knobs = []
+    if config.asks("input_bits") and config.input_levels is None:
+        ladder = LEVELS[1:] if config.input_signed else LEVELS
+        knobs.append(Knob(name="input_levels", layer=None, ladder=ladder))
+    for layer in layers:
+        asked = config.of_layer("activation_bits", layer.name) == "auto"
+        given = config.of_layer("activation_levels", layer.name) is not None
+        if layer.activation is not None and asked and not given:
+            knobs.append(Knob(name="activation_levels", layer=layer.name, ladder=LEVELS))
+        if config.of_layer("weight_bits", layer.name) == "auto":
+            knobs.append(Knob(name="weight_bits", layer=layer.name, ladder=WEIGHT_BITS, first=2))
+    return knobs
