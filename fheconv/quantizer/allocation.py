@@ -6,6 +6,7 @@ the narrowest accumulators to the widest that are allowed, each width from the n
 narrower network keeps to a wider limit too, so that more bits never give a greater error.
 """
 
+from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,8 +24,8 @@ from fheconv.quantizer.layerwise import quantize_network
 # How many integers an activation, or an image value, can be; and how many bits a weight.
 LEVELS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
 WEIGHT_BITS = (2, 3, 4, 5, 6)
-# Widths of accumulators: where the climb begins, and where it ends if that is "auto".
-NARROWEST, WIDEST = 3, 8
+# The greatest width of "auto" accumulators.
+WIDEST = 8
 # The error at which "auto" accumulators are wide enough: digits networks lose a point or two of accuracy.
 TOLERANCE = 0.06
 # The least share by which a move has to lessen the error: less is luck.
@@ -65,13 +66,14 @@ class Trial:
         self.expected = network.tensors(self.held_out)[-1]
 
     def error(self, config: QuantConfig) -> float:
-        """Return the mean squared error of the last layer's real sums, over their variance.
+        """Return the mean squared error of the last layer's real sums, over their variance among images.
 
         Raises like `fheconv.quantize`.
         """
         quantized = quantize_network(self.network, self.images, self.calibrated, config)
         sums = quantized.accumulate(quantized.input.integers(self.held_out)) * quantized.last.scale
-        return float(np.square(sums - self.expected).mean() / (self.expected.var() or 1.0))
+        variance = self.expected.var(axis=0).mean()
+        return float(np.square(sums - self.expected).mean() / (variance or 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +118,13 @@ class Search:
     def descended(self, state: State) -> tuple[State, float]:
         """Return the state to which moves of single rungs lead, and its error.
 
-        They start from `state`, or from one rung more of everything. Raises `AccumulatorOverflowError` if
-        accumulators of `state` would overflow.
+        They start from the best of `state`, one rung more of everything, and half of the width for levels.
+        Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
         """
-        least = self.trial.error(self.filled(state))
+        self.trial.error(self.filled(state))
         error = cache(self.error)
-        higher = self._moved(state, range(len(state)), 1)
-        if error(higher) < least:
-            state, least = higher, error(higher)
-        before = np.inf
+        state = min((state, self._moved(state, range(len(state)), 1), self._halves()), key=error)
+        least, before = error(state), np.inf
         while least < before:
             before = least
             for place in range(len(state)):
@@ -132,6 +132,14 @@ class Search:
                 if error(better) < least * (1 - SHARE):
                     state, least = better, error(better)
         return state, least
+
+    def _halves(self) -> State:
+        """Return the state in which levels have half of an accumulator's bits, and weights begin."""
+        levels = 2 ** (max(self.widths.values()) // 2)
+        return tuple(
+            knob.first if knob.name == "weight_bits" else max(bisect(knob.ladder, levels) - 1, 0)
+            for knob in self.knobs
+        )
 
     def _moved(self, state: State, places: Collection[int], step: int) -> State:
         """Return a state some of whose numbers are a step further on their ladders, where these go on."""
@@ -159,7 +167,7 @@ def allocate(network: Network, images: Array, calibrated: CalibratedInput, confi
     greatest, found = max(limits.values()), []
     refused: AccumulatorOverflowError | None = None
     with status("Choosing numbers of bits on held-out images…"):
-        for width in range(min(NARROWEST, greatest), greatest + 1):
+        for width in range(1, greatest + 1):
             widths = {layer: min(limit, width) for layer, limit in limits.items()}
             search = Search(trial=trial, config=config, knobs=knobs, widths=widths)
             try:

@@ -17,24 +17,36 @@ FIRST, SECOND, LAST = "0", "2", "5"
 
 
 @cache
-def problem(seed, images=30):
-    """A network of two lookups, captured, and images to calibrate it on."""
+def problem(seed, images=25):
+    """A network of two lookups, captured, and images of one shape each to calibrate it on."""
+    rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     module = nn.Sequential(
-        nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)
     )
-    module = module.double().eval()
-    batch = np.random.default_rng(seed).uniform(0, 1, (images, 1, 4, 4))
+    with torch.no_grad():
+        for layer in (module[0], module[2], module[5]):
+            layer.weight.copy_(torch.tensor(rng.normal(size=layer.weight.shape)))
+            layer.bias.zero_()
+    batch = rng.uniform(size=(images, 1, 4, 4)) * (rng.uniform(size=(images, 1, 4, 4)) < 0.5)
     calibrated = CalibratedInput(
         minimum=float(batch.min()), maximum=float(batch.max()), integral=False, images=images
     )
-    return module, capture(module, (1, 4, 4)), batch, calibrated
+    return module.double().eval(), capture(module.double(), (1, 4, 4)), batch, calibrated
 
 
 @cache
-def allocation(seed, images=30, **options):
-    _, network, batch, calibrated = problem(seed, images)
+def allocation(seed, **options):
+    """What is chosen of all levels."""
+    _, network, batch, calibrated = problem(seed)
     return allocate(network, batch, calibrated, QuantConfig(**AUTO, **options))
+
+
+def narrowed(seed, width):
+    """What is chosen where no lookup reads more than `width` bits."""
+    _, network, batch, calibrated = problem(seed)
+    config = QuantConfig(**AUTO, accumulator_bits={FIRST: width, SECOND: width})
+    return allocate(network, batch, calibrated, config)
 
 
 def trial(seed):
@@ -62,21 +74,20 @@ def test_the_error_is_that_of_the_outputs_on_the_held_out_images():
     network = fheconv.quantize(module, np.delete(images, np.s_[4::5], axis=0), config)
     expected = nets.torch_output(module, images[4::5])
     off = network(images[4::5]) - expected
-    assert trial(0).error(config) == pytest.approx((off**2).mean() / expected.var(), rel=1e-9)
+    assert trial(0).error(config) == pytest.approx((off**2).mean() / expected.var(axis=0).mean(), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("rounding_bits", [None, 4])
+@pytest.mark.parametrize(("seed", "rounding_bits"), [(0, None), (1, 4)])
 def test_more_bits_never_give_a_greater_error(seed, rounding_bits):
-    found = [allocation(seed, accumulator_bits=bits, rounding_bits=rounding_bits) for bits in range(2, 8)]
+    widths = (1, 2, 4, 5)
+    found = [allocation(seed, accumulator_bits=bits, rounding_bits=rounding_bits) for bits in widths]
     errors = [one.error for one in found]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
-    for bits, one in zip(range(2, 8), found, strict=True):
-        assert one.config.accumulator_bits <= bits
+    assert all(one.config.accumulator_bits <= bits for bits, one in zip(widths, found, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_single_rung_would_have_been_better(seed):
     found = allocation(seed, accumulator_bits=5)
     assert trial(seed).error(found.config) == found.error
@@ -97,21 +108,20 @@ def test_no_single_rung_would_have_been_better(seed):
             assert error >= found.error * (1 - SHARE)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_chosen_numbers_are_better_than_the_usual_ones(seed):
-    for bits in (5, 6):
-        assert allocation(seed, accumulator_bits=bits).error < trial(seed).error(
-            QuantConfig(accumulator_bits=bits)
-        )
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("bits", [5, 6])
+def test_chosen_numbers_are_no_worse_than_half_of_the_width_for_all(seed, bits):
+    usual = QuantConfig(accumulator_bits=bits, input_levels=2 ** (bits // 2))
+    assert allocation(seed, accumulator_bits=bits).error <= trial(seed).error(usual)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_network_has_the_numbers_that_were_chosen_and_keeps_to_its_widths(seed):
-    network = quantize(seed, accumulator_bits=6, weight_bits="auto", **AUTO)
+    network = quantize(seed, accumulator_bits=5, weight_bits="auto", **AUTO)
     config = network.config
     assert not config.is_auto
     assert eval(str(config)) == config
-    assert network.budget(6).fits
+    assert network.budget(5).fits
     assert network.budget().proved
     assert set(config.activation_levels) == {FIRST, SECOND}
     assert set(config.weight_bits) == {FIRST, SECOND, LAST}
@@ -147,38 +157,30 @@ def test_levels_that_are_given_take_the_place_of_auto():
     assert (config.activation_bits, config.activation_levels) == (None, 3)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_auto_accumulators_are_the_narrowest_within_the_tolerance(seed):
-    found = allocation(seed, accumulator_bits="auto")
+def test_auto_accumulators_are_the_narrowest_within_the_tolerance():
+    found = allocation(0, accumulator_bits="auto")
     widths = found.config.accumulator_bits
-    assert set(widths) == {FIRST, SECOND}  # the last one's enter no lookup
+    assert set(widths) == {FIRST, SECOND}  # those of the last layer enter no lookup
     (width,) = set(widths.values())
-    assert 3 <= width <= 8
-    lookups = {FIRST: width - 1, SECOND: width - 1}
-    if width > 3:
-        _, network, images, calibrated = problem(seed)
-        options = tuple(lookups.items())
-        narrower = allocate(network, images, calibrated, QuantConfig(**AUTO, accumulator_bits=dict(options)))
-        assert narrower.error > TOLERANCE
-    assert found.error <= TOLERANCE or width == 8
+    assert found.error <= TOLERANCE < narrowed(0, width - 1).error
 
 
 def test_without_a_tolerable_width_the_one_of_least_error_is_taken():
-    """Weights of one bit are never good enough."""
+    """One level for each activation but 0 is never good enough."""
     _, network, images, calibrated = problem(0)
-    config = QuantConfig(**AUTO, accumulator_bits="auto", weight_bits=1)
-    found = allocate(network, images, calibrated, config)
-    assert found.error > TOLERANCE
-    for width in range(3, 9):
-        limits = QuantConfig(**AUTO, accumulator_bits={FIRST: width, SECOND: width}, weight_bits=1)
-        assert found.error <= allocate(network, images, calibrated, limits).error
+    errors = []
+    for bits in ("auto", {FIRST: 8, SECOND: 8}):
+        config = QuantConfig(accumulator_bits=bits, activation_levels=2, input_bits="auto")
+        errors.append(allocate(network, images, calibrated, config).error)
+    assert errors[0] == errors[1] > TOLERANCE
 
 
 def test_rounding_limits_what_is_auto():
-    found = allocation(0, rounding_bits=3)
-    assert all(width <= 7 for width in found.config.accumulator_bits.values())
-    assert found.config.rounding_bits == 3
-    assert found.error == allocation(0, rounding_bits=3, accumulator_bits=None).error
+    """To 4 bits more than what rounding leaves."""
+    found = allocation(0, rounding_bits=2)
+    _, network, images, calibrated = problem(0)
+    config = QuantConfig(**AUTO, rounding_bits=2, accumulator_bits={FIRST: 6, SECOND: 6})
+    assert found == allocate(network, images, calibrated, config)
 
 
 def test_what_no_numbers_can_keep_to_is_refused():
