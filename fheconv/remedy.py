@@ -44,7 +44,7 @@ def _smaller_bits(network: QuantizedNetwork, kernel: Kernel, limit: int) -> str:
         bits: round_mse(rows, bits).values.reshape(source.shape)
         for bits in range(config.of_layer("weight_bits", network.last.name), 0, -1)
     }
-    candidates = product(weights, range(int(config.input_bits), 1 if config.input_signed else 0, -1))
+    candidates = product(weights, range(network.input.bits, 1 if config.input_signed else 0, -1))
     tried: list[tuple[int, QuantConfig]] = []
     for weight_bits, input_bits in sorted(candidates, key=lambda bits: (sum(bits), bits), reverse=True):
         smaller = replace(config, weight_bits=weight_bits, input_bits=input_bits, input_levels=None)

@@ -6,7 +6,7 @@ pruning), and an average pooling moves before the activation that it follows, wh
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -49,7 +49,7 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
 
     Raises `InvalidArgumentError`, with the least number that it comes to, if that is more than the budget.
     """
-    original, meant = network, network.tensors(images)[-1]
+    now, meant = _Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
     some = slice(None, None, -(-len(images) // MOST_IMAGES))
 
     def price(changed: Network) -> float:
@@ -58,46 +58,63 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
         return float(error) / saved if saved > 0 else np.inf
 
     with status("Looking for lookups that hardly matter…"):
-        while (needed := lookups(network)) > lookup_budget:
-            priced = [(price(changed[0]), *changed) for changed in _changes(network, original, images[some])]
-            least, network, original = min(
-                priced, key=lambda one: one[0], default=(np.inf, network, original)
-            )
+        while (needed := lookups(now.network)) > lookup_budget:
+            priced = [(price(changed.network), changed) for changed in _changes(now, images[some])]
+            least, now = min(priced, key=lambda one: one[0], default=(np.inf, now))
             if least == np.inf:
                 raise InvalidArgumentError(
                     f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
                     f"channel left of each activation, this network still needs {needed} lookups; allow as "
                     "many, or train a smaller network."
                 )
-            network = _fitted(network, original, images)
-    return network
+            now = replace(now, network=_fitted(now, images))
+    return now.network
 
 
-def _fitted(network: Network, original: Network, images: Array) -> Network:
+@dataclass(frozen=True, kw_only=True)
+class _Thinned:
+    """A network on its way: what is left of it, and what that is to compute.
+
+    `original` is the trained network, with the poolings moved that were. `means` has, by the number of a
+    tensor, a number for each channel (C,): the mean that its readers' biases hold instead of it, or 0.
+    """
+
+    network: Network
+    original: Network
+    means: dict[int, Array]
+
+
+def _fitted(now: _Thinned, images: Array) -> Network:
     """Return the network with weights and biases that best give what the original's layers sum.
 
-    Both have the same layers and shapes. What no filter of the network reads stays unread.
+    What no filter of the network reads stays unread.
     """
+    network, original = now.network, now.original
     meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
+    # What the biases hold already is no longer the weights' business.
+    beyond = [
+        x - now.means[n].reshape(-1, *[1] * (x.ndim - 2)) if n in now.means else x
+        for n, x in enumerate(meant)
+    ]
     for number, (layer, trained) in enumerate(zip(network.layers, original.layers, strict=True)):
         if isinstance(layer, Layer) and isinstance(trained, Layer):
             inputs = [UNIT] * len(layer.terms)
             rows, before = (Rows(one, inputs, network.shapes) for one in (layer, trained))
             none = [1.0] * len(inputs), [0] * len(inputs)
-            delivered, wanted = rows.windows(tensors, *none), before.windows(meant, *none)
+            delivered, wanted = rows.windows(tensors, *none), before.windows(beyond, *none)
             weights = [rows.weights(row) for row in rows.rows]
             for numbers in rows.alike():
                 row = rows.rows[numbers[0]]
-                now = np.stack([weights[n] for n in numbers])
+                held = np.stack([weights[n] for n in numbers])
                 then = np.stack([before.weights(before.rows[n]) for n in numbers])
-                read = (now != 0).any(axis=0)
+                read = (held != 0).any(axis=0)
                 moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
                 ridge = RIDGE * np.trace(moment) / max(len(moment), 1)
                 if ridge > 0:
-                    target = rows.covariance(row, delivered, wanted)[read] @ then.T + ridge * now.T[read]
+                    target = rows.covariance(row, delivered, wanted)[read] @ then.T + ridge * held.T[read]
                     moment += ridge * np.eye(len(moment))
-                    now[:, read] = scipy.linalg.solve(moment, target, assume_a="pos").T
-                for n, values in zip(numbers, now, strict=True):
+                    held[:, read] = scipy.linalg.solve(moment, target, assume_a="pos").T
+                for n, values in zip(numbers, held, strict=True):
                     weights[n] = values
             layer = replace(layer, terms=rows.terms(weights))
             off = trained.sums(meant) - layer.sums(tensors)
@@ -107,39 +124,43 @@ def _fitted(network: Network, original: Network, images: Array) -> Network:
     return replace(network, layers=tuple(layers))
 
 
-def _changes(network: Network, original: Network, images: Array) -> Iterator[tuple[Network, Network]]:
-    """Yield the network with each of the changes that can be made, and what it is to compute then."""
+def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
+    """Yield what each of the changes that can be made leads to."""
+    network = now.network
     masks, tensors = demand(network), network.tensors(images)
     for number, layer in enumerate(network.layers, 1):
         if isinstance(layer, Layer) and layer.activation is not None:
             read = np.flatnonzero(masks[number].reshape(layer.shape[0], -1).any(axis=1))
             for channel in read if len(read) > 1 else []:
-                changed = _without(network, number, int(channel), float(tensors[number][:, channel].mean()))
+                changed = _without(now, number, int(channel), float(tensors[number][:, channel].mean()))
                 if changed is not None:
-                    yield changed, original
-            pooled, both = _pooled_before(network, number), _pooled_before(original, number)
+                    yield changed
+            pooled, both = _pooled_before(network, number), _pooled_before(now.original, number)
             if pooled is not None and both is not None:
-                yield pooled, both
+                yield replace(now, network=pooled, original=both)
 
 
-def _without(network: Network, number: int, channel: int, mean: float) -> Network | None:
-    """Return the network with a channel of tensor `number` replaced by its mean; None if it cannot be."""
-    kept = np.ones(network.shapes[number][0])
+def _without(now: _Thinned, number: int, channel: int, mean: float) -> _Thinned | None:
+    """Replace a channel of tensor `number` by its mean; None if that cannot be done."""
+    kept = np.ones(now.network.shapes[number][0])
     kept[channel] = 0
-    rescaled = network.rescaled(number, kept)
+    rescaled = now.network.rescaled(number, kept)
     if rescaled is None:
         return None
+    alone = {source: np.where(factors == 0, mean, 0.0) for source, factors in rescaled[1].items()}
     layers = []
-    for before, after in zip(network.layers, rescaled[0].layers, strict=True):
+    for before, after in zip(now.network.layers, rescaled[0].layers, strict=True):
         if isinstance(before, Layer) and isinstance(after, Layer):
             bias = after.bias
             for term in before.terms:
-                if term.source in rescaled[1]:
-                    mean_alone = np.where(rescaled[1][term.source] == 0, mean, 0.0)[None]
-                    bias = bias + term.factor * term.apply(mean_alone)[0]
+                if term.source in alone:
+                    bias = bias + term.factor * term.apply(alone[term.source][None])[0]
             after = replace(after, bias=frozen(bias))
         layers.append(after)
-    return replace(network, layers=tuple(layers))
+    means = dict(now.means)
+    for source, value in alone.items():
+        means[source] = means.get(source, 0.0) + value.reshape(len(value), -1)[:, 0]
+    return replace(now, network=replace(now.network, layers=tuple(layers)), means=means)
 
 
 def _pooled_before(network: Network, number: int) -> Network | None:

@@ -89,3 +89,12 @@ def test_where_nothing_fits_the_least_width_may_belong_to_two_bit_weights():
     assert named_config(remedy) == QuantConfig(weight_bits=2, input_bits=1)
     signs = quantize(weight, images, QuantConfig(weight_bits=1, input_bits=1)).budget(1).remedy
     assert "Allow accumulator_bits=5" in signs
+
+
+def test_the_remedy_gives_bits_to_images_that_had_levels():
+    layer, images = Conv.of([[[[3.0, 1.0, -2.0]]]]), np.linspace(0, 1, 8).reshape(1, 1, 2, 4)
+    network = quantize(layer, images, QuantConfig(input_levels=30))
+    limit = network.budget().accumulator_bits - 2
+    named = named_config(network.budget(limit).remedy)
+    assert named.input_levels is None
+    assert quantize(layer, images, named).budget(limit).fits

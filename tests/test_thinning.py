@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fheconv
+from fheconv import thinning
 from fheconv.capture import capture
 from fheconv.pruning import demand
 from fheconv.quantizer.layerwise import quantize_network
@@ -34,8 +35,9 @@ def with_mean(network, number, channel, images):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_channel_that_matters_least_becomes_its_mean(name):
-    """Read by convolutions of all kinds, through paddings, maxima and poolings."""
+def test_the_channel_that_matters_least_becomes_its_mean(name, monkeypatch):
+    """Read by convolutions of all kinds, through paddings, maxima and poolings; before weights are fitted."""
+    monkeypatch.setattr(thinning, "_fitted", lambda now, images: now.network)
     torch.manual_seed(0)
     images = np.random.default_rng(0).normal(size=(20, 1, 6, 6))
     network = captured(Readers(READERS[name]), images)
@@ -51,6 +53,21 @@ def test_the_channel_that_matters_least_becomes_its_mean(name):
     np.testing.assert_allclose(fewer.tensors(images)[-1], expected, rtol=1e-9, atol=1e-9)
     saved = 3 / 4 if pooled is not None and expected is pooled else 1 / 4
     assert lookups(fewer) == lookups(network) * (1 - saved)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_weights_fitted_to_what_is_left_compute_more_of_what_was_trained(name, monkeypatch):
+    """On other images than those that they were fitted on."""
+    torch.manual_seed(0)
+    images, others = np.random.default_rng(0).normal(size=(2, 300, 1, 6, 6))
+    network = captured(Readers(READERS[name]), images)
+    fitted = thinned(network, images, lookups(network) // 4)
+    monkeypatch.setattr(thinning, "_fitted", lambda now, images: now.network)
+    plain = thinned(network, images, lookups(network) // 4)
+    meant = network.tensors(others)[-1]
+    assert lookups(fitted) <= lookups(network) // 4
+    errors = [np.square(one.tensors(others)[-1] - meant).mean() for one in (fitted, plain)]
+    assert errors[0] < errors[1]
 
 
 def pooled_first(name, images):
