@@ -61,7 +61,7 @@ def finetune(
     epochs: int = 200,
     validation: Data = None,
     augment: Augment | None = None,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.04,
     batch_size: int = 64,
     patience: int | None = None,
     lookup_budget: int | None = None,

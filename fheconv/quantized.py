@@ -254,7 +254,7 @@ class QuantizedNetwork:
         return report(self, accumulator_bits)
 
     def to_torch(self) -> "TrainableNetwork":
-        """Return a torch module that computes the same, with weights that can be trained on."""
+        """Return a torch module that computes the same but for rounding, whose weights can be trained on."""
         from fheconv.trainable import TrainableNetwork
 
         return TrainableNetwork(self)
