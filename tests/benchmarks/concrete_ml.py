@@ -301,7 +301,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    console = Console()
+    console = Console(width=120)  # what tune found fits, in a file too
     say = Console(highlight=False, markup=False, soft_wrap=True).print
     torch.set_num_threads(1)  # as in concrete_ml_worker.py
     module = importlib.import_module(f"train_{arguments.model}_digits")
