@@ -2,6 +2,7 @@ import os
 import sys
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # The machine that runs the tests may be slow and shared: examples are bounded in number, not in time. CI
@@ -16,6 +17,11 @@ settings.register_profile(
 settings.load_profile("fheconv")
 
 _exit_status = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Weights that a test leaves to chance are the same ones whichever tests ran before."""
+    torch.manual_seed(0)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

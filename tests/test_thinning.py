@@ -67,7 +67,10 @@ def test_weights_fitted_to_what_is_left_compute_more_of_what_was_trained(name, m
     meant = network.tensors(others)[-1]
     assert lookups(fitted) <= lookups(network) // 4
     errors = [np.square(one.tensors(others)[-1] - meant).mean() for one in (fitted, plain)]
-    assert errors[0] < errors[1]
+    if name == "depthwise":  # what is left of a channel has no part in those that were taken out
+        assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    else:
+        assert errors[0] < errors[1]
 
 
 def pooled_first(name, images):

@@ -36,20 +36,20 @@ class Readers(nn.Module):
         self.conv = nn.Conv2d(1, 4, 3, padding=1).double()
         with torch.no_grad():
             self.conv.weight.mul_(torch.tensor([1.0, 0.1, 10.0, 1.0])[:, None, None, None])
-        self.reader = reader.double()
+        self.reader = reader().double()
 
     def forward(self, x):
         return self.reader(torch.relu(self.conv(x)))
 
 
 READERS = {
-    "convolution": nn.Conv2d(4, 3, 3),
-    "depthwise": nn.Conv2d(4, 8, 3, groups=4),
-    "transposed": nn.ConvTranspose2d(4, 3, 2, stride=2),
-    "reflected": nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"),
-    "linear": nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 5)),
-    "average": nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 3, 2)),
-    "maximum": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)),
+    "convolution": lambda: nn.Conv2d(4, 3, 3),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
+    "transposed": lambda: nn.ConvTranspose2d(4, 3, 2, stride=2),
+    "reflected": lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"),
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 5)),
+    "average": lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 3, 2)),
+    "maximum": lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)),
 }
 
 
@@ -68,8 +68,9 @@ def test_the_channels_of_an_activation_get_one_size(name):
 def test_channels_that_one_weight_reads_together_stay_as_they_are():
     """PixelShuffle makes one channel of four, which a filter reads with one weight."""
     images = np.random.default_rng(0).normal(size=(4, 1, 6, 6))
-    reader = nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(1, 2, 3))
-    network, equal, _ = changed(Readers(reader), images)
+    network, equal, _ = changed(
+        Readers(lambda: nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(1, 2, 3))), images
+    )
     assert equal is network
 
 
