@@ -1,4 +1,4 @@
-"""What users pass as images and weights, as numpy arrays."""
+"""What users pass as images and weights, as numpy arrays, and what is often done with arrays."""
 
 from typing import Any, TypeAlias
 
@@ -43,6 +43,17 @@ def channel_vector(value: Any, channels: int) -> Array:
     if bias.shape != (channels,):
         raise InvalidArgumentError(f"bias has shape {bias.shape}, out_channels is {channels}.")
     return bias
+
+
+def along_channels(values: Array, axes: int) -> Array:
+    """Return `values` (C,) as (C, 1, …) of so many axes, to go with a tensor (C, *S)."""
+    return values.reshape(-1, *[1] * (axes - 1))
+
+
+def channel_means(values: Array) -> Array:
+    """Return the mean of each channel of a batch (N, C, *S), (C, *1)."""
+    means: Array = values.mean(axis=(0, *range(2, values.ndim)))
+    return along_channels(means, values.ndim - 1)
 
 
 def frozen(array: Array) -> Array:

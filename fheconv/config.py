@@ -60,7 +60,7 @@ class QuantConfig:
     holds out (of fewer than 20 images all serve for both). Weights of 2 to 6 bits, 2 to 32 integers for each
     activation and for image values are balanced against the accumulators, so that accumulator_bits, or
     rounding_bits, have to be given too. Of accumulators only those that enter lookups are "auto": they get
-    one width, the least from 3 to 8 (with rounding_bits to 4 more than those) at which the network's results
+    one width, the least up to 8 (with rounding_bits, up to 4 more than those) at which the network's results
     differ from the float network's by at most 6 % of their variance, or else the one of least difference.
     The network's own `config` has the numbers that were chosen.
     """

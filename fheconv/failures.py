@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fheconv.arrays import Array, as_array
+from fheconv.arrays import Array, along_channels, as_array
 from fheconv.bounds import layer_bounds, without_bias
 from fheconv.config import check_integer
 from fheconv.errors import InvalidArgumentError
@@ -125,5 +125,5 @@ def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.rand
 def _decrypted(network: QuantizedNetwork, accumulators: Array) -> Array:
     """Return the last accumulators as decrypted: modulo one bit more than the width that holds them."""
     bounds = layer_bounds(without_bias(network.last), network.shapes)
-    start = bounds.channel_minimum.reshape(-1, *[1] * (accumulators.ndim - 2)) + network.last.bias
+    start = along_channels(bounds.channel_minimum, accumulators.ndim - 1) + network.last.bias
     return start + (accumulators - start) % 2 ** (max(bounds.offset_bits, 1) + 1)

@@ -72,9 +72,9 @@ def finetune(
     `data` are images (N, C, *S), or a pair of them and their classes (N,). Without classes the network learns
     the float network's results (mean squared error), with classes these too (cross-entropy, and the float
     network's answers by distillation). A fifth of it is held out, or `validation` is given; what is returned
-    is the network with the least held-out loss of all that were measured, the first one included. In the
-    first tenth of the epochs only scales and biases are trained, then the weights too, by Adam; the learning
-    rate falls to 0, and most of the gain comes at the end.
+    is the network with the least held-out loss of all that were measured, the first one included. Scales and
+    biases are trained all the time, weights from the first tenth of the epochs to the last fifth, by Adam;
+    learning rates fall to 0, and most of the gain comes at the end.
 
     `augment` maps a batch of images to changed ones, each epoch anew. `patience` stops the training after so
     many epochs without a better held-out loss. `lookup_budget` lets an image take so many lookups at most:
@@ -142,9 +142,9 @@ def _train(
     patience: int,
 ) -> QuantizedNetwork:
     module = TrainableNetwork(network).train()
-    weights = [weight for layer in module.layers for weight in getattr(layer, "weights", ())]
-    held = {id(weight) for weight in weights}
-    others = [parameter for parameter in module.parameters() if id(parameter) not in held]
+    parameters = list(module.named_parameters())
+    weights = [parameter for name, parameter in parameters if ".weights." in name]
+    others = [parameter for name, parameter in parameters if ".weights." not in name]
     batches = -(-len(examples.images) // batch_size)
     start, end = math.ceil(FROM * epochs), math.ceil(TO * epochs)
     optimizer = torch.optim.Adam(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arrays import Array
+from fheconv.arrays import Array, along_channels
 from fheconv.config import Engine
 from fheconv.engines import take
 from fheconv.lanes import Lanes
@@ -96,7 +96,7 @@ class Lowered:
         shape = self.planes.layer.shape
         y = np.zeros((images, math.prod(shape)), np.int64)
         y[:, self.outputs] = self.lanes.unpack(results, images)
-        start = self.planes.bounds.channel_minimum.reshape(-1, *[1] * (len(shape) - 1))
+        start = along_channels(self.planes.bounds.channel_minimum, len(shape))
         return self.planes.recombine(y.reshape(images, *shape) + start) + self.network.last.bias
 
 
@@ -119,7 +119,7 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
     lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
     planes = in_planes(network.last, network.shapes, lookup_bits)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
-    changes = bounds.maximum != start.reshape(-1, *[1] * (bounds.maximum.ndim - 1))
+    changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
     computed = changes if changes.any() else np.ones_like(changes)
     riding = Lanes.of(lanes, bounds.offset_bits)
     bits = riding.width(bounds.offset_bits)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fheconv.arithmetic import ConvGeometry
 from fheconv.arithmetic.geometry import Padding, PaddingMode, PerAxis, direct_form
-from fheconv.arrays import Array, as_array, channel_vector, first_position, frozen
+from fheconv.arrays import Array, along_channels, as_array, channel_vector, first_position, frozen
 from fheconv.errors import InputRangeError, InvalidArgumentError
 from fheconv.expression import Expression
 from fheconv.steps import Kernel, Select, Shape, Term
@@ -263,12 +263,12 @@ class Network:
         weight, or one maximum, would have to make up for several factors.
         """
         shape = self.shapes[number]
-        concerned = {number: np.broadcast_to(factors.reshape(-1, *[1] * (len(shape) - 1)), shape)}
+        concerned = {number: np.broadcast_to(along_channels(factors, len(shape)), shape)}
         layers = [*self.layers]
         for place, reader in enumerate(layers):
             if isinstance(reader, Maximum):
                 if reader.source in concerned:
-                    candidates = concerned[reader.source].ravel()[reader.index]
+                    candidates = reader.candidates(concerned[reader.source][None])[:, 0]
                     if (candidates != candidates[0]).any():
                         return None
                     concerned[place + 1] = candidates[0]
@@ -294,7 +294,7 @@ class Network:
         kernel = Kernel(weight=conv.weight, geometry=conv.geometry)
         output = kernel.output_shape(input_shape)
         bias = np.zeros(len(conv.weight)) if conv.bias is None else conv.bias.astype(np.float64)
-        full = np.broadcast_to(bias.reshape(-1, *[1] * (len(output) - 1)), output)
+        full = np.broadcast_to(along_channels(bias, len(output)), output)
         term = Term(source=0, steps=(kernel,))
         return cls(
             input_shape=input_shape,

@@ -16,7 +16,7 @@ from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array, frozen
 from fheconv.bounds import AccumulatorBounds, layer_bounds, norm_bits, without_bias
 from fheconv.quantized import QuantizedLayer
-from fheconv.steps import Kernel, Select, Shape, Step, Term
+from fheconv.steps import Kernel, Select, Shape, Step
 
 # Beside lookups, results cost nothing extra while their width and the log2 of their weights' Euclidean norm,
 # by which noise grows, stay below so many bits together. tests/benchmarks/planes.py prints the complexity of
@@ -84,7 +84,7 @@ def _price_bits(layer: QuantizedLayer, bounds: AccumulatorBounds, shapes: Sequen
 
 def _divisions(layer: QuantizedLayer) -> Iterator[tuple[int, int, int]]:
     """Yield bases with their numbers of digits, and numbers of blocks, those of the fewest planes first."""
-    greatest = max(int(np.abs(_weights(term)[1].weight).max(initial=0)) for term in layer.terms)
+    greatest = max(int(np.abs(term.weighted()[1].weight).max(initial=0)) for term in layer.terms)
     bases: dict[int, int] = {}
     for digits in range(1, MOST_PLANES + 1):
         # Digits from −base/2 to base/2: three values at least, or none but −1 and 0 would be left.
@@ -97,15 +97,6 @@ def _divisions(layer: QuantizedLayer) -> Iterator[tuple[int, int, int]]:
     yield from sorted(divisions, key=lambda division: division[1] * division[2])
 
 
-def _weights(term: Term) -> tuple[int, Kernel]:
-    """Return the convolution of a term whose weights were quantized, and its place."""
-    (at,) = term.inexact()
-    kernel = term.steps[at]
-    if not isinstance(kernel, Kernel):
-        raise TypeError("A convolution was expected.")
-    return at, kernel
-
-
 def _divided(
     layer: QuantizedLayer, shapes: Sequence[Shape], base: int, digits: int, blocks: int
 ) -> QuantizedLayer:
@@ -113,13 +104,13 @@ def _divided(
     planes = digits * blocks
     terms = []
     for term in layer.terms:
-        at, kernel = _weights(term)
+        at, kernel = term.weighted()
         parts = [part for digit in _digits(kernel.weight, base, digits) for part in _blocks(digit, blocks)]
         weight = np.stack(parts, axis=1).reshape(-1, *kernel.weight.shape[1:])
         befores = term.shapes(shapes[term.source])[at + 1 : -1]
         after = [_repeated(s, b, planes) for s, b in zip(term.steps[at + 1 :], befores, strict=True)]
-        steps = (*term.steps[:at], replace(kernel, weight=frozen(weight)), *after)
-        terms.append(replace(term, steps=steps))
+        divided = term.with_weight(weight)
+        terms.append(replace(divided, steps=(*divided.steps[: at + 1], *after)))
     channels, *size = layer.shape
     factors = np.tile(np.repeat(base ** np.arange(digits), blocks), channels)
     scale = np.repeat(np.broadcast_to(layer.scale, (channels, *layer.scale.shape[1:])), planes, axis=0)

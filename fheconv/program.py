@@ -47,17 +47,17 @@ class Plan:
 
         Raises `InvalidArgumentError` if the engine named cannot.
         """
-        kept: list[Plain | Select] = []
-        counts, around = [], pad
+        kept: list[tuple[Plain, dict[str, int]] | Select] = []
+        around = pad
         steps = zip(term.steps, term.shapes(read.shape)[:-1], term.masks(wanted, read.shape)[1:], strict=True)
         for step, before, after in steps:
             if isinstance(step, Kernel):
                 plain = prune(step, before, after, around)
-                kept.append(plain)
-                counts.append(plain.multiply_adds())
+                kept.append((plain, plain.multiply_adds()))
                 around = 0
             else:
                 kept.append(step)
+        counts = [one[1] for one in kept if not isinstance(one, Select)]
         possible = {
             one: sum(count.get(one, count.get("conv", 0)) for count in counts)
             for one in ("conv", "separable", "shifts")
@@ -78,7 +78,7 @@ class Plan:
             reason=reason,
             multiply_adds=possible[chosen],
             stages=tuple(
-                one if isinstance(one, Select) else (chosen if chosen in one.multiply_adds() else "conv", one)
+                one if isinstance(one, Select) else (chosen if chosen in one[1] else "conv", one[0])
                 for one in kept
             ),
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from fheconv.arrays import Array, as_array
+from fheconv.arrays import Array, along_channels, as_array
 from fheconv.config import QuantConfig
 from fheconv.errors import InputRangeError, InvalidArgumentError
 from fheconv.network import CalibratedInput, Maximum, Network, Quantization
@@ -47,7 +47,7 @@ class Lookup:
 
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
-        offset = accumulators - self.minimum.reshape(-1, *[1] * (accumulators.ndim - 2))
+        offset = accumulators - along_channels(self.minimum, accumulators.ndim - 1)
         return self.rows(offset, self.which)
 
     def rows(self, offset: Array, which: Array) -> Array:

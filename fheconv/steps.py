@@ -14,7 +14,7 @@ import scipy.sparse
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand
 from fheconv.arithmetic.matrix import csr_filter_matrix
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels, frozen
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -155,6 +155,20 @@ class Term:
         """Return the places of the convolutions whose weights are to be quantized."""
         return [at for at, step in enumerate(self.steps) if isinstance(step, Kernel) and not step.exact]
 
+    def weighted(self) -> tuple[int, Kernel]:
+        """Return the place of the one convolution whose weights are to be quantized, and that convolution."""
+        (at,) = self.inexact()
+        kernel = self.steps[at]
+        if not isinstance(kernel, Kernel):
+            raise TypeError("A convolution was expected.")
+        return at, kernel
+
+    def with_weight(self, weight: Array) -> "Term":
+        """Return the term with another weight in that convolution."""
+        at, kernel = self.weighted()
+        steps = (*self.steps[:at], replace(kernel, weight=frozen(weight)), *self.steps[at + 1 :])
+        return replace(self, steps=steps)
+
     def is_plain(self) -> bool:
         """Whether values are only moved about, each with the same weight, 1 or −1."""
         kernels = [step for step in self.steps if isinstance(step, Kernel)]
@@ -209,7 +223,7 @@ class Term:
             if not _is_depthwise(step):
                 return None
             shape = step.output_shape(factors.shape)
-            factors = np.broadcast_to(own.reshape(-1, *[1] * (len(shape) - 1)), shape)
+            factors = np.broadcast_to(along_channels(own, len(shape)), shape)
         return None
 
     def dense(self, shape: Shape) -> "Term":
@@ -235,7 +249,7 @@ def _merged(a: Step, b: Step) -> Step | None:
         return None
     if _is_pointwise(b):
         if _is_depthwise(b):
-            weight = a.weight * b.weight.reshape(-1, *[1] * (a.weight.ndim - 1))
+            weight = a.weight * along_channels(b.weight.ravel(), a.weight.ndim)
             return replace(a, weight=frozen(weight))
         weight = np.tensordot(_ungrouped(b).reshape(len(b.weight), -1), _ungrouped(a), axes=1)
         return Kernel(weight=frozen(weight), geometry=replace(a.geometry, groups=1))

@@ -9,20 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
 
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels, channel_means, frozen
 from fheconv.errors import InvalidArgumentError
 from fheconv.network import Layer, Maximum, Network, Quantization
 from fheconv.progress import status
 from fheconv.pruning import demand
-from fheconv.quantizer.weights import Rows
+from fheconv.quantizer.weights import Rows, least_squares
 from fheconv.steps import Kernel, is_pooling
 
 # On so many images, at most, changes are compared.
 MOST_IMAGES = 200
-# How much weights that are fitted again hold on to what they were, as a share of the inputs' variance.
-RIDGE = 0.01
 # Real numbers as they are, for `Rows`.
 UNIT = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=1)
 
@@ -93,8 +90,7 @@ def _fitted(now: _Thinned, images: Array) -> Network:
     meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
     # What the biases hold already is no longer the weights' business.
     beyond = [
-        x - now.means[n].reshape(-1, *[1] * (x.ndim - 2)) if n in now.means else x
-        for n, x in enumerate(meant)
+        x - along_channels(now.means[n], x.ndim - 1) if n in now.means else x for n, x in enumerate(meant)
     ]
     for number, (layer, trained) in enumerate(zip(network.layers, original.layers, strict=True)):
         if isinstance(layer, Layer) and isinstance(trained, Layer):
@@ -107,18 +103,14 @@ def _fitted(now: _Thinned, images: Array) -> Network:
                 row = rows.rows[numbers[0]]
                 held = np.stack([weights[n] for n in numbers])
                 then = np.stack([before.weights(before.rows[n]) for n in numbers])
-                read = (held != 0).any(axis=0)
+                read = rows.read(row)
                 moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
-                ridge = RIDGE * np.trace(moment) / max(len(moment), 1)
-                if ridge > 0:
-                    target = rows.covariance(row, delivered, wanted)[read] @ then.T + ridge * held.T[read]
-                    moment += ridge * np.eye(len(moment))
-                    held[:, read] = scipy.linalg.solve(moment, target, assume_a="pos").T
+                target = rows.covariance(row, delivered, wanted)[read] @ then.T
+                held[:, read] = least_squares(moment, target, held[:, read])
                 for n, values in zip(numbers, held, strict=True):
                     weights[n] = values
             layer = replace(layer, terms=rows.terms(weights))
-            off = trained.sums(meant) - layer.sums(tensors)
-            mean = off.mean(axis=(0, *range(2, off.ndim))).reshape(-1, *[1] * (off.ndim - 2))
+            mean = channel_means(trained.sums(meant) - layer.sums(tensors))
             layers[number] = replace(layer, bias=frozen(layer.bias + mean))
         tensors.append(layers[number].output(tensors))
     return replace(network, layers=tuple(layers))

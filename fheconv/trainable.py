@@ -9,7 +9,6 @@ weights stay near the L1 ball that a budget is (A2Q, Colbert et al. 2023), where
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fheconv.arithmetic import OUTSIDE, expand
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array
 from fheconv.errors import CalibrationError, UnsupportedLayerError
 from fheconv.expression import Expression
 from fheconv.network import Layer, Maximum, Quantization
 from fheconv.quantized import QuantizedLayer, QuantizedNetwork
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.weights import IntegerTerms, Rows, read_taps
-from fheconv.steps import Kernel, Select, Shape, Term
+from fheconv.steps import Kernel, Select, Shape
 
 # How far the latent weights of a filter may lie outside the ball of its budget, as a multiple of its radius:
 # on the ball itself, many small weights would hold each other below what rounds to 1.
@@ -181,11 +180,9 @@ class _Layer(nn.Module):
         self.dropped = _dropped(layer, network)
         rows = Rows(source, layer.inputs, network.shapes)
         self.places = [part.at for part in rows.parts]
-        kernels = [term.steps[at] for term, at in zip(layer.terms, self.places, strict=True)]
+        kernels = [term.weighted()[1] for term in layer.terms]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.tensor(kernel.weight, dtype=torch.float32))
-            for kernel in kernels
-            if isinstance(kernel, Kernel)
+            nn.Parameter(torch.tensor(kernel.weight, dtype=torch.float32)) for kernel in kernels
         )
         index, prices = _packed(rows)
         self._buffer("index", index)
@@ -194,7 +191,6 @@ class _Layer(nn.Module):
         read = [
             read_taps(part.kernel) | read_taps(kernel)
             for part, kernel in zip(rows.parts, kernels, strict=True)
-            if isinstance(kernel, Kernel)
         ]
         alive = np.concatenate([*map(np.ravel, read), [False]])
         self._buffer("alive", alive[index].astype(np.float32))
@@ -279,17 +275,15 @@ class _Layer(nn.Module):
 
     def rounded(self) -> tuple[IntegerTerms, Array]:
         """Return the terms with integer weights, and the bias (C, *S)."""
-        terms = []
-        for term, at, weight in zip(self.layer.terms, self.places, self.integers(), strict=True):
-            steps, kernel = [*term.steps], term.steps[at]
-            if isinstance(kernel, Kernel):
-                steps[at] = replace(kernel, weight=frozen(weight.numpy().astype(np.int64)))
-            terms.append(Term(source=term.source, steps=tuple(steps)))
+        terms = tuple(
+            term.with_weight(weight.numpy().astype(np.int64))
+            for term, weight in zip(self.layer.terms, self.integers(), strict=True)
+        )
         # From the layer's own numbers, so that what was not trained on stays the same to the last bit.
         step = self.layer.scale * self.growth.double().exp()[self.of_value].numpy()
         bias = self.layer.real_bias + (self.unit * self.shift).double().numpy()
-        terms_and_step = IntegerTerms(tuple(terms), step, self.layer.weight_range)
-        return terms_and_step, np.broadcast_to(bias, self.layer.shape)
+        rounded = IntegerTerms(terms, step, self.layer.weight_range)
+        return rounded, np.broadcast_to(bias, self.layer.shape)
 
     def _by_row(self) -> Tensor:
         """Return the latent weights (rows, n), filled up with zeros."""
@@ -326,8 +320,7 @@ def _packed(rows: Rows) -> tuple[Array, Array]:
     index = np.full((len(own), max(map(len, own))), first[-1])
     for row, places in zip(index, own, strict=True):
         row[: len(places)] = places
-    # Of a channel of several filters, one may reach down and another up.
-    prices = [part.range * (2 if rows.mixed else 1) for part in rows.parts]
+    prices = [part.range for part in rows.parts]
     return index, np.append(np.repeat(prices, counts), 1)[index]
 
 

@@ -78,10 +78,10 @@ def tune(
         and p_error.
     previous: an earlier result for the same model and data, whose networks are used again.
 
-    From each width on, narrower ones are left out once accuracy is lost; image, activation and weight bits
-    follow by held-out calibration loss ("auto" in `QuantConfig`). Accuracy comes from the integer network and
-    the failure model of lookups (`fheconv.failures`), cost from compiling without keys. An interruption
-    returns what was found so far.
+    From each width on, narrower ones are left out once accuracy is lost; image and activation bits follow by
+    held-out calibration loss ("auto" in `QuantConfig`), weights have 4 bits, those of the last layer 6.
+    Accuracy comes from the integer network and the failure model of lookups (`fheconv.failures`), cost from
+    compiling without keys. An interruption returns what was found so far.
 
     Raises `InvalidArgumentError` for arguments that do not go together, else like `quantize`.
     """
@@ -100,6 +100,16 @@ def tune(
     ]
     check_number("max_drop", max_drop, 0.0, 1.0)
     images, labels = _evaluation(evaluation)
+    network = capture(model, images.shape[1:])
+    outputs = network(images.astype(np.float64))
+    if outputs.ndim != 2:
+        raise InvalidArgumentError(
+            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
+        )
+    right = float((outputs.argmax(axis=1) == labels).mean())
+    layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
+    if not layers:
+        raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
     search = _Search(
         model=model,
         calibration=calibration,
@@ -113,30 +123,21 @@ def tune(
         networks=dict(previous.networks) if previous else {},
         seed=seed,
         p_errors=p_errors,
+        layers=layers,
+        last=network.layers[-1].name,
     )
-    network = capture(model, images.shape[1:])
-    outputs = network(images.astype(np.float64))
-    if outputs.ndim != 2:
-        raise InvalidArgumentError(
-            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
-        )
-    right = float((outputs.argmax(axis=1) == labels).mean())
-    search.last = network.layers[-1].name
-    search.layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
-    if not search.layers:
-        raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
     found: list[TunePoint] = []
     reason = "Every width was tried down to where accuracy is lost."
     try:
         for point in search.points(settings, right - max_drop - HOPELESS):
             if point.accuracy >= right - max_drop - 1e-9:
                 found.append(point)
+        if not found:
+            reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
         if measure:
             found = _measured(found, objective)
     except KeyboardInterrupt:
         reason = "Interrupted: not every width was tried."
-    if not found and not reason.startswith("Interrupted"):
-        reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
     return TuneResult(
         objective=objective,
         float_accuracy=right,
@@ -162,8 +163,9 @@ class _Search:
     networks: dict[Setting, QuantizedNetwork]
     seed: int
     p_errors: Sequence[float]
-    layers: list[str] = field(default_factory=list)
-    last: str = ""
+    layers: list[str]
+    last: str
+    untrained: dict[tuple[int, int | None], QuantizedNetwork] = field(default_factory=dict)
 
     def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
         """Yield the points of all settings but those narrower than one below the `least` accuracy."""
@@ -185,18 +187,7 @@ class _Search:
 
     def _network(self, setting: Setting) -> QuantizedNetwork:
         if setting not in self.networks:
-            bits = dict.fromkeys(self.layers, setting.accumulator_bits)
-            kept = setting.rounding_bits
-            config = replace(
-                self.config,
-                method="auto",
-                accumulator_bits=bits,
-                rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
-                weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
-                activation_bits="auto",
-                input_bits="auto",
-            )
-            network = quantize(self.model, self.calibration, config)
+            network = self._quantized(setting.accumulator_bits, setting.rounding_bits)
             if self.training is not None:
                 network = finetune(
                     network,
@@ -208,6 +199,21 @@ class _Search:
                 )
             self.networks[setting] = network
         return self.networks[setting]
+
+    def _quantized(self, bits: int, kept: int | None) -> QuantizedNetwork:
+        """Return the network of a width, which is the same for every number of lookups."""
+        if (bits, kept) not in self.untrained:
+            config = replace(
+                self.config,
+                method="auto",
+                accumulator_bits=dict.fromkeys(self.layers, bits),
+                rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
+                weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
+                activation_bits="auto",
+                input_bits="auto",
+            )
+            self.untrained[bits, kept] = quantize(self.model, self.calibration, config)
+        return self.untrained[bits, kept]
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels, frozen
 from fheconv.capture.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
 from fheconv.expression import Expression, X
 from fheconv.steps import Select, Shape, pointwise
@@ -103,7 +103,7 @@ def per_channel(values: Array, shape: Shape) -> float | Array | None:
     rows = np.broadcast_to(values, shape).reshape(shape[0], -1)
     if (rows != rows[:, :1]).any():
         return None
-    return rows[:, 0].reshape(-1, *[1] * (len(shape) - 1))
+    return along_channels(rows[:, 0], len(shape))
 
 
 # What moves values about.

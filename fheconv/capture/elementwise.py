@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv.arrays import Array
+from fheconv.arrays import Array, along_channels
 from fheconv.capture import poolings
 from fheconv.capture.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
 from fheconv.capture.graph import Affine, Pending, Unsupported, Value
@@ -46,7 +46,7 @@ def _operand(call: Call, part: Any) -> Any:
 def prelu(call: Call, x: Value, slope: Any) -> Value:
     """Apply PReLU, whose slopes are one a channel."""
     slope = plain(slope, "its slope")
-    return apply(call, x, slope.reshape(-1, *[1] * (len(call.shape) - 1)))
+    return apply(call, x, along_channels(slope, len(call.shape)))
 
 
 def rrelu(call: Call, x: Value, low: float = 1 / 8, high: float = 1 / 3, training: bool = False) -> Value:

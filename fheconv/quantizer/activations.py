@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from fheconv.arrays import Array
 from fheconv.config import QuantConfig
 from fheconv.errors import CalibrationError
 from fheconv.network import CalibratedInput, Layer, Maximum, Network, Quantization
+from fheconv.quantizer.sharing import connected
 
 # Greatest values that are tried, as shares of the greatest that calibration observed.
 CLIPS = np.linspace(0.3, 1.0, 36)
@@ -119,9 +118,7 @@ def sharing(network: Network) -> list[list[int]]:
             plain = [_origin(network, term.source) for term in layer.terms if term.is_plain()]
             pairs += [(plain[0], other) for other in plain[1:]]
     count = len(network.layers) + 1
-    edges = np.array(pairs, np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
-    labels = connected_components(graph, directed=False)[1]
+    labels = connected(np.array(pairs, np.int64).reshape(-1, 2).T, count)
     groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
     # The image's scale is its own.
     return [group for group in groups if len(group) > 1 and 0 not in group]

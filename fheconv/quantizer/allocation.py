@@ -121,8 +121,9 @@ class Search:
         They start from the best of `state`, one rung more of everything, and half of the width for levels.
         Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
         """
-        self.trial.error(self.filled(state))
         error = cache(self.error)
+        if error(state) == np.inf:
+            self.trial.error(self.filled(state))  # raises, and says which layer needs what
         state = min((state, self._moved(state, range(len(state)), 1), self._halves()), key=error)
         least, before = error(state), np.inf
         while least < before:

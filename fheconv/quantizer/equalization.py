@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels, frozen
 from fheconv.config import QuantConfig
 from fheconv.expression import Expression
 from fheconv.network import Layer, Network
@@ -44,7 +44,7 @@ def _divided(network: Network, number: int, scales: Array) -> Network | None:
     layer = network.layers[number - 1]
     if rescaled is None or not isinstance(layer, Layer) or layer.activation is None:
         return None
-    by_channel = frozen(scales.reshape(-1, *[1] * (len(layer.shape) - 1)))
+    by_channel = frozen(along_channels(scales, len(layer.shape)))
     divided = replace(layer, activation=Expression("div", (layer.activation, by_channel)))
     layers = rescaled[0].layers
     return replace(network, layers=(*layers[: number - 1], divided, *layers[number:]))

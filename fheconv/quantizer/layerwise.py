@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheconv.arrays import Array
+from fheconv.arrays import Array, channel_means
 from fheconv.config import QuantConfig
 from fheconv.errors import CalibrationError
 from fheconv.network import CalibratedInput, Layer, Maximum, Network
@@ -71,4 +71,4 @@ def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array])
             f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "
             "weights or the images."
         )
-    return error.mean(axis=(0, *range(2, error.ndim))).reshape(-1, *[1] * (len(layer.shape) - 1))
+    return channel_means(error)

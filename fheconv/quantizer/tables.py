@@ -7,7 +7,7 @@ it.
 
 import numpy as np
 
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels, frozen
 from fheconv.errors import AccumulatorOverflowError, CalibrationError
 from fheconv.expression import Expression
 from fheconv.network import Quantization
@@ -70,7 +70,7 @@ def lookup(
     dropped = 0 if rounding_bits is None else max(bits - rounding_bits, 0)
     below = 1 << (dropped - 1) if dropped else 0
     minimum = minimum - below - (2**bits - 1 - reserve(bits, rounding_bits) - span) // 2
-    start = np.broadcast_to(minimum.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    start = np.broadcast_to(along_channels(minimum, len(shape)), shape)
     offset = bias + step * start
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
     keys = np.stack([values.ravel() for values in (step, offset, *constants)])
@@ -98,5 +98,5 @@ def lookup(
 
 def compressed(values: Array) -> Array:
     """Return (C, *S) as (C, *1) if each channel has one value."""
-    first = values.reshape(len(values), -1)[:, :1].reshape(-1, *[1] * (values.ndim - 1))
+    first = along_channels(values.reshape(len(values), -1)[:, 0], values.ndim)
     return first if (values == first).all() else values

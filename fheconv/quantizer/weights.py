@@ -7,14 +7,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.linalg
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from fheconv.arithmetic import OUTSIDE, im2col
-from fheconv.arrays import Array, frozen
+from fheconv.arrays import Array, along_channels
 from fheconv.errors import AccumulatorOverflowError
 from fheconv.network import Layer, Quantization
 from fheconv.quantizer.rounding import IntegerWeight, Rounding
+from fheconv.quantizer.sharing import connected
 from fheconv.quantizer.tables import width
 from fheconv.steps import Kernel, Select, Shape, Term
 
@@ -77,9 +76,7 @@ class Rows:
         lead = np.take_along_axis(nodes, (nodes != OUTSIDE).argmax(axis=0)[None], axis=0)[0]
         meets = [np.stack([lead, other])[:, (other != OUTSIDE)] for other in nodes]
         ties = [part.tied + start for part, start in zip(self.parts, first[:-1], strict=True)]
-        edges = np.unique(np.concatenate([*meets, *ties], axis=1), axis=1)
-        graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(first[-1], first[-1]))
-        labels = connected_components(graph, directed=False)[1]
+        labels = connected(np.concatenate([*meets, *ties], axis=1), int(first[-1]))
         members: dict[int, list[tuple[int, int]]] = {}
         for node, label in enumerate(labels.tolist()):
             part = int(np.searchsorted(first, node, side="right")) - 1
@@ -92,6 +89,8 @@ class Rows:
         by_channel = self.of_value.reshape(layer.shape[0], -1)
         # Whether some channel, whose values start from one minimum, has values of several filters.
         self.mixed = bool((by_channel != by_channel[:, :1]).any())
+        if self.mixed:  # one of these filters may reach down and another up
+            self.parts = [replace(part, range=2 * part.range) for part in self.parts]
 
     def weights(self, row: Row) -> Array:
         """Return the float weights of a row, relative to the first term's unit; a lone term's unchanged."""
@@ -166,22 +165,17 @@ class Rows:
             for (p, c), own in zip(row, np.split(own_values, np.cumsum(sizes)[:-1]), strict=True):
                 shape = weights[p][c].shape
                 weights[p][c] = np.moveaxis(own.reshape(*shape[1:], shape[0]), -1, 0)
-        terms = []
-        for part, weight in zip(self.parts, weights, strict=True):
-            steps = list(part.term.steps)
-            steps[part.at] = replace(part.kernel, weight=frozen(weight))
-            terms.append(Term(source=part.term.source, steps=tuple(steps), factor=self.parts[0].unit))
-        return tuple(terms)
+        return tuple(
+            replace(part.term.with_weight(weight), factor=self.parts[0].unit)
+            for part, weight in zip(self.parts, weights, strict=True)
+        )
 
 
 def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
-    (at,) = term.inexact()
-    kernel = term.steps[at]
-    if not isinstance(kernel, Kernel):
-        raise TypeError("A convolution was expected.")
+    at, kernel = term.weighted()
     shapes = term.shapes(shape)
     channels = np.broadcast_to(
-        np.arange(len(kernel.weight)).reshape(-1, *[1] * (len(shapes[at + 1]) - 1)), shapes[at + 1]
+        along_channels(np.arange(len(kernel.weight)), len(shapes[at + 1])), shapes[at + 1]
     )
     pooled = 1
     for place, step in enumerate(term.steps):
@@ -196,7 +190,7 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
             lead = by_channel.max(axis=1, initial=OUTSIDE)
             together = np.stack([np.broadcast_to(lead[:, None], by_channel.shape), by_channel])
             tied = np.concatenate([tied, together[:, by_channel != OUTSIDE]], axis=1)
-            channels = np.broadcast_to(lead.reshape(-1, *[1] * (len(after) - 1)), after)
+            channels = np.broadcast_to(along_channels(lead, len(after)), after)
     return _Part(
         term=term,
         at=at,
@@ -225,6 +219,21 @@ def _flat(weight: Array) -> Array:
 def _covariance(x: Array, y: Array) -> Array:
     # The mean is not the weights' business: what it costs goes into the bias.
     return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
+
+
+def least_squares(moment: Array, target: Array, weights: Array) -> Array:
+    """Return the weights (K, n) of least squared error that hold on to `weights` a little.
+
+    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the sums that are
+    meant.
+    """
+    ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
+    if not ridge > 0:  # inputs that are constant tell nothing of the weights
+        return weights
+    fitted: Array = scipy.linalg.solve(
+        moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
+    ).T
+    return fitted
 
 
 def round_nearest(
@@ -267,8 +276,6 @@ def round_by_output(
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
-    if rows.mixed:  # one filter may reach down and another up
-        least *= 2
     if budget is not None and budget < least:
         enough = f"accumulator_bits={width(layer.name, least, rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
@@ -293,14 +300,9 @@ def round_by_output(
         read = rows.read(batch[0]) | (not stacked.any())
         both, stacked = np.ix_(read, read), stacked[:, read]
         moment = rows.covariance(batch[0], delivered, delivered)[both]
-        variance = float(np.trace(moment)) / len(moment)
-        fitted = stacked
-        if variance > 0:  # else calibration delivered constants, which tell nothing of the weights
-            ridge = np.eye(len(moment)) * RIDGE * variance
-            cross = rows.covariance(batch[0], delivered, meant)[both]
-            fitted = scipy.linalg.solve(moment + ridge, (cross + ridge) @ stacked.T, assume_a="pos").T
-        ranges = rows.ranges(batch[0])[read] * (2 if rows.mixed else 1)
-        rounded = method(fitted, bits, moment, ranges, budget)
+        cross = rows.covariance(batch[0], delivered, meant)[both]
+        fitted = least_squares(moment, cross @ stacked.T, stacked)
+        rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget)
         values = np.zeros((len(batch), len(read)), np.int64)
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
