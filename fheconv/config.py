@@ -57,7 +57,7 @@ class QuantConfig:
 
     weight_bits, activation_bits, accumulator_bits and input_bits can be "auto", the first three also for a
     layer by its name: `fheconv.quantize` then chooses them on calibration images, every fifth of which it
-    holds out (of fewer than 20 images all serve for both). Weights of 2 to 6 bits, 2 to 32 integers for each
+    holds out (of fewer than 20 images all serve for both). Weights of 2 to 6 bits, 2 to 28 integers for each
     activation and for image values are balanced against the accumulators, so that accumulator_bits, or
     rounding_bits, have to be given too. Of accumulators only those that enter lookups are "auto": they get
     one width, the least up to 8 (with rounding_bits, up to 4 more than those) at which the network's results

@@ -21,8 +21,9 @@ from fheconv.network import CalibratedInput, Layer, Network
 from fheconv.progress import status
 from fheconv.quantizer.layerwise import quantize_network
 
-# How many integers an activation, or an image value, can be; and how many bits a weight.
-LEVELS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
+# How many integers an activation, or an image value, can be, each about √2 times the one before: half of what
+# a bit more for an accumulator is worth. Finer steps get stuck, and take longer. And how many bits a weight.
+LEVELS = (2, 3, 4, 5, 7, 10, 14, 20, 28)
 WEIGHT_BITS = (2, 3, 4, 5, 6)
 # The greatest width of "auto" accumulators.
 WIDEST = 8
@@ -118,13 +119,14 @@ class Search:
     def descended(self, state: State) -> tuple[State, float]:
         """Return the state to which moves of single rungs lead, and its error.
 
-        They start from the best of `state`, one rung more of everything, and half of the width for levels.
+        They start from the best of `state`, a rung more of all levels, and half of the width for all levels.
         Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
         """
         error = cache(self.error)
         if error(state) == np.inf:
             self.trial.error(self.filled(state))  # raises, and says which layer needs what
-        state = min((state, self._moved(state, range(len(state)), 1), self._halves()), key=error)
+        levels = [place for place, knob in enumerate(self.knobs) if knob.name != "weight_bits"]
+        state = min((state, self._moved(state, levels, 1), self._halves()), key=error)
         least, before = error(state), np.inf
         while least < before:
             before = least
