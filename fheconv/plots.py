@@ -285,8 +285,9 @@ def front(result: TuneResult, ax: Axes | None = None) -> Axes:
     best = result.front
     x, y = [p.value(result.objective) for p in best], [100 * p.accuracy for p in best]
     ax.plot(x, y, color=OBSERVED, marker="o", label="front")
-    for point, across, up in zip(best, x, y, strict=True):
-        ax.annotate(str(point.setting), (across, up), xytext=(5, -10), textcoords="offset points", fontsize=8)
+    named = {str(point.setting): at for point, at in zip(best, zip(x, y, strict=True), strict=True)}
+    for name, at in named.items():  # the dearest point of each
+        ax.annotate(name, at, xytext=(5, -10), textcoords="offset points", fontsize=8)
     ax.axhline(100 * result.float_accuracy, color=LIMIT, linestyle="--", label="float")
     ax.set_xscale("log")
     units = {"latency": "seconds", "complexity": "complexity", "key_bytes": "bytes of keys"}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -36,7 +36,7 @@ WEIGHT_BITS, LAST_WEIGHT_BITS = 4, 6
 DRAWS = 8
 # What loses so much more than it may is not followed to narrower widths.
 HOPELESS = 0.02
-# So many points of the front, at most, are compiled with other parameters, or run.
+# So many points of the front, at most, are timed.
 MOST_MEASURED = 4
 
 
@@ -72,8 +72,9 @@ def tune(
     widths, p_errors: what is tried: widths of accumulators with what rounding leaves of them (None: all), the
         most generous first, and failure probabilities of a lookup, the least first.
     max_drop: what loses more accuracy than this is no point.
-    measure: time the front's points encrypted, with the optimiser's parameters and with others of the same
-        security that may be faster here; it takes minutes. Without it, seconds are expected ones.
+    measure: time points of the front encrypted, four at most, with the optimiser's parameters and with others
+        of the same security that may be faster here; each takes a minute or two. Without it, seconds are
+        expected ones.
     config, compile_config: with what else to quantize and to compile. The search sets the numbers of bits,
         and p_error.
     previous: an earlier result for the same model and data, whose networks are used again.
@@ -94,11 +95,22 @@ def tune(
     for budget in lookup_budgets:
         check_integer("lookup_budgets", budget, 1)
     settings = [
-        Setting(accumulator_bits=bits, rounding_bits=kept, lookup_budget=budget)
+        Setting(
+            accumulator_bits=bits,
+            rounding_bits=kept,
+            lookup_budget=budget,
+            fine_tuned=training is not None,
+        )
         for budget in (None, *lookup_budgets)
         for bits, kept in widths
     ]
     check_number("max_drop", max_drop, 0.0, 1.0)
+    compile_config = CompileConfig() if compile_config is None else compile_config
+    if measure and compile_config.parameters is not None:
+        raise InvalidArgumentError(
+            f"measure=True tries parameters, and compile_config.parameters={compile_config.parameters} fixes "
+            "them; leave one of the two."
+        )
     images, labels = _evaluation(evaluation)
     network = capture(model, images.shape[1:])
     outputs = network(images.astype(np.float64))
@@ -119,7 +131,7 @@ def tune(
         augment=augment,
         epochs=epochs,
         config=QuantConfig() if config is None else config,
-        compile_config=CompileConfig() if compile_config is None else compile_config,
+        compile_config=compile_config,
         networks=dict(previous.networks) if previous else {},
         seed=seed,
         p_errors=p_errors,
@@ -127,15 +139,16 @@ def tune(
         last=network.layers[-1].name,
     )
     found: list[TunePoint] = []
-    reason = "Every width was tried down to where accuracy is lost."
+    reason = "The given widths were tried, from the first to where accuracy is lost."
     try:
         for point in search.points(settings, right - max_drop - HOPELESS):
             if point.accuracy >= right - max_drop - 1e-9:
                 found.append(point)
         if not found:
             reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
-        if measure:
-            found = _measured(found, objective)
+        for point in _spread(front_of(found, objective)) if measure else ():
+            found.extend(_timed(point))
+            found.remove(point)
     except KeyboardInterrupt:
         reason = "Interrupted: not every width was tried."
     return TuneResult(
@@ -155,7 +168,7 @@ class _Search:
     calibration: Any
     images: Array
     labels: Array
-    training: tuple[Any, Any] | None
+    training: Any
     augment: Callable[[Any], Any] | None
     epochs: int
     config: QuantConfig
@@ -165,7 +178,6 @@ class _Search:
     p_errors: Sequence[float]
     layers: list[str]
     last: str
-    untrained: dict[tuple[int, int | None], QuantizedNetwork] = field(default_factory=dict)
 
     def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
         """Yield the points of all settings but those narrower than one below the `least` accuracy."""
@@ -187,33 +199,34 @@ class _Search:
 
     def _network(self, setting: Setting) -> QuantizedNetwork:
         if setting not in self.networks:
-            network = self._quantized(setting.accumulator_bits, setting.rounding_bits)
-            if self.training is not None:
-                network = finetune(
-                    network,
-                    self.training,
-                    epochs=self.epochs,
-                    augment=self.augment,
-                    lookup_budget=setting.lookup_budget,
-                    seed=self.seed,
-                )
-            self.networks[setting] = network
+            self.networks[setting] = (
+                self._trained(setting)
+                if setting.fine_tuned
+                else self._quantized(setting.accumulator_bits, setting.rounding_bits)
+            )
         return self.networks[setting]
 
+    def _trained(self, setting: Setting) -> QuantizedNetwork:
+        return finetune(
+            self._network(replace(setting, lookup_budget=None, fine_tuned=False)),
+            self.training,
+            epochs=self.epochs,
+            augment=self.augment,
+            lookup_budget=setting.lookup_budget,
+            seed=self.seed,
+        )
+
     def _quantized(self, bits: int, kept: int | None) -> QuantizedNetwork:
-        """Return the network of a width, which is the same for every number of lookups."""
-        if (bits, kept) not in self.untrained:
-            config = replace(
-                self.config,
-                method="auto",
-                accumulator_bits=dict.fromkeys(self.layers, bits),
-                rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
-                weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
-                activation_bits="auto",
-                input_bits="auto",
-            )
-            self.untrained[bits, kept] = quantize(self.model, self.calibration, config)
-        return self.untrained[bits, kept]
+        config = replace(
+            self.config,
+            method="auto",
+            accumulator_bits=dict.fromkeys(self.layers, bits),
+            rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
+            weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
+            activation_bits="auto",
+            input_bits="auto",
+        )
+        return quantize(self.model, self.calibration, config)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf
@@ -259,16 +272,23 @@ def _evaluation(evaluation: Any) -> tuple[Array, Array]:
     return images, labels
 
 
-def _measured(points: list[TunePoint], objective: Objective) -> list[TunePoint]:
-    """Return the points, those of the front timed, with all the parameters that may be worth having."""
-    front = front_of(points, objective)[-MOST_MEASURED:]
-    found = [point for point in points if point not in front]
-    for point in front:
-        choices = parameter_choices(point.network, point.config)
-        for choice in timed(point.network, choices):
-            if choice.seconds is not None:
-                cost = FheCircuit(point.network, choice.config).cost
-                found.append(
-                    replace(point, config=choice.config, cost=cost, seconds=choice.seconds, measured=True)
-                )
-    return found
+def _spread(front: Sequence[TunePoint]) -> list[TunePoint]:
+    """Return as many points of the front as are timed, from its cheapest to its most accurate."""
+    places = np.linspace(0, len(front) - 1, min(len(front), MOST_MEASURED)).round().astype(int)
+    return [front[place] for place in places]
+
+
+def _timed(point: TunePoint) -> list[TunePoint]:
+    """Return the point timed, with each of the parameters that may be worth having."""
+    choices = timed(point.network, parameter_choices(point.network, point.config))
+    return [
+        replace(
+            point,
+            config=choice.config,
+            cost=FheCircuit(point.network, choice.config).cost,
+            seconds=choice.seconds,
+            measured=True,
+        )
+        for choice in choices
+        if choice.seconds is not None
+    ]

@@ -21,16 +21,18 @@ Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How a network was made: what `accumulator_bits`, `rounding_bits` and `lookup_budget` were asked for."""
+    """How a network was made: what was asked for, and whether it was fine-tuned."""
 
     accumulator_bits: int
     rounding_bits: int | None = None
     lookup_budget: int | None = None
+    fine_tuned: bool = False
 
     def __str__(self) -> str:
         kept = "" if self.rounding_bits is None else f", rounded to {self.rounding_bits}"
         fewer = "" if self.lookup_budget is None else f", {self.lookup_budget} lookups at most"
-        return f"{self.accumulator_bits} bits{kept}{fewer}"
+        trained = ", fine-tuned" if self.fine_tuned else ""
+        return f"{self.accumulator_bits} bits{kept}{fewer}{trained}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +69,8 @@ class TuneResult(Report):
     """What `fheconv.tune` found: every point, and the front of those that no other beats.
 
     `reason` says why the search ended, `limits` what stands in the way of cheaper circuits. `networks` are
-    those of each setting; give the result to `tune` as `previous`, and they are not made again.
+    those of each setting, and those that were fine-tuned as they were before; give the result to `tune` as
+    `previous`, and none of them is made again.
     """
 
     objective: Objective

@@ -126,6 +126,34 @@ def test_fine_tuned_with_fewer_lookups():
     assert lookups[20] <= 20
 
 
+def test_an_earlier_result_without_training_is_where_training_starts(result):
+    with mock.patch.object(tuner, "quantize", side_effect=RuntimeError("made again")):
+        some = tuned(
+            widths=WIDTHS[1:],
+            p_errors=(1e-2,),
+            max_drop=0.9,
+            training=(IMAGES[:40], CLASSES[:40]),
+            epochs=2,
+            previous=result,
+        )
+    (point,) = some.points
+    assert point.setting.fine_tuned
+    assert "fine-tuned" in str(some)
+    untrained = replace(point.setting, fine_tuned=False)
+    assert some.networks[untrained] is result.networks[untrained] is not point.network
+
+
+def test_what_fixes_the_parameters_that_measuring_would_try_is_refused():
+    fixed = fheconv.CompileConfig(parameters=fheconv.ParameterRange(glwe_dimensions=(1,)))
+    with pytest.raises(fheconv.InvalidArgumentError, match="leave one of the two"):
+        tuned(measure=True, compile_config=fixed)
+
+
+@pytest.mark.parametrize(("points", "timed"), [(0, []), (1, [0]), (3, [0, 1, 2]), (7, [0, 2, 4, 6])])
+def test_points_from_the_cheapest_to_the_most_accurate_are_timed(points, timed):
+    assert tuner._spread(list(range(points))) == timed
+
+
 def test_measured_points_say_so_and_are_as_accurate():
     with mock.patch.object(parameters, "RANGES", parameters.RANGES[-2:]):
         some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
