@@ -31,15 +31,19 @@ if TYPE_CHECKING:
         conv_transpose,
         filter_matrix,
     )
+    from fheconv.artifacts import load_client, load_server
     from fheconv.bounds import accumulator_bounds, max_taps
     from fheconv.budget import BudgetReport
     from fheconv.ciphertext import Ciphertext
     from fheconv.circuit import FheCircuit, compile  # noqa: A004
+    from fheconv.client import Client
     from fheconv.config import CompileConfig, QuantConfig
     from fheconv.finetuning import finetune
+    from fheconv.keys import EvaluationKeys
     from fheconv.network import Conv
     from fheconv.quantized import QuantizedNetwork
     from fheconv.quantizer import quantize
+    from fheconv.server import Server
     from fheconv.tiling import TiledCircuit, compile_tiled
     from fheconv.tuner import tune
     from fheconv.tuning import TunePoint, TuneResult
@@ -53,15 +57,19 @@ _HOMES = {
         "conv_transpose",
         "filter_matrix",
     ),
+    "fheconv.artifacts": ("load_client", "load_server"),
     "fheconv.bounds": ("accumulator_bounds", "max_taps"),
     "fheconv.budget": ("BudgetReport",),
     "fheconv.ciphertext": ("Ciphertext",),
     "fheconv.circuit": ("FheCircuit", "compile"),
+    "fheconv.client": ("Client",),
     "fheconv.config": ("CompileConfig", "ParameterRange", "QuantConfig"),
     "fheconv.finetuning": ("finetune",),
+    "fheconv.keys": ("EvaluationKeys",),
     "fheconv.network": ("Conv",),
     "fheconv.quantized": ("QuantizedNetwork",),
     "fheconv.quantizer": ("quantize",),
+    "fheconv.server": ("Server",),
     "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
     "fheconv.tuner": ("tune",),
     "fheconv.tuning": ("TunePoint", "TuneResult"),
@@ -74,10 +82,12 @@ __all__ = [
     "BudgetReport",
     "CalibrationError",
     "Ciphertext",
+    "Client",
     "CompilationError",
     "CompileConfig",
     "Conv",
     "ConvGeometry",
+    "EvaluationKeys",
     "ExecutionError",
     "FheCircuit",
     "FheConvError",
@@ -88,6 +98,7 @@ __all__ = [
     "ParameterRange",
     "QuantConfig",
     "QuantizedNetwork",
+    "Server",
     "TiledCircuit",
     "TunePoint",
     "TuneResult",
@@ -102,6 +113,8 @@ __all__ = [
     "conv_transpose",
     "filter_matrix",
     "finetune",
+    "load_client",
+    "load_server",
     "max_taps",
     "quantize",
     "tune",

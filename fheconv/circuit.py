@@ -1,11 +1,10 @@
 """Compiled circuits: keys, encryption, evaluation, decryption, and the check against the clear integers."""
 
-import itertools
 import math
 import secrets
 import threading
-import weakref
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -14,23 +13,21 @@ import numpy as np
 from fheconv.arrays import Array
 from fheconv.bounds import norm_bits
 from fheconv.ciphertext import Ciphertext
+from fheconv.client import OTHER_KEYS, KeyedProgram
 from fheconv.config import CompileConfig, check_integer
 from fheconv.errors import (
     AccumulatorOverflowError,
     ArtifactError,
-    CompilationError,
-    ExecutionError,
     InputRangeError,
     InvalidArgumentError,
-    NotCompiledError,
 )
-from fheconv.keys import read_keys, write_keys
+from fheconv.interface import Interface
 from fheconv.lower import Lowered, lower
 from fheconv.progress import status, track
 from fheconv.quantized import QuantizedNetwork
 from fheconv.reports import Cost, VerifyReport, compare
 from fheconv.timing import expected_seconds
-from fheconv.worker import CircuitForgotten, Compiled, Session, in_process, worker
+from fheconv.worker import Session, in_process, worker
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
 
@@ -44,18 +41,15 @@ MOST_LANES = 4
 # So many images are simulated at least to tell how often approximate rounding makes a difference.
 SIMULATED = 40
 
-_numbers = itertools.count()
 
+class _Program(KeyedProgram):
+    """The circuit's function of one image, or of as many as ride in a ciphertext."""
 
-@dataclass(kw_only=True, eq=False)
-class _Program:
-    """One compiled function, of one image or of as many as ride in a ciphertext, and its keys."""
-
-    number: int
-    lowered: Lowered
-    compiled: Compiled
-    key_id: str = ""
-    keys: bytes | None = field(default=None, repr=False)
+    def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
+        self.lowered = lowered
+        opening = "compile", (network, config, lowered.interface.lanes.count)
+        with status("Compiling…"):
+            super().__init__(session, opening, lowered.interface, config)
 
 
 class FheCircuit:
@@ -87,19 +81,7 @@ class FheCircuit:
         )
 
     def _compile(self, lowered: Lowered) -> _Program:
-        number = next(_numbers)
-        weakref.finalize(self, self._session.released.append, number).atexit = False
-        with status("Compiling…"):
-            compiled = self._session.request(
-                CompilationError,
-                "compile",
-                number,
-                self.network,
-                self.config,
-                lowered.lanes.count,
-                limits=self.config,
-            )
-        return _Program(number=number, lowered=lowered, compiled=compiled)
+        return _Program(self._session, self.network, lowered, self.config)
 
     def _program(self, images: int) -> _Program:
         """Return the program for a batch; that of several lanes is made when a batch first needs it."""
@@ -108,7 +90,7 @@ class FheCircuit:
         if self._many is None:
             self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
         if not self._is_current(self._many):
-            self._make_keys(self._many, f"{self._one.key_id}.{secrets.token_hex(16)}")
+            self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
 
     def _is_current(self, program: _Program) -> bool:
@@ -146,13 +128,24 @@ class FheCircuit:
             else None,
         )
 
+    def exported(self) -> tuple[Interface, str, bytes, str]:
+        """Return what files hold of it: how it is used, its fingerprint, parameters and program."""
+        return self._one.interface, self._one.fingerprint, *self._one.request("export")
+
+    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
+        """Write `client.zip` and `server.zip` into a folder, and return their paths (`fheconv.artifacts`)."""
+        # Against the direction of the imports: a convenience, so that it is found where the circuit is.
+        from fheconv.artifacts import save
+
+        return save(self, folder, class_names=class_names)
+
     def keygen(self) -> None:
         """Generate new keys; ciphertexts of earlier keys can no longer be used.
 
         Raises `ExecutionError` if the native library fails.
         """
         with self._lock, status("Generating keys…"):
-            self._make_keys(self._one, secrets.token_hex(16))
+            self._one.keygen(secrets.token_hex(16))
 
     def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the keys, secret ones included, to a file that only its owner may read.
@@ -160,15 +153,7 @@ class FheCircuit:
         Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
         """
         with self._lock:
-            self._require_keys("save_keys")
-            program = self._one
-            write_keys(
-                Path(path),
-                program.compiled.fingerprint,
-                program.key_id,
-                program.keys or b"",
-                overwrite=overwrite,
-            )
+            self._one.save_keys(Path(path), overwrite=overwrite)
 
     def load_keys(self, path: str | Path) -> None:
         """Use the keys of a file that `save_keys` wrote for this very circuit.
@@ -177,13 +162,7 @@ class FheCircuit:
         stay.
         """
         with self._lock:
-            key_id, keys = read_keys(Path(path), self._one.compiled.fingerprint)
-            self._restore(replace(self._one, key_id=key_id, keys=keys))
-            self._one.key_id, self._one.keys = key_id, keys
-
-    def _make_keys(self, program: _Program, key_id: str) -> None:
-        keys = self._request(program, "keygen", key_id)
-        program.keys, program.key_id = keys, key_id
+            self._one.load_keys(Path(path))
 
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
@@ -195,17 +174,8 @@ class FheCircuit:
 
     def _encrypt(self, q: Array, batched: bool) -> Ciphertext:
         with self._lock:
-            self._require_keys("encrypt")
-            program = self._program(len(q))
-            values = self._request(program, "encrypt", program.lowered.prepare(q)) if len(q) else []
-            return Ciphertext(
-                kind="input",
-                fingerprint=program.compiled.fingerprint,
-                key_id=program.key_id,
-                images=len(q),
-                batched=batched,
-                values=tuple(values),
-            )
+            self._one.require_keys("encrypt")
+            return self._program(len(q)).encrypt(q, batched)
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
         """Evaluate the circuit on encrypted images.
@@ -215,7 +185,7 @@ class FheCircuit:
         with self._lock:
             program = self._check(ciphertext, "input", "run")
             values = track(ciphertext.values, "Running on encrypted images…")
-            results = tuple(self._request(program, "run", value) for value in values)
+            results = tuple(program.request("run", value) for value in values)
             return replace(ciphertext, kind="output", values=results)
 
     def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
@@ -224,17 +194,7 @@ class FheCircuit:
         Raises `ArtifactError` like `run`.
         """
         with self._lock:
-            program = self._check(ciphertext, "output", "decrypt")
-            shape = (len(ciphertext.values), len(program.lowered.outputs))
-            results = np.zeros(shape, np.int64)
-            if ciphertext.values:
-                results = self._request(program, "decrypt", list(ciphertext.values))
-        if results.shape != shape:
-            raise ArtifactError(
-                f"The ciphertext holds results of shape {results.shape}, where this circuit has {shape}; "
-                "decrypt what its own run() returned."
-            )
-        accumulators = program.lowered.accumulators(results, ciphertext.images)
+            accumulators = self._check(ciphertext, "output", "decrypt").decrypt(ciphertext)
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
@@ -256,12 +216,13 @@ class FheCircuit:
         if fhe == "simulate" and len(q):
             with self._lock:
                 program = self._program(len(q))
-                results = self._request(program, "simulate", program.lowered.prepare(q))
-            return program.lowered.accumulators(results, len(q))
+                results = program.request("simulate", program.interface.prepare(q))
+            return program.interface.accumulators(results, len(q))
         if fhe not in ("disable", "simulate"):
             raise InvalidArgumentError(f'fhe={fhe!r}; it must be "disable", "simulate" or "execute".')
         lowered = self._one.lowered
-        return lowered.accumulators(lowered.function(lowered.prepare(q)), len(q))
+        results = lowered.function(lowered.interface.prepare(q))
+        return lowered.interface.accumulators(results, len(q))
 
     def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
@@ -293,51 +254,15 @@ class FheCircuit:
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
         return (count + 1) / (len(tried) + 1)  # never 0: what was not seen in some simulations may happen
 
-    def _request(self, program: _Program, method: str, *arguments: Any) -> Any:
-        """Call the worker, which has to hold the program with these very keys, or is given them."""
-        held = (program.number, program.key_id)
-        try:
-            return self._session.request(ExecutionError, method, *held, *arguments, limits=self.config)
-        except CircuitForgotten:
-            self._restore(program)
-            return self._session.request(ExecutionError, method, *held, *arguments, limits=self.config)
-
-    def _restore(self, program: _Program) -> None:
-        """Give a new worker what the old one knew, the program and its keys at once."""
-        what = (self.network, self.config, program.lowered.lanes.count, program.key_id, program.keys)
-        compiled = self._session.request(
-            CompilationError, "compile", program.number, *what, limits=self.config
-        )
-        if compiled.fingerprint != program.compiled.fingerprint:
-            raise ExecutionError("Compiling again gave another circuit; compile anew and make new keys.")
-
-    def _require_keys(self, step: str) -> None:
-        if self._one.keys is None:
-            raise NotCompiledError(f"{step} needs keys and there are none yet; call keygen() first.")
-
-    def _check(self, ciphertext: Ciphertext, kind: str, step: str) -> _Program:
+    def _check(self, ciphertext: Any, kind: str, step: str) -> _Program:
         """Return the program a ciphertext belongs to, or refuse it."""
-        self._require_keys(step)
-        if not isinstance(ciphertext, Ciphertext):
-            raise ArtifactError(
-                f"{step} takes a Ciphertext, not {type(ciphertext).__name__}; encrypt images first."
-            )
-        if ciphertext.kind != kind:
-            needs = "what encrypt() returned" if kind == "input" else "what run() returned"
-            raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
-        for program in (self._one, self._many):
-            if program is not None and program.compiled.fingerprint == ciphertext.fingerprint:
-                if ciphertext.key_id != program.key_id or not self._is_current(program):
-                    raise ArtifactError(
-                        "The ciphertext was made with other keys; encrypt again with the present ones."
-                    )
-                if len(ciphertext.values) != -(-ciphertext.images // program.lowered.lanes.count):
-                    raise ArtifactError(
-                        f"The ciphertext says it holds {ciphertext.images} images, in "
-                        f"{len(ciphertext.values)} values of {program.lowered.lanes.count} each."
-                    )
-                return program
-        raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
+        self._one.require_keys(step)
+        several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint
+        program = self._many if self._many is not None and several else self._one
+        program.check(ciphertext, kind, step)
+        if not self._is_current(program):
+            raise ArtifactError(OTHER_KEYS)
+        return program
 
 
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
@@ -367,7 +292,7 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
     width = max(one.bits, one.network.input.bits) + float(norms[channel])
 
     def all_lanes(lanes: int) -> float:
-        return width + (lanes - 1) * one.lanes.bits
+        return width + (lanes - 1) * one.interface.lanes.bits
 
     if config.lanes == "auto":
         lanes = max((n for n in range(1, MOST_LANES + 1) if all_lanes(n) <= SAFE_LIMIT), default=1)

@@ -1,14 +1,117 @@
-"""Key files: the secret and the evaluation keys of a circuit, for their owner alone."""
+"""Key files: secret and evaluation keys for their owner alone, evaluation keys for whoever computes."""
 
-import os
-import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from fheconv.envelope import Envelope
+from fheconv.envelope import Envelope, Incoming
 from fheconv.errors import ArtifactError
+from fheconv.files import write_file
 
 ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", names=("fingerprint", "key_id"))
+EVALUATION = Envelope(
+    magic=b"fheevalk", what="evaluation key file", maker="to_bytes()", names=("fingerprint", "key_id")
+)
 MAX_BYTES = 2**36
+PIECE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PublicKeys:
+    """The names of a key set: of its circuit and its own, in hexadecimal. `ArtifactError` for others."""
+
+    fingerprint: str
+    key_id: str
+
+    def __post_init__(self) -> None:
+        for name in ("fingerprint", "key_id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ArtifactError(f"The evaluation keys' {name} is {value!r:.50}, not a name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationKeys(_PublicKeys):
+    """What whoever runs a circuit needs of a key set: it computes on ciphertexts, and decrypts none.
+
+    `payload` is the keys as Concrete writes them.
+    """
+
+    payload: bytes = field(repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        """What tells these keys from all others: the SHA-256 at the end of `to_bytes`, in hexadecimal."""
+        *_, digest = self.chunks()
+        return digest.hex()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield `to_bytes` in pieces, without a copy of the keys."""
+        return EVALUATION.chunks({"fingerprint": self.fingerprint, "key_id": self.key_id}, [self.payload])
+
+    def to_bytes(self) -> bytes:
+        """Return everything as bytes, in the format of `fheconv.envelope`."""
+        return b"".join(self.chunks())
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_bytes` to a file. Raises `ArtifactError` if it cannot be written."""
+        write_file(Path(path), self.chunks())
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES
+    ) -> "EvaluationKeys":
+        """Return the keys that `to_bytes` turned into `data`, of at most `max_bytes` bytes.
+
+        Raises `ArtifactError` that says what is wrong with `data`.
+        """
+        fields, payload = EVALUATION.unpack(data, max_bytes)
+        return cls(**fields, payload=bytes(payload))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredKeys(_PublicKeys):
+    """Evaluation keys in a file of `EvaluationKeys.to_bytes`, which were checked and stay on the disk.
+
+    The keys begin at byte `start`, and are `size` bytes; `name` is that of `EvaluationKeys`.
+    """
+
+    path: Path
+    start: int
+    size: int
+    name: str
+
+    @classmethod
+    def of(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> "StoredKeys":
+        """Return the keys of a file of at most `max_bytes` bytes, reading it once, a piece at a time.
+
+        Raises `ArtifactError` that says what is wrong with it.
+        """
+        path, incoming = Path(path), Incoming(EVALUATION, max_bytes)
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    incoming.feed(piece)
+        except OSError as error:
+            raise ArtifactError(f"The evaluation keys cannot be read from {path}: {error}.") from error
+        return cls.arrived(path, incoming)
+
+    @classmethod
+    def arrived(cls, path: Path, incoming: Incoming) -> "StoredKeys":
+        """Return the keys in a file all of which went through `incoming`.
+
+        Raises `ArtifactError` that says what is wrong with it.
+        """
+        fields = incoming.close()
+        start = incoming.payload_start
+        return cls(**fields, path=path, start=start, size=incoming.payload_size, name=incoming.digest)
+
+    def read(self) -> bytes:
+        """Return the keys as Concrete writes them."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
 
 
 def write_keys(path: Path, fingerprint: str, key_id: str, keys: bytes, *, overwrite: bool) -> None:
@@ -16,28 +119,8 @@ def write_keys(path: Path, fingerprint: str, key_id: str, keys: bytes, *, overwr
 
     Raises `ArtifactError` if the file exists and `overwrite` is False, or it cannot be written.
     """
-    data = ENVELOPE.pack({"fingerprint": fingerprint, "key_id": key_id}, [keys])
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                os.replace(beside, path)
-            else:
-                os.link(beside, path)  # fails if the file exists, as no check beforehand could
-        finally:
-            beside.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise ArtifactError(
-            f"{path} exists, and may hold the only copy of other keys; choose another file, or pass "
-            "overwrite=True."
-        ) from error
-    except OSError as error:
-        raise ArtifactError(f"The keys cannot be written to {path}: {error}.") from error
+    chunks = ENVELOPE.chunks({"fingerprint": fingerprint, "key_id": key_id}, [keys])
+    write_file(path, chunks, private=True, overwrite=overwrite)
 
 
 def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:

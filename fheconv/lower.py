@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ from fheconv.arithmetic import OUTSIDE
 from fheconv.arrays import Array, along_channels
 from fheconv.config import Engine
 from fheconv.engines import take
+from fheconv.interface import Interface
 from fheconv.lanes import Lanes
 from fheconv.network import Maximum, Quantization
 from fheconv.planes import Planes, in_planes
@@ -46,58 +47,32 @@ class LoweredLayer:
 class Lowered:
     """The circuit's function, and what it takes to feed it and to read its results.
 
-    `function` maps integers (1, n), the values at `inputs` of an image, numpy array or Concrete tracer, to
-    those at `outputs` of the last accumulators' `planes` in offset form (1, m): never negative, at most
-    `bits` wide, by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends
-    on are left out, and so are results that are constant: `read` (C, *S) and `computed` are the masks of what
-    is left. Several images ride in one, in `lanes`.
+    `function` maps integers (1, n), numpy array or Concrete tracer, as `interface.prepare` makes them, to the
+    results (1, m) of which `interface.accumulators` makes accumulators: parts of the last accumulators'
+    `planes` in offset form, never negative, at most `bits` wide, by the proof in `planes.bounds` (which
+    leaves the bias out). Values that no result depends on are left out, and so are results that are constant.
     """
 
     function: Callable[[Any], Any]
     network: QuantizedNetwork
     layers: tuple[LoweredLayer, ...]
     planes: Planes
-    read: Array
-    computed: Array
-    lanes: Lanes
-
-    @cached_property
-    def inputs(self) -> Array:
-        """The flat positions of what is encrypted of an image, (n,)."""
-        return np.flatnonzero(self.read)
-
-    @cached_property
-    def outputs(self) -> Array:
-        """The flat positions in the planes of what is computed, (m,)."""
-        return np.flatnonzero(self.computed)
+    interface: Interface
 
     @property
     def bits(self) -> int:
         """The proved width of the function's results, all lanes together."""
-        return self.lanes.width(self.planes.bounds.offset_bits)
+        return self.interface.lanes.width(self.planes.bounds.offset_bits)
 
     @property
     def lookups(self) -> int:
         """The number of lookups of one image."""
         return sum(layer.lookups for layer in self.layers)
 
-    def prepare(self, q: Array) -> Array:
-        """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
-        read = q.reshape(len(q), math.prod(q.shape[1:]))[:, self.inputs]
-        return self.lanes.pack(read, self.network.input.zero_point)
-
     def inputset(self) -> Array:
         """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
         blank = blank_images(self.network.input, self.network.input_shape)
-        return self.prepare(np.repeat(blank, self.lanes.count, axis=0))
-
-    def accumulators(self, results: Array, images: int) -> Array:
-        """Return the accumulators (N, K, *Out), bias included, of the function's results for N images."""
-        shape = self.planes.layer.shape
-        y = np.zeros((images, math.prod(shape)), np.int64)
-        y[:, self.outputs] = self.lanes.unpack(results, images)
-        start = along_channels(self.planes.bounds.channel_minimum, len(shape))
-        return self.planes.recombine(y.reshape(images, *shape) + start) + self.network.last.bias
+        return self.interface.prepare(np.repeat(blank, self.interface.lanes.count, axis=0))
 
 
 def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
@@ -139,9 +114,19 @@ def lower(network: QuantizedNetwork, engine: Engine = "auto", lanes: int = 1) ->
         network=network,
         layers=(*(step[1] for step in steps), last),
         planes=planes,
-        read=masks[0],
-        computed=computed,
-        lanes=riding,
+        interface=Interface(
+            input=network.input,
+            input_shape=network.input_shape,
+            inputs=np.flatnonzero(masks[0]),
+            shape=network.accumulator_shape,
+            outputs=np.flatnonzero(computed),
+            start=start,
+            factors=planes.factors,
+            bias=network.last.bias,
+            scale=network.last.scale,
+            finish=network.source.finish,
+            lanes=riding,
+        ),
     )
 
 

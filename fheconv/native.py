@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy as np
 from fheconv.arrays import Array
 from fheconv.config import SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.errors import ArtifactError, CompilationError
-from fheconv.lower import Lowered, lower
+from fheconv.keys import StoredKeys
+from fheconv.lower import lower
 from fheconv.quantized import QuantizedNetwork
-from fheconv.worker import CircuitForgotten, Compiled
+from fheconv.worker import CircuitForgotten, Compiled, KeysForgotten, Opened
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
@@ -36,7 +38,8 @@ class NativeCircuits:
     """
 
     def __init__(self) -> None:
-        self._circuits: dict[int, tuple[str, Any]] = {}
+        self._held: dict[int, _Held] = {}
+        self._evaluation_keys: dict[str, Any] = {}
 
     def compile(
         self,
@@ -58,7 +61,9 @@ class NativeCircuits:
         compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
         names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
-            circuit = compiler.compile([x[None] for x in lowered.inputset()], _configuration(lowered, config))
+            circuit = compiler.compile(
+                [x[None] for x in lowered.inputset()], _configuration(lowered.lookups > 0, config)
+            )
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise CompilationError(
@@ -73,14 +78,12 @@ class NativeCircuits:
                 f"Concrete gave the result of layer {lowered.layers[-1].name!r} {output.dtype.bit_width} "
                 f"bits, but {lowered.bits} are proved necessary; please report this network."
             )
-        if keys is not None:
-            try:
-                circuit.keys.load_from_bytes(keys)
-            except RuntimeError as error:
-                raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
-        self._circuits[number] = (key_id, circuit)
+        _load_keys(circuit.client, keys)
+        self._held[number] = _Held(
+            key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
+        )
         return Compiled(
-            fingerprint=hashlib.sha256(circuit.client.specs.serialize() + circuit.mlir.encode()).hexdigest(),
+            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir),
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,
@@ -94,31 +97,88 @@ class NativeCircuits:
             ),
         )
 
+    def export(self, number: int, key_id: str) -> tuple[bytes, str]:
+        """Return what a client has to know of the circuit's parameters, and what a server runs."""
+        circuit = self._named(number, key_id).circuit
+        return circuit.client.specs.serialize(), circuit.mlir
+
+    def open_client(
+        self, number: int, fingerprint: str, specs: bytes, key_id: str = "", keys: bytes | None = None
+    ) -> Opened:
+        """Make the client side of an exported circuit, as number `number`."""
+        client = fhe.Client(fhe.ClientSpecs.deserialize(specs))
+        _load_keys(client, keys)
+        self._held[number] = _Held(key_id=key_id, client=client)
+        return Opened(fingerprint=fingerprint)
+
+    def open_server(
+        self, number: int, fingerprint: str, specs: bytes, mlir: str, looks_up: bool, config: CompileConfig
+    ) -> Opened:
+        """Make the server side of an exported circuit, as number `number`.
+
+        It is compiled here, from text: a library from elsewhere could do anything.
+        """
+        tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
+        server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
+        if server.client_specs.serialize() != specs:
+            raise ArtifactError(
+                "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
+                "or from another version of Concrete. Compile and save it anew."
+            )
+        self._held[number] = _Held(server=server)
+        return Opened(fingerprint=fingerprint)
+
+    def run_for(
+        self, number: int, name: str, keys: bytes | StoredKeys | None, most: int, ciphertext: bytes
+    ) -> bytes:
+        """Evaluate a server's circuit with evaluation keys by that name, which are kept for the next time.
+
+        Of at most `most` sets, those used least recently go. Raises `KeysForgotten` without `keys`, if they
+        are not here.
+        """
+        server = self._named(number, "").server
+        if name in self._evaluation_keys:
+            found = self._evaluation_keys.pop(name)
+        elif keys is None:
+            raise KeysForgotten(f"The evaluation keys {name} are not here.")
+        else:
+            found = fhe.EvaluationKeys.deserialize(keys if isinstance(keys, bytes) else keys.read())
+        self._evaluation_keys[name] = found
+        while len(self._evaluation_keys) > most:
+            del self._evaluation_keys[next(iter(self._evaluation_keys))]
+        return server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=found).serialize()
+
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
         """Make new keys for the circuit, by the name `new_id`, and return them, secret keys included."""
-        circuit = self._circuit(number, key_id)
-        del self._circuits[number]  # if this fails, the circuit's keys are neither the old nor the new
-        circuit.keygen(force=True)
-        self._circuits[number] = (new_id, circuit)
-        return circuit.keys.serialize()
+        held = self._named(number, key_id)
+        del self._held[number]  # if this fails, the circuit's keys are neither the old nor the new
+        held.client.keygen(force=True)
+        self._held[number] = replace(held, key_id=new_id)
+        return held.client.keys.serialize()
+
+    def evaluation_keys(self, number: int, key_id: str) -> bytes:
+        """Return the keys that whoever runs the circuit needs, no secret one among them."""
+        return self._named(number, key_id).client.evaluation_keys.serialize()
 
     def encrypt(self, number: int, key_id: str, images: Array) -> list[bytes]:
         """Return a ciphertext for each integer image of (N, C, *S)."""
-        circuit = self._circuit(number, key_id)
-        return [circuit.encrypt(image).serialize() for image in _each(images)]
+        client = self._named(number, key_id).client
+        return [client.encrypt(image).serialize() for image in _each(images)]
 
     def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on one encrypted image."""
-        return self._circuit(number, key_id).run(fhe.Value.deserialize(ciphertext)).serialize()
+        held = self._named(number, key_id)
+        value = fhe.Value.deserialize(ciphertext)
+        return held.server.run(value, evaluation_keys=held.client.evaluation_keys).serialize()
 
     def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
         """Return the integer results (N, K, *Out) in offset form."""
-        circuit = self._circuit(number, key_id)
-        return np.concatenate([circuit.decrypt(fhe.Value.deserialize(c)) for c in ciphertexts])
+        client = self._named(number, key_id).client
+        return np.concatenate([client.decrypt(fhe.Value.deserialize(c)) for c in ciphertexts])
 
     def simulate(self, number: int, key_id: str, images: Array) -> Array:
         """Return the results (N, K, *Out) of Concrete's simulation, in offset form."""
-        circuit = self._circuit(number, key_id)
+        circuit = self._named(number, key_id).circuit
         circuit.enable_fhe_simulation()
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
@@ -144,18 +204,41 @@ class NativeCircuits:
     def release(self, numbers: list[int]) -> None:
         """Forget circuits that nobody holds any longer."""
         for number in numbers:
-            self._circuits.pop(number, None)
+            self._held.pop(number, None)
 
-    def _circuit(self, number: int, key_id: str) -> Any:
-        held, circuit = self._circuits.get(number, (None, None))
-        if held != key_id:
+    def _named(self, number: int, key_id: str) -> "_Held":
+        held = self._held.get(number)
+        if held is None or held.key_id != key_id:
             raise CircuitForgotten(f"Circuit {number} is not here with these keys.")
-        return circuit
+        return held
 
 
-def _configuration(lowered: Lowered, config: CompileConfig) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """A circuit's two sides, of which a client holds only its own, and a server too; `circuit` simulates."""
+
+    key_id: str = ""
+    client: Any = None
+    server: Any = None
+    circuit: Any = None
+
+
+def fingerprint_of(specs: bytes, mlir: str) -> str:
+    """Return a circuit's name, in hexadecimal: of its parameters and of what it computes."""
+    return hashlib.sha256(specs + mlir.encode()).hexdigest()
+
+
+def _load_keys(client: Any, keys: bytes | None) -> None:
+    if keys is None:
+        return
+    try:
+        client.keys.load_from_bytes(keys)
+    except RuntimeError as error:
+        raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
+
+
+def _configuration(looks_up: bool, config: CompileConfig) -> Any:
     """Return what Concrete is configured with."""
-    looks_up = lowered.lookups > 0
     p_error = config.p_error
     chosen = (p_error, config.global_p_error, config.configuration)
     if not looks_up and all(choice is None for choice in chosen):

@@ -42,14 +42,6 @@ class Planes:
     factors: Array
     accumulator_bits: int
 
-    def recombine(self, accumulators: Array) -> Array:
-        """Return the layer's accumulators (N, K, *S) for those of its planes (N, K·n, *S)."""
-        images, channels, *size = accumulators.shape
-        planes = len(self.factors)
-        return np.tensordot(
-            accumulators.reshape(images, channels // planes, planes, *size), self.factors, axes=(2, 0)
-        )
-
 
 def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int) -> Planes:
     """Return the fewest planes of a layer that cost nothing beside lookups of up to `lookup_bits` bits.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from fheconv.arrays import Array, along_channels, as_array
+from fheconv.arrays import Array, along_channels
 from fheconv.config import QuantConfig
-from fheconv.errors import InputRangeError, InvalidArgumentError
+from fheconv.interface import integer_images, real_results
 from fheconv.network import CalibratedInput, Maximum, Network, Quantization
 from fheconv.steps import Kernel, Shape, Term
 
@@ -200,19 +200,7 @@ class QuantizedNetwork:
 
         Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
         """
-        try:
-            x = as_array(x, "The image")
-        except InvalidArgumentError as error:
-            raise InputRangeError(str(error)) from error
-        batched = x.ndim == len(self.input_shape) + 1
-        if x.shape[int(batched) :] != self.input_shape:
-            raise InputRangeError(
-                f"The images have shape {x.shape}; this network takes (n, "
-                f"{', '.join(map(str, self.input_shape))}), or one image without n. For another image size, "
-                "quantize with calibration images of it."
-            )
-        q = self.input.integers(x)
-        return (q if batched else q[None]), batched
+        return integer_images(x, self.input, self.input_shape)
 
     def tensors(self, q: Array) -> list[Array]:
         """Return every tensor for integer images (N, *input_shape), the accumulators last."""
@@ -227,8 +215,7 @@ class QuantizedNetwork:
 
     def dequantize(self, accumulators: Array) -> Array:
         """Return the real results (float64) that the last accumulators (N, K, *Out) stand for."""
-        y = accumulators * self.last.scale
-        return y if self.source.finish is None else self.source.finish(y)
+        return real_results(accumulators, self.last.scale, self.source.finish)
 
     def integers(self, x: Any) -> Array:
         """Return the last accumulators for float images, (N, K, *Out) or (K, *Out).

@@ -16,6 +16,7 @@ elsewhere is ever unpickled.
 import atexit
 import contextlib
 import functools
+import itertools
 import os
 import re
 import resource
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from multiprocessing.connection import Connection
 from typing import IO, Any, Protocol
 
 from fheconv.config import CompileConfig
-from fheconv.errors import FheConvError
+from fheconv.errors import CompilationError, ExecutionError, FheConvError
 
 LAST_WORDS = 2000
 # LLVM says why it aborts before it prints the whole stack, of which only the reason is of use.
@@ -42,6 +44,7 @@ LAST_OUTPUT = 100_000
 _FRAME = re.compile(r" *#\d+ 0x")
 WATCH_SECONDS = 0.02
 UNLIMITED = CompileConfig()
+_numbers = itertools.count()
 # For glibc: keep the memory of ciphertexts, megabytes each, for the next ones. Taking it anew from the system
 # costs as much time as a convolution of a small image.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
@@ -54,10 +57,16 @@ _REMEDY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """What is known of a circuit once it is compiled, before any key is made. Sizes in bytes."""
+class Opened:
+    """Which circuit the native library holds, in hexadecimal."""
 
     fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Opened):
+    """What is known of a circuit once it is compiled, before any key is made. Sizes in bytes."""
+
     output_bits: int
     lookups: int
     complexity: float
@@ -70,6 +79,10 @@ class Compiled:
 
 class CircuitForgotten(FheConvError):
     """The circuit is not in this worker: it is a new one, and has to be given the circuit again."""
+
+
+class KeysForgotten(FheConvError):
+    """The evaluation keys are not in this worker, or no longer, and have to be given to it."""
 
 
 class Session(Protocol):
@@ -257,6 +270,48 @@ class Worker:
             f"The process of the native library {how} during {method}; the next call starts a new one. Its "
             f"last words: {words}"
         )
+
+
+class Program:
+    """Something that the native library holds by number, and is given again where a worker is a new one.
+
+    `opening` is the method of `NativeCircuits` that makes it, with the arguments after the number.
+    """
+
+    def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: CompileConfig) -> None:
+        self.number = next(_numbers)
+        weakref.finalize(self, session.released.append, self.number).atexit = False
+        self._session, self._limits = session, limits
+        self._method, self._arguments = opening
+        self.compiled: Any = self._open()
+
+    @property
+    def fingerprint(self) -> str:
+        """Which circuit it is, in hexadecimal."""
+        return str(self.compiled.fingerprint)
+
+    def request(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `NativeCircuits` for it.
+
+        Raises `ExecutionError` if the native library fails.
+        """
+        try:
+            return self._request(method, arguments)
+        except CircuitForgotten:
+            self._reopen()
+            return self._request(method, arguments)
+
+    def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return self._session.request(ExecutionError, method, self.number, *arguments, limits=self._limits)
+
+    def _open(self, *more: Any) -> Any:
+        arguments = (self.number, *self._arguments, *more)
+        return self._session.request(CompilationError, self._method, *arguments, limits=self._limits)
+
+    def _reopen(self, *more: Any) -> None:
+        """Give a new worker what the old one knew."""
+        if self._open(*more).fingerprint != self.fingerprint:
+            raise ExecutionError("Compiling again gave another circuit; compile anew and make new keys.")
 
 
 def _drain(numbers: deque[int]) -> list[int]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.envelope import HEADER_LIMIT, VERSION, Envelope
+from fheconv.envelope import HEADER_LIMIT, VERSION, Envelope, Incoming
 
 ENVELOPE = Envelope(magic=b"testing\0", what="parcel", maker="pack()", names=("name", "count"))
 HEADER = {"name": "ä", "count": 3}
@@ -34,6 +34,32 @@ def test_what_is_packed_is_unpacked(name, count, payload):
         fields, unpacked = ENVELOPE.unpack(kind(data), len(data))
         assert fields == {"name": name, "count": count}
         assert bytes(unpacked) == b"".join(payload)
+
+
+def arrived(data, sizes):
+    """What a check of `data` in pieces of these sizes, and a last one, ends with."""
+    incoming = Incoming(ENVELOPE, len(data))
+    for size in (*sizes, len(data)):
+        incoming.feed(data[:size])
+        data = data[size:]
+    return incoming, incoming.close()
+
+
+@given(values, st.binary(max_size=300), st.lists(st.integers(0, 60)))
+def test_bytes_that_arrive_in_pieces_are_checked_like_all_at_once(name, payload, sizes):
+    data = ENVELOPE.pack({"name": name, "count": 1}, [payload])
+    incoming, fields = arrived(data, sizes)
+    assert fields == {"name": name, "count": 1}
+    assert data[incoming.payload_start : -32] == payload
+    assert (incoming.size, incoming.digest) == (len(data), data[-32:].hex())
+
+
+@given(values, st.lists(st.integers(0, 60)), st.integers(0, 200), st.integers(1, 255))
+def test_damage_is_noticed_wherever_pieces_end(name, sizes, at, change):
+    data = bytearray(ENVELOPE.pack({"name": name, "count": 1}, [b"payload"]))
+    data[at % len(data)] ^= change
+    with pytest.raises(fheconv.ArtifactError, match="parcel"):
+        arrived(bytes(data), sizes)
 
 
 @given(st.data())

@@ -20,10 +20,10 @@ def test_the_circuits_function_on_numpy_is_the_integer_network(engine, kind, see
     except fheconv.InvalidArgumentError:  # nothing to read, nothing to shift
         assert network.budget().accumulator_bits == 0
         return
-    results = lowered.function(lowered.prepare(q))
+    results = lowered.function(lowered.interface.prepare(q))
     assert results.min() >= 0
     assert int(results.max()).bit_length() <= lowered.bits
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,15 +32,15 @@ def test_worst_cases_reach_zero_and_the_proved_width(kind, seed):
     network, _, _ = random_network(seed, kind)
     lowered = lower(network)
     worst = worst_case_inputs(network.last, network.input_shape, lowered.planes.bounds)
-    results = lowered.function(lowered.prepare(worst))
+    results = lowered.function(lowered.interface.prepare(worst))
     # The results that are computed, by the channel that each belongs to.
-    channels = np.unravel_index(lowered.outputs, network.accumulator_shape)[0]
+    channels = np.unravel_index(lowered.interface.outputs, network.accumulator_shape)[0]
     for channel in np.unique(channels):
         ours = results[:, channels == channel]
         assert int(ours.max()) == lowered.planes.bounds.channel_span[channel]
         # The least may belong to a position whose result is constant, and is not computed.
         minimum = lowered.planes.bounds.minimum[channel].ravel()
-        computed = lowered.outputs[channels == channel] - channel * minimum.size
+        computed = lowered.interface.outputs[channels == channel] - channel * minimum.size
         assert int(ours.min()) == minimum[computed].min() - lowered.planes.bounds.channel_minimum[channel]
     assert int(results.max()).bit_length() == lowered.bits
 
@@ -72,9 +72,11 @@ def test_lanes_neither_borrow_nor_carry(engine, lanes, kind, seed):
     order = np.random.default_rng(seed).permutation(len(worst) * 2) % len(worst)
     random, _ = network.quantize_input(unlike_calibration(network, seed, 3))
     images = np.concatenate([worst, worst[order], random])
-    inputs = lowered.prepare(images)
+    inputs = lowered.interface.prepare(images)
     assert len(inputs) == -(-len(images) // lanes)
     results = lowered.function(inputs)
     assert results.min() >= 0
     assert int(results.max()).bit_length() <= lowered.bits
-    np.testing.assert_array_equal(lowered.accumulators(results, len(images)), network.accumulate(images))
+    np.testing.assert_array_equal(
+        lowered.interface.accumulators(results, len(images)), network.accumulate(images)
+    )

@@ -128,8 +128,8 @@ def noise_of_keys(chosen, p_error):
     """Dimension and log2 variance of each evaluation key's encryption, as Concrete compiled them."""
     config = fheconv.CompileConfig(p_error=p_error, parameters=chosen, in_process=True)
     circuit = fheconv.compile(network(), config)
-    _, compiled = circuit._session._circuits._circuits[circuit._one.number]
-    keys = compiled.client.specs.program_info.get_keyset_info()
+    held = circuit._session._circuits._held[circuit._one.number]
+    keys = held.client.specs.program_info.get_keyset_info()
     noise = {}
     for key in keys.bootstrap_keys():
         noise[key.glwe_dimension() * key.polynomial_size()] = np.log2(key.variance())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv.bounds import layer_bounds, without_bias
+from fheconv.interface import recombined
 from fheconv.lower import lower
 from fheconv.network import Maximum
 from fheconv.planes import MOST_PLANES, in_planes
@@ -70,7 +71,7 @@ def test_planes_add_up_to_the_clear_integers_and_keep_to_their_bounds(problem, f
         tensors[source][:10] = ends
     parts = planes.layer.accumulate(tensors)
     whole = without_bias(layer)
-    np.testing.assert_array_equal(planes.recombine(parts), whole.accumulate(tensors))
+    np.testing.assert_array_equal(recombined(parts, planes.factors), whole.accumulate(tensors))
     assert parts.shape[1] == layer.shape[0] * len(planes.factors)
     assert (parts >= planes.bounds.minimum).all()
     assert (parts <= planes.bounds.maximum).all()
@@ -112,10 +113,10 @@ def test_networks_in_planes_compute_their_integers(seed, engine):
     assert last.planes > 1
     assert last.plane_bits == lowered.bits < last.bits
     q = integer_images(quantized, seed, 20)
-    results = lowered.function(lowered.prepare(q))
+    results = lowered.function(lowered.interface.prepare(q))
     assert results.min() >= 0
     assert int(results.max()).bit_length() <= last.plane_bits
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), quantized.accumulate(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), quantized.accumulate(q))
 
 
 @pytest.mark.parametrize("seed", [3, 6, 7, 12])

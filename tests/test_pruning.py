@@ -23,12 +23,14 @@ def engine(network):
 
 def channels(lowered):
     """The channels of the image that are encrypted."""
-    return np.unique(np.unravel_index(lowered.inputs, lowered.network.input_shape)[0]).tolist()
+    return np.unique(np.unravel_index(lowered.interface.inputs, lowered.network.input_shape)[0]).tolist()
 
 
 def filters(lowered):
     """The channels of the results that are computed."""
-    return np.unique(np.unravel_index(lowered.outputs, lowered.network.accumulator_shape)[0]).tolist()
+    return np.unique(
+        np.unravel_index(lowered.interface.outputs, lowered.network.accumulator_shape)[0]
+    ).tolist()
 
 
 def test_zero_weights_cost_nothing():
@@ -51,8 +53,8 @@ def test_zero_weights_cost_nothing():
         q = rng.integers(0, 4, (2, 3, 9, 9))
         for engine in ENGINES:
             lowered = lower(each, engine)
-            results = lowered.function(lowered.prepare(q))
-            np.testing.assert_array_equal(lowered.accumulators(results, len(q)), each.accumulate(q))
+            results = lowered.function(lowered.interface.prepare(q))
+            np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), each.accumulate(q))
 
 
 def test_pixels_that_no_result_depends_on_are_not_encrypted():
@@ -60,20 +62,20 @@ def test_pixels_that_no_result_depends_on_are_not_encrypted():
     network = integer_network([[1, 2], [3, 4]], (1, 9, 8), stride=3)
     lowered = lower(network)
     expected = [r * 8 + c for r in range(8) if r % 3 < 2 for c in range(8) if c % 3 < 2]
-    assert lowered.inputs.tolist() == expected
+    assert lowered.interface.inputs.tolist() == expected
     q = np.random.default_rng(0).integers(0, 4, (2, 1, 9, 8))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 def test_results_that_are_constant_are_not_computed():
     """Padding by two leaves a border that the 1×1 kernel reads nothing of."""
     network = integer_network([[5]], (1, 3, 3), padding=2)
     lowered = lower(network)
-    assert lowered.outputs.tolist() == [r * 7 + c for r in range(2, 5) for c in range(2, 5)]
+    assert lowered.interface.outputs.tolist() == [r * 7 + c for r in range(2, 5) for c in range(2, 5)]
     q = np.random.default_rng(0).integers(0, 4, (2, 1, 3, 3))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -84,8 +86,8 @@ def test_one_bit_has_no_zero_so_that_weights_of_zero_are_computed(engine):
     assert network.last.convolution.weight.all()
     q, _ = network.quantize_input(images)
     lowered = lower(network, engine)
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 def test_a_layer_that_nobody_reads_still_compiles():
@@ -113,8 +115,8 @@ def test_groups_without_weights_are_dropped_whole():
     assert channels(lowered) == [0, 1]
     assert filters(lowered) == [0, 1]
     q = np.random.default_rng(0).integers(0, 4, (2, 4, 6, 6))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,8 @@ def test_filters_of_rank_one_may_run_in_two_passes(channels, options):
     lowered = lower(network, "separable")
     assert multiply_adds(lowered) < multiply_adds(lower(network, "conv"))
     q = rng.integers(0, 4, (2, channels, 12, 12))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
 
 
 def test_two_passes_are_taken_by_counting():
@@ -158,9 +160,9 @@ def test_an_all_zero_layer_still_has_a_function():
         lowered = lower(network, engine)
         assert lowered.bits == 0
         x = np.full((1, 1, 5, 5), 3)
-        results = lowered.function(lowered.prepare(x))
+        results = lowered.function(lowered.interface.prepare(x))
         assert (results == 0).all()
-        np.testing.assert_array_equal(lowered.accumulators(results, 1), np.zeros((1, 2, 5, 5)))
+        np.testing.assert_array_equal(lowered.interface.accumulators(results, 1), np.zeros((1, 2, 5, 5)))
     with pytest.raises(fheconv.InvalidArgumentError, match="no weights"):
         lower(network, "shifts")
 
@@ -182,5 +184,5 @@ def test_what_a_circuit_costs_is_known_without_the_positions_of_its_values(engin
         assert multiply_adds(lowered) > 0
         assert network.budget().accumulator_bits == lowered.bits
     q = np.random.default_rng(0).integers(0, 4, (2, 1, 9, 8))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))

@@ -36,10 +36,10 @@ def test_tinycnn_takes_296_lookups_of_49_pixels(tiny):
     lowered = lower(tiny)
     assert lowered.lookups == tiny.budget().lookups == 296
     assert [layer.lookups for layer in lowered.layers] == [200, 64, 32, 0]
-    assert len(lowered.inputs) == 49
+    assert len(lowered.interface.inputs) == 49
     q = np.random.default_rng(1).integers(0, 16, (20, 1, 8, 8))
-    results = lowered.function(lowered.prepare(q))
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), tiny.accumulate(q))
+    results = lowered.function(lowered.interface.prepare(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), tiny.accumulate(q))
 
 
 def computed(network, tensors, number):
@@ -123,10 +123,10 @@ def check_engine(network, engine, seed):
         return
     lowered = lower(network, engine)
     q = integer_images(network, seed, 20)
-    results = lowered.function(lowered.prepare(q))
+    results = lowered.function(lowered.interface.prepare(q))
     assert results.min() >= 0
     assert int(results.max()).bit_length() <= lowered.bits
-    np.testing.assert_array_equal(lowered.accumulators(results, len(q)), network.accumulate(q))
+    np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), network.accumulate(q))
     assert lowered.lookups == network.budget().lookups
     used = {part for layer in lowered.layers for part in layer.engine.split(" + ")}
     assert engine == "auto" or used <= {engine, "conv", "maximum"}
@@ -151,7 +151,7 @@ def test_no_more_is_looked_up_than_what_is_read():
     network = quantize(Crop().eval(), np.random.default_rng(0).uniform(0, 1, (3, 1, 8, 8)))
     lowered = lower(network)
     assert lowered.lookups == 4
-    assert len(lowered.inputs) == 16
+    assert len(lowered.interface.inputs) == 16
     assert lower(network, "conv").layers[0].multiply_adds == 4 * 9
     check_engine(network, "auto", 0)
 

@@ -1,0 +1,224 @@
+"""A circuit in two files: `client.zip` for the owner of the keys, `server.zip` for whoever computes.
+
+Both hold `manifest.json` (see `fheconv.manifest`), `interface.json` (see `fheconv.interface`) and
+`specs.json` (Concrete's parameters); `server.zip` also `circuit.mlir`, the program as Concrete's text, and
+`config.json`, what to compile it with. `sha256.json` holds the digest of each of the others. There is no
+pickle in them and no library: the server compiles the text, so that a file from elsewhere is data only.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fheconv.client import Client
+from fheconv.config import CompileConfig, ParameterRange
+from fheconv.errors import ArtifactError, InvalidArgumentError
+from fheconv.files import write_file
+from fheconv.interface import Interface
+from fheconv.manifest import Manifest
+from fheconv.server import Server
+
+if TYPE_CHECKING:
+    from fheconv.circuit import FheCircuit
+
+CLIENT = ("manifest.json", "interface.json", "specs.json")
+SERVER = (*CLIENT, "circuit.mlir", "config.json")
+DIGESTS = "sha256.json"
+# No file, and nothing in it, may have more bytes.
+MOST_BYTES = 2**30
+# What `config.json` holds of a `CompileConfig`: what the parameters depend on.
+_CONFIG = (
+    "p_error",
+    "global_p_error",
+    "security_level",
+    "compress_input",
+    "compress_evaluation_keys",
+    "parameters",
+)
+
+
+def save(
+    circuit: "FheCircuit", folder: str | Path, *, class_names: Sequence[str] | None = None
+) -> tuple[Path, Path]:
+    """Write `client.zip` and `server.zip` into a folder, made if need be; return their paths.
+
+    They hold the circuit of one image in each ciphertext, no key, and nothing of the calibration images.
+    `class_names` names the results, for those who read them.
+
+    Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with a
+    Concrete configuration of its own, and for names that are not as many as results.
+    """
+    if circuit.config.configuration is not None:
+        raise InvalidArgumentError(
+            "A circuit compiled with CompileConfig.configuration cannot be saved: that is an object of "
+            "Concrete's. Use the other fields of CompileConfig."
+        )
+    interface, fingerprint, specs, mlir = circuit.exported()
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        fheconv=version("fheconv"),
+        concrete=version("concrete-python"),
+        input_shape=interface.input_shape,
+        output_shape=interface.output_shape,
+        class_names=_class_names(class_names, interface.output_shape),
+        cost=circuit.cost,
+    )
+    config = {name: value for name, value in asdict(circuit.config).items() if name in _CONFIG}
+    parts = {
+        "manifest.json": _json(manifest.to_dict()),
+        "interface.json": _json(interface.to_dict()),
+        "specs.json": specs,
+        "circuit.mlir": mlir.encode(),
+        "config.json": _json(config),
+    }
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"There can be no folder {folder}: {error}.") from error
+    paths = folder / "client.zip", folder / "server.zip"
+    for path, names in zip(paths, (CLIENT, SERVER), strict=True):
+        write_file(path, [_zipped(_only(parts, names))])
+    return paths
+
+
+def load_client(file: str | Path | bytes) -> Client:
+    """Return the client of a `client.zip`, or of its bytes. It has no keys yet.
+
+    Raises `ArtifactError` for a file that is damaged, altered or of another version.
+    """
+    parts = _read(file, CLIENT)
+    interface = Interface.from_dict(_loaded(parts, "interface.json"))
+    return Client(_manifest(parts), interface, parts["specs.json"])
+
+
+def load_server(
+    file: str | Path, *, time_limit: float | None = None, memory_limit: int | None = None
+) -> Server:
+    """Return the server of a `server.zip`, compiled.
+
+    The limits are those of `CompileConfig`, for each call of the native library. Raises `ArtifactError` for a
+    file that is damaged, altered or of another version, `CompilationError` if Concrete cannot compile it.
+    """
+    parts = _read(file, SERVER)
+    try:
+        given = _loaded(parts, "config.json")
+        if given["parameters"] is not None:
+            lists = {name: tuple(numbers) for name, numbers in given["parameters"].items()}
+            given["parameters"] = ParameterRange(**lists)
+        config = CompileConfig(**{name: given[name] for name in _CONFIG})
+        mlir = parts["circuit.mlir"].decode()
+    except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(f"What {file} is to be compiled with is altered: {error!r:.200}.") from error
+    manifest = _manifest(parts)
+    found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
+    if found != manifest.fingerprint:
+        raise ArtifactError(
+            f"{file} is altered: its program has the fingerprint {found}, and its manifest says "
+            f"{manifest.fingerprint}. Get it again, from whoever compiled it."
+        )
+    limited = replace(config, time_limit=time_limit, memory_limit=memory_limit)
+    return Server(manifest, parts["specs.json"], mlir, limited, client_file=_zipped(_only(parts, CLIENT)))
+
+
+def load_manifest(file: str | Path) -> Manifest:
+    """Return what a `client.zip` or a `server.zip` says of its circuit. Raises `ArtifactError` like them."""
+    return _manifest(_read(file, SERVER, CLIENT))
+
+
+def _manifest(parts: Mapping[str, bytes]) -> Manifest:
+    return Manifest.from_dict(_loaded(parts, "manifest.json"))
+
+
+def _class_names(names: Sequence[str] | None, output_shape: tuple[int, ...]) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise InvalidArgumentError(f"class_names={names!r:.50}; it must be a sequence of words.")
+    if output_shape != (len(names),):
+        raise InvalidArgumentError(
+            f"There are {len(names)} class_names, and the model's outputs for an image have shape "
+            f"{output_shape}; give one for each score."
+        )
+    return tuple(names)
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data).encode()
+
+
+def _loaded(parts: Mapping[str, bytes], name: str) -> Any:
+    try:
+        return json.loads(parts[name])
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name} is not JSON: {error}.") from error
+
+
+def _only(parts: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
+    return {name: parts[name] for name in names}
+
+
+def _zipped(parts: Mapping[str, bytes]) -> bytes:
+    """Return a zip of the parts and their digests, the same bytes for the same parts."""
+    digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in {DIGESTS: _json(digests), **parts}.items():
+            archive.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes]:
+    """Return the contents of a zip that holds exactly one of the `expected` lists of names.
+
+    Nothing is unpacked to the disk, and no more is read than sizes promise and `MOST_BYTES` allows.
+    """
+    what = "The file" if isinstance(file, bytes) else str(file)
+    try:
+        size = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
+        if size > MOST_BYTES:
+            raise ArtifactError(
+                f"{what} has {size:,} bytes; no file of a circuit has more than {MOST_BYTES:,}."
+            )
+        with zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file) as archive:
+            parts = _parts(archive, what, expected)
+    except OSError as error:
+        raise ArtifactError(f"{what} cannot be read: {error}.") from error
+    # What zipfile raises for damaged files is documented in part only.
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"{what} is truncated, altered or no file of fheconv: {error}. Get it again."
+        ) from error
+    digests = _loaded(parts, DIGESTS)
+    for name, part in parts.items():
+        if name != DIGESTS and hashlib.sha256(part).hexdigest() != digests.get(name):
+            raise ArtifactError(f"{what} is altered: the SHA-256 of {name} does not fit. Get it again.")
+    return parts
+
+
+def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]]) -> dict[str, bytes]:
+    entries = archive.infolist()
+    names = sorted(entry.filename for entry in entries)
+    if names not in [sorted((DIGESTS, *wanted)) for wanted in expected]:
+        raise ArtifactError(
+            f"{what} holds {names!r:.300}, where {' or '.join(sorted((*expected[0], DIGESTS)))} belong; give "
+            "the client.zip or the server.zip that circuit.save wrote, whichever is asked for."
+        )
+    if sum(entry.file_size for entry in entries) > MOST_BYTES:
+        raise ArtifactError(
+            f"{what} would unpack to more than {MOST_BYTES:,} bytes, which no file of a circuit does."
+        )
+    parts = {}
+    for entry in entries:
+        with archive.open(entry) as part:
+            parts[entry.filename] = part.read(entry.file_size + 1)
+        if len(parts[entry.filename]) != entry.file_size:
+            raise zipfile.BadZipFile(f"{entry.filename} is not as long as it says")
+    return parts

@@ -1,0 +1,213 @@
+"""The side that owns the keys: it makes them, encrypts images and decrypts results."""
+
+import secrets
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fheconv.arrays import Array
+from fheconv.ciphertext import Ciphertext
+from fheconv.config import CompileConfig
+from fheconv.errors import ArtifactError, NotCompiledError
+from fheconv.interface import Interface
+from fheconv.keys import EvaluationKeys, read_keys, write_keys
+from fheconv.manifest import Manifest
+from fheconv.progress import status
+from fheconv.reports import Cost
+from fheconv.worker import UNLIMITED, Program, Session, worker
+
+OTHER_KEYS = "The ciphertext was made with other keys; encrypt again with the present ones."
+
+
+class KeyedProgram(Program):
+    """One compiled function and its keys.
+
+    The native library holds it with a key set, by the name `key_id`, which every request says: a worker that
+    has it with other keys, or with none, is given it again with these.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        opening: tuple[str, tuple[Any, ...]],
+        interface: Interface,
+        limits: CompileConfig = UNLIMITED,
+    ) -> None:
+        self.interface = interface
+        self.key_id = ""
+        self.keys: bytes | None = None
+        super().__init__(session, opening, limits)
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            "What holds secret keys, in a worker that is this process's own, cannot be copied or pickled."
+        )
+
+    def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return super()._request(method, (self.key_id, *arguments))
+
+    def _reopen(self, *more: Any) -> None:
+        super()._reopen(*(more or (self.key_id, self.keys)))
+
+    def keygen(self, key_id: str) -> None:
+        """Make new keys, by this name."""
+        keys = self.request("keygen", key_id)
+        self.keys, self.key_id = keys, key_id
+
+    def save_keys(self, path: Path, *, overwrite: bool) -> None:
+        """Write the keys to a file (see `Client.save_keys`)."""
+        self.require_keys("save_keys")
+        write_keys(path, self.fingerprint, self.key_id, self.keys or b"", overwrite=overwrite)
+
+    def load_keys(self, path: Path) -> None:
+        """Use the keys of a file (see `Client.load_keys`)."""
+        key_id, keys = read_keys(path, self.fingerprint)
+        self._reopen(key_id, keys)
+        self.key_id, self.keys = key_id, keys
+
+    def evaluation_keys(self) -> EvaluationKeys:
+        """Return the keys that a server needs, without the secret ones."""
+        self.require_keys("evaluation_keys")
+        payload = self.request("evaluation_keys")
+        return EvaluationKeys(fingerprint=self.fingerprint, key_id=self.key_id, payload=payload)
+
+    def encrypt(self, q: Array, batched: bool) -> Ciphertext:
+        """Encrypt integer images (N, C, *S)."""
+        self.require_keys("encrypt")
+        values = self.request("encrypt", self.interface.prepare(q)) if len(q) else []
+        return Ciphertext(
+            kind="input",
+            fingerprint=self.fingerprint,
+            key_id=self.key_id,
+            images=len(q),
+            batched=batched,
+            values=tuple(values),
+        )
+
+    def decrypt(self, ciphertext: Ciphertext) -> Array:
+        """Return the accumulators (N, K, *Out) of results that `check` has let pass."""
+        shape = (len(ciphertext.values), len(self.interface.outputs))
+        results = np.zeros(shape, np.int64)
+        if ciphertext.values:
+            results = self.request("decrypt", list(ciphertext.values))
+        if results.shape != shape:
+            raise ArtifactError(
+                f"The ciphertext holds results of shape {results.shape}, where this circuit has {shape}; "
+                "decrypt what its own run() returned."
+            )
+        return self.interface.accumulators(results, ciphertext.images)
+
+    def require_keys(self, step: str) -> None:
+        """Raise `NotCompiledError` before `keygen`."""
+        if self.keys is None:
+            raise NotCompiledError(f"{step} needs keys and there are none yet; call keygen() first.")
+
+    def check(self, ciphertext: Any, kind: str, step: str) -> None:
+        """Raise `ArtifactError` for a ciphertext of another kind, circuit or key set, or another shape."""
+        self.require_keys(step)
+        check_ciphertext(ciphertext, kind, step, self.fingerprint, self.key_id, self.interface.lanes.count)
+
+
+def check_ciphertext(
+    ciphertext: Any, kind: str, step: str, fingerprint: str, key_id: str, lanes: int
+) -> None:
+    """Raise `ArtifactError` unless it is a ciphertext of this kind, circuit and key set, `lanes` a value."""
+    if not isinstance(ciphertext, Ciphertext):
+        raise ArtifactError(
+            f"{step} takes a Ciphertext, not {type(ciphertext).__name__}; encrypt images first."
+        )
+    if ciphertext.kind != kind:
+        needs = "what encrypt() returned" if kind == "input" else "what run() returned"
+        raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
+    if ciphertext.fingerprint != fingerprint:
+        raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
+    if ciphertext.key_id != key_id:
+        raise ArtifactError(OTHER_KEYS)
+    if len(ciphertext.values) != -(-ciphertext.images // lanes):
+        raise ArtifactError(
+            f"The ciphertext says it holds {ciphertext.images} images, in {len(ciphertext.values)} values of "
+            f"{lanes} each."
+        )
+
+
+class Client:
+    """The client side of a saved circuit: all that its owner needs, and no weight of the network's.
+
+    Made by `fheconv.load_client`. `manifest` says what the circuit is and what it costs. Like a circuit, it
+    is usable again after a call that was interrupted, and is neither copied nor pickled.
+    """
+
+    def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
+        self.manifest = manifest
+        self._lock = threading.RLock()
+        self._program = KeyedProgram(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError("A client holds secret keys: it cannot be copied or pickled. Load it again.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Which circuit it is, in hexadecimal."""
+        return self.manifest.fingerprint
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted image costs the server."""
+        return self.manifest.cost
+
+    def keygen(self) -> None:
+        """Generate new keys; ciphertexts of earlier keys can no longer be decrypted.
+
+        Raises `ExecutionError` if the native library fails.
+        """
+        with self._lock, status("Generating keys…"):
+            self._program.keygen(secrets.token_hex(16))
+
+    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the keys, secret ones included, to a file that only its owner may read.
+
+        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
+        """
+        with self._lock:
+            self._program.save_keys(Path(path), overwrite=overwrite)
+
+    def load_keys(self, path: str | Path) -> None:
+        """Use the keys of a file that `save_keys` wrote, of a client or of the circuit itself.
+
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        stay.
+        """
+        with self._lock:
+            self._program.load_keys(Path(path))
+
+    @property
+    def evaluation_keys(self) -> EvaluationKeys:
+        """What a server needs of the keys: it computes with them, and decrypts nothing.
+
+        Raises `NotCompiledError` before `keygen`.
+        """
+        with self._lock:
+            return self._program.evaluation_keys()
+
+    def encrypt(self, x: Any) -> Ciphertext:
+        """Quantize and encrypt images (n, *input_shape), or one image without n.
+
+        Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
+        before `keygen`.
+        """
+        q, batched = self._program.interface.quantize_input(x)
+        with self._lock:
+            return self._program.encrypt(q, batched)
+
+    def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
+        """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
+
+        Raises `ArtifactError` for a ciphertext of another circuit or key set, or one that no server returned.
+        """
+        with self._lock:
+            self._program.check(ciphertext, "output", "decrypt")
+            accumulators = self._program.decrypt(ciphertext)
+        y = self._program.interface.dequantize(accumulators) if dequantize else accumulators
+        return y if ciphertext.batched else y[0]
