@@ -2,18 +2,17 @@
 
 import math
 import secrets
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from fheconv.arrays import Array
 from fheconv.bounds import norm_bits
 from fheconv.ciphertext import Ciphertext
-from fheconv.client import OTHER_KEYS, KeyedProgram
+from fheconv.client import OTHER_KEYS, KeyedProgram, KeyOwner
 from fheconv.config import CompileConfig, check_integer
 from fheconv.errors import (
     AccumulatorOverflowError,
@@ -52,7 +51,7 @@ class _Program(KeyedProgram):
             super().__init__(session, opening, lowered.interface, config)
 
 
-class FheCircuit:
+class FheCircuit(KeyOwner):
     """A compiled circuit and, after `keygen`, its keys. Made by `fheconv.compile`.
 
     The native library runs in a worker process that all circuits share. If that dies or a call is
@@ -62,23 +61,16 @@ class FheCircuit:
     def __init__(self, network: QuantizedNetwork, config: CompileConfig) -> None:
         if not isinstance(config, CompileConfig):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
+        super().__init__()
         self.network = network
         self.config = config
         self._session: Session = in_process() if config.in_process else worker()
-        # Keys must not change between what is encrypted with them and the name it gets.
-        self._lock = threading.RLock()
         one = lower(network, config.engine)
         self._lanes = _lanes(one, config)
-        self._one = self._compile(one)
+        self._one: _Program = self._compile(one)
         self._many: _Program | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # asked for: refused now if it cannot be
             self._program(config.lanes)
-
-    def __reduce__(self) -> NoReturn:
-        raise ArtifactError(
-            "A circuit holds secret keys, and its worker is this process's own: it cannot be copied or "
-            "pickled. Copy circuit.network, compile it there, and make keys there."
-        )
 
     def _compile(self, lowered: Lowered) -> _Program:
         return _Program(self._session, self.network, lowered, self.config)
@@ -138,31 +130,6 @@ class FheCircuit:
         from fheconv.artifacts import save
 
         return save(self, folder, class_names=class_names)
-
-    def keygen(self) -> None:
-        """Generate new keys; ciphertexts of earlier keys can no longer be used.
-
-        Raises `ExecutionError` if the native library fails.
-        """
-        with self._lock, status("Generating keys…"):
-            self._one.keygen(secrets.token_hex(16))
-
-    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the keys, secret ones included, to a file that only its owner may read.
-
-        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
-        """
-        with self._lock:
-            self._one.save_keys(Path(path), overwrite=overwrite)
-
-    def load_keys(self, path: str | Path) -> None:
-        """Use the keys of a file that `save_keys` wrote for this very circuit.
-
-        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
-        stay.
-        """
-        with self._lock:
-            self._one.load_keys(Path(path))
 
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.

@@ -40,11 +40,6 @@ class KeyedProgram(Program):
         self.keys: bytes | None = None
         super().__init__(session, opening, limits)
 
-    def __reduce__(self) -> NoReturn:
-        raise ArtifactError(
-            "What holds secret keys, in a worker that is this process's own, cannot be copied or pickled."
-        )
-
     def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return super()._request(method, (self.key_id, *arguments))
 
@@ -57,12 +52,12 @@ class KeyedProgram(Program):
         self.keys, self.key_id = keys, key_id
 
     def save_keys(self, path: Path, *, overwrite: bool) -> None:
-        """Write the keys to a file (see `Client.save_keys`)."""
+        """Write the keys to a file (see `KeyOwner.save_keys`)."""
         self.require_keys("save_keys")
         write_keys(path, self.fingerprint, self.key_id, self.keys or b"", overwrite=overwrite)
 
     def load_keys(self, path: Path) -> None:
-        """Use the keys of a file (see `Client.load_keys`)."""
+        """Use the keys of a file (see `KeyOwner.load_keys`)."""
         key_id, keys = read_keys(path, self.fingerprint)
         self._reopen(key_id, keys)
         self.key_id, self.keys = key_id, keys
@@ -132,55 +127,25 @@ def check_ciphertext(
         )
 
 
-class Client:
-    """The client side of a saved circuit: all that its owner needs, and no weight of the network's.
+class KeyOwner:
+    """What has keys, and is asked to make, save and load them: a client, or a circuit that is both sides."""
 
-    Made by `fheconv.load_client`. `manifest` says what the circuit is and what it costs. Like a circuit, it
-    is usable again after a call that was interrupted, and is neither copied nor pickled.
-    """
+    _one: KeyedProgram
 
-    def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
-        self.manifest = manifest
+    def __init__(self) -> None:
+        # Keys must not change between what is encrypted with them and the name it gets.
         self._lock = threading.RLock()
-        self._program = KeyedProgram(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
 
     def __reduce__(self) -> NoReturn:
-        raise ArtifactError("A client holds secret keys: it cannot be copied or pickled. Load it again.")
+        raise ArtifactError(
+            "It holds secret keys, and its worker is this process's own: it cannot be copied or pickled. "
+            "Copy circuit.network or client.zip, and make keys there."
+        )
 
     @property
     def fingerprint(self) -> str:
         """Which circuit it is, in hexadecimal."""
-        return self.manifest.fingerprint
-
-    @property
-    def cost(self) -> Cost:
-        """What one encrypted image costs the server."""
-        return self.manifest.cost
-
-    def keygen(self) -> None:
-        """Generate new keys; ciphertexts of earlier keys can no longer be decrypted.
-
-        Raises `ExecutionError` if the native library fails.
-        """
-        with self._lock, status("Generating keys…"):
-            self._program.keygen(secrets.token_hex(16))
-
-    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the keys, secret ones included, to a file that only its owner may read.
-
-        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
-        """
-        with self._lock:
-            self._program.save_keys(Path(path), overwrite=overwrite)
-
-    def load_keys(self, path: str | Path) -> None:
-        """Use the keys of a file that `save_keys` wrote, of a client or of the circuit itself.
-
-        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
-        stay.
-        """
-        with self._lock:
-            self._program.load_keys(Path(path))
+        return self._one.fingerprint
 
     @property
     def evaluation_keys(self) -> EvaluationKeys:
@@ -189,7 +154,50 @@ class Client:
         Raises `NotCompiledError` before `keygen`.
         """
         with self._lock:
-            return self._program.evaluation_keys()
+            return self._one.evaluation_keys()
+
+    def keygen(self) -> None:
+        """Generate new keys; ciphertexts of earlier keys can no longer be used.
+
+        Raises `ExecutionError` if the native library fails.
+        """
+        with self._lock, status("Generating keys…"):
+            self._one.keygen(secrets.token_hex(16))
+
+    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the keys, secret ones included, to a file that only its owner may read.
+
+        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
+        """
+        with self._lock:
+            self._one.save_keys(Path(path), overwrite=overwrite)
+
+    def load_keys(self, path: str | Path) -> None:
+        """Use the keys of a file that `save_keys` wrote for this very circuit, here or on its other side.
+
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        stay.
+        """
+        with self._lock:
+            self._one.load_keys(Path(path))
+
+
+class Client(KeyOwner):
+    """The client side of a saved circuit: all that its owner needs, and no weight of the network's.
+
+    Made by `fheconv.load_client`. `manifest` says what the circuit is and what it costs. Like a circuit, it
+    is usable again after a call that was interrupted, and is neither copied nor pickled.
+    """
+
+    def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
+        self.manifest = manifest
+        super().__init__()
+        self._one = KeyedProgram(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted image costs the server."""
+        return self.manifest.cost
 
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
@@ -197,9 +205,9 @@ class Client:
         Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
         before `keygen`.
         """
-        q, batched = self._program.interface.quantize_input(x)
+        q, batched = self._one.interface.quantize_input(x)
         with self._lock:
-            return self._program.encrypt(q, batched)
+            return self._one.encrypt(q, batched)
 
     def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
         """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
@@ -207,7 +215,7 @@ class Client:
         Raises `ArtifactError` for a ciphertext of another circuit or key set, or one that no server returned.
         """
         with self._lock:
-            self._program.check(ciphertext, "output", "decrypt")
-            accumulators = self._program.decrypt(ciphertext)
-        y = self._program.interface.dequantize(accumulators) if dequantize else accumulators
+            self._one.check(ciphertext, "output", "decrypt")
+            accumulators = self._one.decrypt(ciphertext)
+        y = self._one.interface.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]

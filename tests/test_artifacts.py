@@ -167,7 +167,7 @@ def test_what_belongs_to_others_is_refused_before_the_library_sees_it(
     with pytest.raises(fheconv.ArtifactError, match="belongs to another circuit"):
         stopped.run(wrong.encrypt(np.zeros(wrong.network.input_shape)), keys)
     with pytest.raises(fheconv.ArtifactError, match="keys belong to another circuit"):
-        stopped.run(encrypted, wrong._one.evaluation_keys())
+        stopped.run(encrypted, wrong.evaluation_keys)
     with pytest.raises(fheconv.ArtifactError, match="evaluation keys, not bytes"):
         stopped.run(encrypted, keys.payload)
     with pytest.raises(fheconv.ArtifactError, match=r"encrypt\(\)"):
@@ -200,7 +200,7 @@ def test_a_client_without_keys_says_so(folder, network):
 
 def test_no_file_and_no_server_holds_a_secret(circuit, client, server, keys, folder, tmp_path):
     """The secret keys are numbers 0 and 1: where 32 of them stand in a row, that is no accident."""
-    both = client._program.keys
+    both = client._one.keys
     assert secret_rows(both) > 0
     for path in folder.iterdir():
         with zipfile.ZipFile(path) as archive:
@@ -213,7 +213,7 @@ def test_no_file_and_no_server_holds_a_secret(circuit, client, server, keys, fol
         for side in (client, server):
             with pytest.raises(fheconv.ArtifactError, match="cannot be copied"):
                 attempt(side)
-    assert repr(both)[2:40] not in repr(client) + repr(client._program) + repr(keys)
+    assert repr(both)[2:40] not in repr(client) + repr(client._one) + repr(keys)
 
 
 def secret_rows(data):
