@@ -35,6 +35,7 @@ import digits
 import fheconv
 from concrete_ml_peer import RELEASE, Peer, PeerError, PeerRefusal, add_environment, peer_python
 from fheconv.circuit import Fhe
+from fheconv.tuner import WIDTHS
 from fheconv.worker import worker as fheconv_worker
 
 # Per model: the logits at a width that makes no ciphertext larger.
@@ -69,6 +70,7 @@ class Figures:
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
     right: int = 0
+    agreed: int | None = None  # with the class that the clear integers give
 
     def from_float(self, choose: Callable[[list[float]], float]) -> float:
         """Return the seconds from the float model to the circuit, everything imported."""
@@ -93,7 +95,7 @@ class Ours:
     ) -> None:
         self.quantize, self.compile_config, self.tuned = quantize, compile_config, tuned
         self.data = digits.digits()
-        self.figures = Figures()
+        self.figures = Figures(agreed=0)
         self.circuit: fheconv.FheCircuit
         fheconv_worker().stop()
         self.figures.cold = self._compile()
@@ -113,6 +115,7 @@ class Ours:
         figures.lookups, figures.complexity, figures.key_bytes = cost.lookups, cost.complexity, cost.key_bytes
         figures.clear, figures.simulated = self._accuracy("disable"), self._accuracy("simulate")
         figures.keygen, _ = timed(self.circuit.keygen)
+        self.classes = self.circuit.network(self.data.test_images).argmax(1)
 
     def run(self, image: int) -> tuple[float, int]:
         one = self.data.test_images[image : image + 1]
@@ -163,7 +166,7 @@ def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
         ("compile alone, first", lambda f: first(f.compile), seconds, True),
         ("compile alone, least", lambda f: min(f.compile), seconds, True),
     ]
-    rows: list[tuple[str, Callable[[Figures], float], Callable[[float], str], bool]] = [
+    rows: list[tuple[str, Callable[[Figures], float | None], Callable[[float], str], bool]] = [
         ("right of 450, clear integers", lambda f: f.clear, "{:.1%}".format, False),
         ("right of 450, simulated", lambda f: f.simulated, "{:.1%}".format, False),
         ("lookups", lambda f: f.lookups, "{:,}".format, True),
@@ -175,6 +178,7 @@ def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
         ("encrypted image, least", lambda f: min(f.seconds), seconds, True),
         ("encrypted image, median", lambda f: median(f.seconds), seconds, True),
         (f"right of {images}, encrypted", lambda f: f.right, "{:.0f}".format, False),
+        (f"of {images} as the clear integers", lambda f: f.agreed, "{:.0f}".format, False),
     ]
     result = Table()
     for heading in ("", *sides, *(["ratio"] if len(sides) > 1 else [])):
@@ -182,7 +186,9 @@ def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
     for name, figure, text, compared in rows:
         values = [figure(figures) for figures in sides.values()]
         cells = [
-            "–" if name.startswith("compile alone") and not figures.quantize else text(value)
+            "–"
+            if value is None or (name.startswith("compile alone") and not figures.quantize)
+            else text(value)
             for figures, value in zip(sides.values(), values, strict=True)
         ]
         if len(sides) > 1:
@@ -204,6 +210,8 @@ def measure(sides: list[Theirs | Ours], images: int) -> None:
             seconds, predicted = side.run(image)
             side.figures.seconds.append(seconds)
             side.figures.right += predicted == int(labels[image])
+            if isinstance(side, Ours) and side.figures.agreed is not None:
+                side.figures.agreed += predicted == int(side.classes[image])
 
 
 def ratios(theirs: Figures, own: Figures, *, tuned: bool) -> str:
@@ -232,6 +240,7 @@ def tune(module: ModuleType, arguments: argparse.Namespace, console: Console) ->
         augment=partial(digits.warped, warp=module.RECIPE.warp, noise=module.RECIPE.noise),
         epochs=arguments.epochs,
         lookup_budgets=arguments.lookup_budget,
+        widths=arguments.widths,
         measure=arguments.measure,
         compile_config=arguments.compile_config,
     )
@@ -250,6 +259,11 @@ def configured(kind: type[Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return read
+
+
+def width(text: str) -> tuple[int, int | None]:
+    bits, _, kept = text.partition(":")
+    return int(bits), int(kept) if kept else None
 
 
 def positive(text: str) -> int:
@@ -288,6 +302,13 @@ def parse() -> argparse.Namespace:
     tuning.add_argument("--max-drop", type=float, default=0.01, help="of accuracy (default: 0.01, a point)")
     tuning.add_argument("--epochs", type=positive, default=400, help="of fine-tuning (default: 400)")
     tuning.add_argument("--lookup-budget", type=positive, nargs="*", default=[], help="lookups to try, too")
+    tuning.add_argument(
+        "--widths",
+        type=width,
+        nargs="+",
+        default=WIDTHS,
+        help="accumulator widths to try, as 6, or as 8:5 for 8 bits rounded to 5 (default: those of tune)",
+    )
     tuning.add_argument("--measure", action="store_true", help="let tune time circuits on this machine")
     peers = parser.add_argument_group("Concrete ML")
     peers.add_argument("--n-bits", type=int, default=6, help="of weights and activations (default: 6)")
