@@ -23,6 +23,7 @@ from fheconv.errors import ArtifactError, InvalidArgumentError
 from fheconv.files import write_file
 from fheconv.interface import Interface
 from fheconv.manifest import Manifest
+from fheconv.security import check_security
 from fheconv.server import Server
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def save(
 def load_client(file: str | Path | bytes) -> Client:
     """Return the client of a `client.zip`, or of its bytes. It has no keys yet.
 
-    Raises `ArtifactError` for a file that is damaged, altered or of another version.
+    Raises `ArtifactError` for a file that is damaged, altered or of another version, or whose parameters
+    would not hide the images (`fheconv.security`).
     """
     parts = _read(file, CLIENT)
+    check_security(parts["specs.json"])
     interface = Interface.from_dict(_loaded(parts, "interface.json"))
     return Client(_manifest(parts), interface, parts["specs.json"])
 

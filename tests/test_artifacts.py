@@ -318,19 +318,6 @@ def test_a_program_compiled_otherwise_than_it_was_is_refused(parts, tmp_path):
         load(zipped(changed(parts, "config.json", p_error=0.3)), tmp_path)
 
 
-def use(client):
-    client.keygen()
-    client.encrypt(np.zeros(client.manifest.input_shape))
-
-
-def test_specs_that_are_none_are_an_error(folder, parts):
-    inside = parts_of(folder / "client.zip")
-    for specs in (b"", b"{}", b"[]", inside["specs.json"][:-9]):
-        client = zipped({**inside, "specs.json": specs})
-        with pytest.raises(fheconv.FheConvError):
-            use(fheconv.load_client(client))
-
-
 def test_altered_parts_are_noticed(parts, tmp_path):
     altered = {**parts, "circuit.mlir": parts["circuit.mlir"].replace(b"1", b"2", 1)}
     with pytest.raises(fheconv.ArtifactError, match=r"SHA-256 of circuit\.mlir"):
