@@ -281,7 +281,7 @@ class Program:
     def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: CompileConfig) -> None:
         self.number = next(_numbers)
         weakref.finalize(self, session.released.append, self.number).atexit = False
-        self._session, self._limits = session, limits
+        self._session, self.limits = session, limits
         self._method, self._arguments = opening
         self.compiled: Any = self._open()
 
@@ -302,11 +302,11 @@ class Program:
             return self._request(method, arguments)
 
     def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return self._session.request(ExecutionError, method, self.number, *arguments, limits=self._limits)
+        return self._session.request(ExecutionError, method, self.number, *arguments, limits=self.limits)
 
     def _open(self, *more: Any) -> Any:
         arguments = (self.number, *self._arguments, *more)
-        return self._session.request(CompilationError, self._method, *arguments, limits=self._limits)
+        return self._session.request(CompilationError, self._method, *arguments, limits=self.limits)
 
     def _reopen(self, *more: Any) -> None:
         """Give a new worker what the old one knew."""

@@ -46,12 +46,12 @@ def test_a_compilation_over_its_time_is_ended():
 def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
     x = unlike_calibration(slow.network, 1)
     encrypted = slow.encrypt(x)
-    slow.config = replace(slow.config, time_limit=0.3)
+    slow._one.limits = replace(slow.config, time_limit=0.3)
     try:
         with pytest.raises(fheconv.ExecutionError, match=r"run took longer than time_limit=0\.3.*smaller"):
             slow.run(encrypted)
     finally:
-        slow.config = replace(slow.config, time_limit=None)
+        slow._one.limits = replace(slow.config, time_limit=None)
     np.testing.assert_array_equal(slow.decrypt(slow.run(encrypted)), slow.network(x))
 
 
@@ -63,11 +63,11 @@ def test_a_worker_that_never_answers_is_ended(step, images):
     circuit = fheconv.compile(network, fheconv.CompileConfig(time_limit=60, lanes=1))
     circuit.keygen()
     x = unlike_calibration(network, 2, images)
-    circuit.config = replace(circuit.config, time_limit=1)
+    circuit._one.limits = replace(circuit.config, time_limit=1)
     os.kill(worker().pid, signal.SIGSTOP)
     with pytest.raises(fheconv.ExecutionError, match=f"{step} took longer than time_limit=1 seconds"):
         circuit.keygen() if step == "keygen" else circuit.encrypt(x)
-    circuit.config = replace(circuit.config, time_limit=60)
+    circuit._one.limits = replace(circuit.config, time_limit=60)
     assert circuit.verify(x[:1]).ok
 
 
