@@ -157,6 +157,7 @@ def test_what_belongs_to_others_is_refused_before_the_library_sees_it(
 ):
     other = fheconv.load_client(folder / "client.zip")
     other.keygen()
+    assert other.evaluation_keys.payload != keys.payload
     encrypted = client.encrypt(images(network, 1))
     wrong = fheconv.compile(quantized(4, depth=1, size=(1, 4, 4), accumulator_bits=4))
     wrong.keygen()
