@@ -95,8 +95,10 @@ def load_client(file: str | Path | bytes) -> Client:
     Raises `ArtifactError` for a file that is damaged, altered or of another version.
     """
     parts = _read(file, CLIENT)
-    interface = Interface.from_dict(_loaded(parts, "interface.json"))
-    return Client(_manifest(parts), interface, parts["specs.json"])
+    manifest, interface = _manifest(parts), Interface.from_dict(_loaded(parts, "interface.json"))
+    if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
+        raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
+    return Client(manifest, interface, parts["specs.json"])
 
 
 def load_server(

@@ -1,7 +1,7 @@
 """Layers and models from files.
 
-They are weights in safetensors files, with a JSON card beside that says what to do with them, or programs that
-`torch.export.save` wrote.
+They are weights in safetensors files, with a JSON card beside that says what to do with them, or programs
+that `torch.export.save` wrote.
 """
 
 import json
@@ -190,11 +190,10 @@ def _module(entry: dict[str, Any], tensors: "dict[str, Tensor]", where: str) -> 
     options = _options(entry, OPTIONS if kind in KINDS else MODULES[kind], where)
     transposed = options.pop("transposed", False)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    for part, tensor in tensors.items():
-        if entry.get(part, list(tensor.shape)) != list(tensor.shape):
-            raise ArtifactError(
-                f"{where} {part}={entry[part]}, and the file's has shape {list(tensor.shape)}."
-            )
+    shapes = {part: list(tensor.shape) for part, tensor in tensors.items()}
+    for part in PARTS:
+        if part in entry and entry[part] != shapes.get(part):
+            raise ArtifactError(f"{where} {part}={entry[part]}, and the file's has {shapes.get(part)}.")
     shape = tuple(tensors["weight"].shape) if "weight" in tensors else ()
     sizes: dict[str, Any] = {}
     try:

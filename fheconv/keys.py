@@ -128,6 +128,19 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
 
     Raises `ArtifactError` for a file that cannot be read, is damaged, or belongs to another circuit.
     """
+    found, key_id, keys = read_key_file(path)
+    if found != fingerprint:
+        raise ArtifactError(
+            f"The keys of {path} belong to another circuit; compile the one they were made for."
+        )
+    return key_id, keys
+
+
+def read_key_file(path: Path) -> tuple[str, str, bytes]:
+    """Return the circuit's fingerprint, the key id and the keys, which are secret, of a file.
+
+    Raises `ArtifactError` for a file that cannot be read or is damaged.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ArtifactError(
@@ -137,10 +150,7 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
     except OSError as error:
         raise ArtifactError(f"The keys cannot be read from {path}: {error}.") from error
     fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
-    if fields["fingerprint"] != fingerprint:
-        raise ArtifactError(
-            f"The keys of {path} belong to another circuit; compile the one they were made for."
-        )
-    if not isinstance(fields["key_id"], str) or not fields["key_id"]:
-        raise ArtifactError(f"The key file {path} names no key set.")
-    return fields["key_id"], bytes(payload)
+    for name in ("fingerprint", "key_id"):
+        if not isinstance(fields[name], str) or not fields[name]:
+            raise ArtifactError(f"The key file {path} names no {name}.")
+    return fields["fingerprint"], fields["key_id"], bytes(payload)

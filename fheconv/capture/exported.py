@@ -62,12 +62,11 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
         (image,) = program.graph_signature.user_inputs
         (node,) = (node for node in program.graph.nodes if node.name == image)
         like = node.meta["val"]
-        batch = like.shape[0] if isinstance(like.shape[0], int) else BATCH
+        own, *_ = like.shape
+        example = torch.zeros(own if isinstance(own, int) else BATCH, *input_shape, dtype=like.dtype)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program.module()(
-                torch.zeros(batch, *input_shape, dtype=like.dtype)
-            )  # are they of the right size?
+            program.module()(example)  # torch says whether images may have this size
             module = torch.export.unflatten(program)
             module.check_input_constraints = False
             module(torch.zeros(BATCH, *input_shape, dtype=like.dtype))
@@ -75,8 +74,8 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
             f"{str(error).strip() or type(error).__name__}. Export a model of one argument, a batch of any "
-            'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size that '
-            "it was exported for."
+            'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
+            "that it was exported for."
         ) from error
     return module
 
