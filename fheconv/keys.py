@@ -105,6 +105,7 @@ class StoredKeys(_PublicKeys):
         """
         fields = incoming.close()
         start = incoming.payload_start
+        path = path.absolute()  # the worker that reads it works in another folder
         return cls(**fields, path=path, start=start, size=incoming.payload_size, name=incoming.digest)
 
     def read(self) -> bytes:
