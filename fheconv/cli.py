@@ -205,8 +205,7 @@ def run(
         return
     if evaluation_keys is not None or layer is None:
         raise InvalidArgumentError(
-            f"{file} is no .zip file: --evaluation-keys are for a server.zip, and for weights --layer says "
-            "which."
+            f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
         )
     convolution = _load_layer(
         file,

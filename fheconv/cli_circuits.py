@@ -111,11 +111,12 @@ def keygen(
     """
     from fheconv.artifacts import load_client
 
-    if keys.exists() and not overwrite:
-        raise InvalidArgumentError(
-            f"--keys={keys} exists, and may hold the only copy of other keys; choose another file, or pass "
-            "--overwrite."
-        )
+    for option, path in (("--keys", keys), ("--evaluation-keys", evaluation_keys)):
+        if path.exists() and not overwrite:
+            raise InvalidArgumentError(
+                f"{option}={path} exists, and may hold the only copy of other keys; choose another file, or "
+                "pass --overwrite."
+            )
     if keys.resolve() == evaluation_keys.resolve():
         raise InvalidArgumentError(
             f"--keys={keys} and --evaluation-keys={evaluation_keys} are one file; secret keys need their own."
@@ -124,8 +125,8 @@ def keygen(
     check_output(evaluation_keys, option="--evaluation-keys")
     client = load_client(client_file)
     client.keygen()
-    client.save_keys(keys, overwrite=overwrite)
     client.evaluation_keys.save(evaluation_keys)
+    client.save_keys(keys, overwrite=overwrite)
     _say(f"Wrote {keys}, which is secret, and {evaluation_keys}, for whoever computes.")
 
 
