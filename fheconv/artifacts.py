@@ -98,8 +98,10 @@ def load_client(file: str | Path | bytes) -> Client:
     """
     parts = _read(file, CLIENT)
     check_security(parts["specs.json"])
-    interface = Interface.from_dict(_loaded(parts, "interface.json"))
-    return Client(_manifest(parts), interface, parts["specs.json"])
+    manifest, interface = _manifest(parts), Interface.from_dict(_loaded(parts, "interface.json"))
+    if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
+        raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
+    return Client(manifest, interface, parts["specs.json"])
 
 
 def load_server(

@@ -5,10 +5,12 @@ ciphertexts one after another, their lengths as the header says.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from fheconv.envelope import MAX_BYTES, Envelope
 from fheconv.errors import ArtifactError
+from fheconv.files import write_file
 
 ENVELOPE = Envelope(
     magic=b"fheconv\0",
@@ -72,6 +74,23 @@ class Ciphertext:
             "lengths": [len(value) for value in self.values],
         }
         return ENVELOPE.pack(header, self.values)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_bytes` to a file. Raises `ArtifactError` if it cannot be written."""
+        write_file(Path(path), [self.to_bytes()])
+
+    @classmethod
+    def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":
+        """Return the ciphertext of a file of at most `max_bytes` bytes.
+
+        Raises `ArtifactError` that says what is wrong with the file.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise ArtifactError(f"The ciphertext cannot be read from {path}: {error}.") from error
+        return cls.from_bytes(data, max_bytes=max_bytes)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":

@@ -6,21 +6,19 @@ what was asked; 3 an error inside fheconv, with its traceback; 130 interrupted.
 
 import json
 import math
-import os
 import traceback
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 import numpy as np
 import typer
-from rich.console import Console
 
+from fheconv import cli_circuits
 from fheconv.arithmetic.geometry import PaddingMode
-from fheconv.arrays import Array
+from fheconv.cli_arguments import check_output, integers, load_image, out, print_error, save_array
 from fheconv.config import CompileConfig, Engine, QuantConfig
-from fheconv.errors import FheConvError, InvalidArgumentError, MissingExtraError
+from fheconv.errors import FheConvError, InvalidArgumentError
 from fheconv.network import Conv
 
 # The most values that `check` goes through in the image, the padded image or the result: a gigabyte of int64.
@@ -33,24 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console()
-err = Console(stderr=True)
-
-
-def _integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
-    """Turn "2" or "2,1" into an int or a list; leave None and `words` as they are."""
-    if text is None or text in words:
-        return text
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        also = "".join(f", or {word}" for word in words)
-        raise InvalidArgumentError(
-            f"{name}={text!r} must be integers with commas between them{also}."
-        ) from error
-    return values[0] if len(values) == 1 else values
-
-
 Model = Annotated[Path, typer.Argument(help="Weights: a .safetensors file, perhaps with its .json card.")]
 LayerName = Annotated[str, typer.Option("--layer", help="Layer name: LAYER.weight in the file.")]
 WeightBits = Annotated[int, typer.Option(help="Bits of a weight, 1 to 8.")]
@@ -80,19 +60,8 @@ def _load_layer(
     options: dict[str, Any] = {"padding_mode": texts.pop("padding_mode")}
     for name, text in texts.items():
         words = ("same", "valid") if name == "padding" else ()
-        options[name] = _integers(text, f"--{name.replace('_', '-')}", words)
+        options[name] = integers(text, f"--{name.replace('_', '-')}", words)
     return load_layer(model, layer, groups=groups, transposed=transposed, **options)
-
-
-def _check_output(output: Path, endings: Collection[str]) -> None:
-    """Raise `InvalidArgumentError` unless the result can be written, before any work is done for it."""
-    if output.suffix.removeprefix(".").lower() not in endings:
-        raise InvalidArgumentError(f"--output={output} must end in {' or '.join(f'.{e}' for e in endings)}.")
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise InvalidArgumentError(f"--output={output}: there is no folder {folder}; make it first.")
-    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
-        raise InvalidArgumentError(f"--output={output} cannot be written; choose another file.")
 
 
 def _check_size(source: Conv, shape: list[int]) -> None:
@@ -118,7 +87,7 @@ def demo(
     from fheconv.demo import run_demo
     from fheconv.plots import picture_endings
 
-    _check_output(output, picture_endings())
+    check_output(output, picture_endings())
     raise typer.Exit(0 if run_demo(output, size, out) else 1)
 
 
@@ -146,7 +115,7 @@ def check(
     """
     from fheconv.quantizer import quantize
 
-    shape = _integers(input_shape, "--input-shape")
+    shape = integers(input_shape, "--input-shape")
     if not isinstance(shape, list) or min(shape) < 1:
         raise InvalidArgumentError(f"--input-shape={input_shape!r} must be C,M,N, all positive.")
     source = _load_layer(
@@ -172,12 +141,29 @@ def check(
     raise typer.Exit(0 if report.fits else 1)
 
 
+app.command("compile")(cli_circuits.compile_model)
+app.command()(cli_circuits.keygen)
+app.command()(cli_circuits.encrypt)
+
+
 @app.command()
 def run(
-    model: Model,
-    layer: LayerName,
-    image: Annotated[Path, typer.Option("--input", help="An image file, or .npy of shape (C, M, N).")],
-    output: Annotated[Path, typer.Option("--output", help="The result: .npy of shape (K, OutH, OutW).")],
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="A server.zip, or a .safetensors file with one --layer of it.")
+    ],
+    image: Annotated[
+        Path,
+        typer.Option("--input", help="A ciphertext; for a layer, an image file or .npy of shape (C, M, N)."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", help="The encrypted result; for a layer, .npy of shape (K, OutH, OutW)."),
+    ],
+    evaluation_keys: Annotated[
+        Path | None, typer.Option(help="Of whoever encrypted, for a server.zip.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer name: LAYER.weight in the file.")] = None,
     weight_bits: WeightBits = 4,
     input_bits: InputBits = 4,
     stride: Stride = None,
@@ -189,20 +175,40 @@ def run(
     output_padding: OutputPadding = None,
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Engine))}.")] = "auto",
 ) -> None:
-    """Run one layer on an encrypted image, and check the result against the clear integers.
+    """Run a compiled circuit on a ciphertext, or one layer of a model on an image.
 
-    The input scale is chosen from the image itself. An image file is read with its pixels 0..255, as
-    grey or RGB, whichever the layer takes. Exit status 1 if a result differs.
+    With a server.zip nothing is decrypted, and no secret key is needed:
+    fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct
 
-    Example: fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png
-    --output edges.npy
+    With a layer everything happens here: the image is encrypted, the result decrypted and checked against
+    the clear integers, exit status 1 if it differs. The input scale is chosen from the image itself. An image
+    file is read with its pixels 0..255, as grey or RGB, whichever the layer takes. Only this takes the
+    options from --layer on:
+    fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
     """
-    from fheconv.circuit import compile as compile_circuit
-    from fheconv.quantizer import quantize
-
-    _check_output(output, ("npy",))
-    source = _load_layer(
-        model,
+    if file.suffix.lower() == ".zip":
+        both = ("file", "image", "output", "evaluation_keys")
+        sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
+        # By its name: typer has a click of its own, or not, depending on its version.
+        others = [
+            f"--{name.replace('_', '-')}"
+            for name, source in sources.items()
+            if source is not None and source.name == "COMMANDLINE"
+        ]
+        if others:
+            raise InvalidArgumentError(
+                f"{', '.join(others)}: a server.zip is compiled already; leave it out."
+            )
+        if evaluation_keys is None:
+            raise InvalidArgumentError(f"{file} needs --evaluation-keys, which fheconv keygen makes.")
+        cli_circuits.run_circuit(file, evaluation_keys, image, output)
+        return
+    if evaluation_keys is not None or layer is None:
+        raise InvalidArgumentError(
+            f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
+        )
+    convolution = _load_layer(
+        file,
         layer,
         stride=stride,
         padding=padding,
@@ -212,45 +218,34 @@ def run(
         transposed=transposed,
         output_padding=output_padding,
     )
-    pixels = _load_image(image, source)
-    network = quantize(source, pixels, QuantConfig(weight_bits=weight_bits, input_bits=input_bits))
+    config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
+    raise typer.Exit(0 if _run_layer(convolution, config, engine, image, output) else 1)
+
+
+app.command()(cli_circuits.decrypt)
+app.command()(cli_circuits.inspect)
+app.command()(cli_circuits.bench)
+
+
+def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
+    """Run a layer on an encrypted image, and return whether the result equals the clear one."""
+    from fheconv.circuit import compile as compile_circuit
+    from fheconv.quantizer import quantize
+
+    check_output(output, ("npy",))
+    pixels = load_image(image, source.in_channels, len(source.geometry.kernel))
+    network = quantize(source, pixels, config)
     out.print(network.budget())
     circuit = compile_circuit(network, CompileConfig(engine=engine))  # type: ignore[arg-type]
     out.print(circuit.cost)
     circuit.keygen()
     result = circuit.predict(pixels, fhe="execute")
-    with output.open("wb") as file:  # np.save would append to a name in capitals
-        np.save(file, result)
+    save_array(output, result)
     right = bool((result == network(pixels)).all())
     out.print(
         f"Wrote {output}, shape {result.shape}; {'equal to' if right else 'DIFFERENT from'} the clear result."
     )
-    raise typer.Exit(0 if right else 1)
-
-
-def _load_image(path: Path, layer: Conv) -> Array:
-    """Return the image as (C, M, N)."""
-    channels, axes = layer.in_channels, len(layer.geometry.kernel)
-    if path.suffix != ".npy" and (channels not in (1, 3) or axes != 2):
-        raise InvalidArgumentError(
-            f"The layer takes {channels} channels and {axes} spatial axes, an image file has 1 or 3 channels "
-            "and 2 axes; give --input as .npy."
-        )
-    try:
-        if path.suffix == ".npy":
-            pixels: Any = np.load(path, allow_pickle=False)
-            if not isinstance(pixels, np.ndarray):
-                raise ValueError("it is a zip archive (.npz), not one array")
-            return pixels[None] if pixels.ndim == axes else pixels
-        from PIL import Image
-
-        with Image.open(path) as picture:
-            grey = np.atleast_3d(np.asarray(picture.convert("L" if channels == 1 else "RGB")))
-        return np.moveaxis(grey, -1, 0)
-    except ImportError as error:
-        raise MissingExtraError(f'Image files need pillow: pip install "fheconv[demo]" ({error}).') from error
-    except Exception as error:  # what the readers of broken files raise is not documented
-        raise InvalidArgumentError(f"--input={path} cannot be read: {str(error) or repr(error)}.") from error
+    return right
 
 
 def main() -> None:
@@ -269,5 +264,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    print_error(message)
     raise SystemExit(status) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -199,6 +199,12 @@ class Client(KeyOwner):
         """What one encrypted image costs the server."""
         return self.manifest.cost
 
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """The smallest and the greatest value of an image that can be encrypted."""
+        q = self._one.interface.input
+        return (q.minimum - q.zero_point) * q.scale, (q.maximum - q.zero_point) * q.scale
+
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 

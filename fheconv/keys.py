@@ -105,6 +105,7 @@ class StoredKeys(_PublicKeys):
         """
         fields = incoming.close()
         start = incoming.payload_start
+        path = path.absolute()  # the worker that reads it works in another folder
         return cls(**fields, path=path, start=start, size=incoming.payload_size, name=incoming.digest)
 
     def read(self) -> bytes:
@@ -128,6 +129,19 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
 
     Raises `ArtifactError` for a file that cannot be read, is damaged, or belongs to another circuit.
     """
+    found, key_id, keys = read_key_file(path)
+    if found != fingerprint:
+        raise ArtifactError(
+            f"The keys of {path} belong to another circuit; compile the one they were made for."
+        )
+    return key_id, keys
+
+
+def read_key_file(path: Path) -> tuple[str, str, bytes]:
+    """Return the circuit's fingerprint, the key id and the keys, which are secret, of a file.
+
+    Raises `ArtifactError` for a file that cannot be read or is damaged.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ArtifactError(
@@ -137,10 +151,7 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
     except OSError as error:
         raise ArtifactError(f"The keys cannot be read from {path}: {error}.") from error
     fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
-    if fields["fingerprint"] != fingerprint:
-        raise ArtifactError(
-            f"The keys of {path} belong to another circuit; compile the one they were made for."
-        )
-    if not isinstance(fields["key_id"], str) or not fields["key_id"]:
-        raise ArtifactError(f"The key file {path} names no key set.")
-    return fields["key_id"], bytes(payload)
+    for name in ("fingerprint", "key_id"):
+        if not isinstance(fields[name], str) or not fields[name]:
+            raise ArtifactError(f"The key file {path} names no {name}.")
+    return fields["fingerprint"], fields["key_id"], bytes(payload)

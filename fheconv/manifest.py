@@ -99,6 +99,7 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
     shapes = {name: tuple(data[name]) for name in ("input_shape", "output_shape")}
     for name, shape in shapes.items():
         _check(all(type(n) is int and n > 0 for n in shape), name)
+    _check(classes is None or shapes["output_shape"] == (len(classes),), "class_names")
     cost = dict(data["cost"])
     layers = tuple(LoweredLayer(**_numbers(LoweredLayer, layer)) for layer in cost.pop("layers"))
     _check(len(layers) > 0 and cost.pop("seconds") is None, "cost")

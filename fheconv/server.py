@@ -42,7 +42,9 @@ class Server:
         self.client_file = client_file
         self._parts = specs, mlir, config
         self._keys_in_memory = keys_in_memory
-        opening = manifest.fingerprint, specs, mlir, manifest.cost.lookups > 0, config
+        # Not `cost.lookups`: Concrete leaves out lookups on which no result depends.
+        looks_up = any(layer.lookups for layer in manifest.cost.layers)
+        opening = manifest.fingerprint, specs, mlir, looks_up, config
         self._program = Program(worker() if session is None else session, ("open_server", opening), config)
 
     def __reduce__(self) -> NoReturn:

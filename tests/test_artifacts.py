@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,10 +119,13 @@ def test_keys_of_the_circuit_are_those_of_its_client(network, circuit, server, f
     client.save_keys(tmp_path / "keys", overwrite=True)
 
 
-def test_keys_in_a_file_or_in_bytes_serve_alike(network, client, server, keys, session, tmp_path):
+def test_keys_in_a_file_or_in_bytes_serve_alike(
+    network, client, server, keys, session, tmp_path, monkeypatch
+):
     x = images(network, 1)
-    keys.save(tmp_path / "evaluation")
-    stored = StoredKeys.of(tmp_path / "evaluation")
+    monkeypatch.chdir(tmp_path)  # a worker works in another folder
+    keys.save("evaluation")
+    stored = StoredKeys.of("evaluation")
     again = fheconv.EvaluationKeys.from_bytes(keys.to_bytes())
     assert again == keys
     assert stored.name == again.name == keys.to_bytes()[-32:].hex()
@@ -404,6 +408,52 @@ def test_class_names_are_written_and_checked(tmp_path):
     for wrong in ("abc", [1, 2], names[1:], [*names, "more"]):
         with pytest.raises(fheconv.InvalidArgumentError, match="class_names"):
             circuit.save(tmp_path, class_names=wrong)
+
+
+def test_a_circuit_that_depends_on_none_of_its_lookups(tmp_path):
+    """Concrete leaves the lookups out, and is configured for a network that has some."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 1, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4, 2)
+    )
+    with torch.no_grad():
+        model[3].weight.zero_()
+    x = np.random.default_rng(0).random((4, 1, 3, 3))
+    network = fheconv.quantize(model, x)
+    circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=P_ERROR))
+    assert circuit.cost.lookups == 0 < circuit.cost.layers[0].lookups
+    circuit.save(tmp_path)
+    client = fheconv.load_client(tmp_path / "client.zip")
+    server = fheconv.load_server(tmp_path / "server.zip")
+    client.keygen()
+    results = server.run(client.encrypt(x), client.evaluation_keys)
+    np.testing.assert_array_equal(client.decrypt(results), network(x))
+
+
+def test_the_ends_of_the_input_range_can_be_encrypted_and_no_more(network, client):
+    assert client.input_range == tuple(image.flat[0] for image in images(network, 2))
+    for end, outside in zip(client.input_range, (-1, 1), strict=True):
+        client.encrypt(np.full(network.input_shape, end))
+        with pytest.raises(fheconv.InputRangeError):
+            client.encrypt(np.full(network.input_shape, end + outside * network.input.scale))
+
+
+def test_a_manifest_of_other_shapes_is_refused(folder):
+    inside = parts_of(folder / "client.zip")
+    manifest = json.loads(inside["manifest.json"])
+    for changes in ({"output_shape": [77]}, {"input_shape": [1, 4, 5]}, {"class_names": ["a"] * 1000}):
+        altered = json.dumps({**manifest, **changes}).encode()
+        with pytest.raises(fheconv.ArtifactError, match="altered"):
+            fheconv.load_client(zipped({**inside, "manifest.json": altered}))
+
+
+def test_a_ciphertext_in_a_file(network, client, tmp_path):
+    encrypted = client.encrypt(images(network, 1))
+    encrypted.save(tmp_path / "x.ct")
+    assert fheconv.Ciphertext.load(tmp_path / "x.ct") == encrypted
+    with pytest.raises(fheconv.ArtifactError, match="max_bytes"):
+        fheconv.Ciphertext.load(tmp_path / "x.ct", max_bytes=100)
+    with pytest.raises(fheconv.ArtifactError, match="cannot be read"):
+        fheconv.Ciphertext.load(tmp_path)
 
 
 def test_a_configuration_of_concretes_own_is_not_saved(network, tmp_path):

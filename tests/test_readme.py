@@ -1,9 +1,12 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from fheconv.cli import app
@@ -19,7 +22,11 @@ def blocks(language: str) -> list[str]:
 
 # Fewer numbers to choose from than a reader's search has.
 QUICK = "from fheconv.quantizer import allocation\nallocation.LEVELS, allocation.NARROWEST = (8, 12), 8\n"
-PRINTED = [["Accumulator budget", "Cost of one encrypted image"], ["Cheapest circuits by accuracy"], ["[[", "8"]]
+PRINTED = [
+    ["Accumulator budget", "Cost of one encrypted image"],
+    ["Cheapest circuits by accuracy"],
+    ["[[", "8"],
+]
 
 
 @pytest.mark.parametrize(("example", "titles"), [*zip(blocks("python"), PRINTED, strict=True)])
@@ -39,6 +46,25 @@ def test_the_budget_report_shown_is_the_one_printed():
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
     assert " ".join(shown.split()) in " ".join(done.stdout.split())
+
+
+def test_the_shell_commands_run(tmp_path):
+    """With a model of four lookups by the name of the shown one."""
+    (tmp_path / "models").mkdir()
+    rng = np.random.default_rng(0)
+    weights = {"c.weight": rng.normal(size=(1, 1, 5, 5)), "fc.weight": rng.normal(size=(10, 4))}
+    save_file(weights, tmp_path / "models" / "tinycnn-digits.safetensors")
+    layers = [{"name": "c", "kind": "Conv2d", "stride": 3}, {"kind": "ReLU"}, {"kind": "Flatten"}]
+    card = {"architecture": [*layers, {"name": "fc", "kind": "Linear"}]}
+    (tmp_path / "models" / "tinycnn-digits.json").write_text(json.dumps(card))
+    (commands,) = blocks("bash")
+    shell = f'fheconv() {{ "{sys.executable}" -m fheconv.cli "$@"; }}\n' + commands.replace(
+        "python -c", f'"{sys.executable}" -c'
+    )
+    done = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Accumulator budget" in done.stdout
+    assert re.search(r"│ 0 +│ \d +│", done.stdout)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

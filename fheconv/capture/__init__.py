@@ -13,9 +13,9 @@ from fheconv.steps import Kernel, Shape
 def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), or a `Conv`. A module
-    that is not a single convolution is captured in evaluation mode with `torch.export`: BatchNorm is folded,
-    dropout is dropped, whatever is linear merges.
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or what
+    `torch.export.export` returned. A module that is not a single convolution is captured in evaluation mode
+    with `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
     `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
@@ -30,7 +30,7 @@ def capture(module: Any, input_shape: Shape) -> Network:
 
 
 def single_convolution(module: Any) -> Conv | None:
-    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other modules.
+    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other models.
 
     Raises `UnsupportedLayerError` for other things that have a state, `InvalidArgumentError` for what is none
     of those.
@@ -41,6 +41,8 @@ def single_convolution(module: Any) -> Conv | None:
         return Conv.of(as_array(module, "weight"))
     import torch
 
+    if isinstance(module, torch.export.ExportedProgram):
+        return None
     if not isinstance(module, torch.nn.Module):
         raise UnsupportedLayerError(
             f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."

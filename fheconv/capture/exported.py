@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
@@ -17,11 +18,15 @@ from fheconv.network import Network
 from fheconv.steps import Shape
 
 
-def export(module: torch.nn.Module, input_shape: Shape) -> Network:
+def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Network:
     """Return the float network of a module in evaluation mode; the module stays in the mode it is in.
+
+    Of an `ExportedProgram`, in the mode in which it was exported, for images of the size it was exported for.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
     """
+    if isinstance(module, ExportedProgram):
+        module = _unflattened(module, input_shape)
     kind = type(module).__name__
     if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
         raise UnsupportedLayerError(f"This {kind} has layers without weights yet; run it once, or load them.")
@@ -46,6 +51,33 @@ def export(module: torch.nn.Module, input_shape: Shape) -> Network:
         for part in training:
             part.training = True
     return network_of(program, input_shape)
+
+
+def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:
+    """Return the module of a program, for batches of any size.
+
+    Where it was exported for one size, batches of another show whether it has more than that to do with it.
+    """
+    try:
+        (image,) = program.graph_signature.user_inputs
+        (node,) = (node for node in program.graph.nodes if node.name == image)
+        like = node.meta["val"]
+        own, *_ = like.shape
+        example = torch.zeros(own if isinstance(own, int) else BATCH, *input_shape, dtype=like.dtype)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program.module()(example)  # torch says whether images may have this size
+            module = torch.export.unflatten(program)
+            module.check_input_constraints = False
+            module(torch.zeros(BATCH, *input_shape, dtype=like.dtype))
+    except Exception as error:  # whatever is in the program
+        raise UnsupportedLayerError(
+            f"The exported program cannot be run on images of shape {input_shape}: "
+            f"{str(error).strip() or type(error).__name__}. Export a model of one argument, a batch of any "
+            'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
+            "that it was exported for."
+        ) from error
+    return module
 
 
 def network_of(program: Any, input_shape: Shape) -> Network:

@@ -17,10 +17,11 @@ from fheconv.quantizer.layerwise import quantize_network
 def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
-    `module` is a `torch.nn.Module`, a weight array (K, C/groups, *k) or (Hf, Wf), or a `fheconv.Conv`;
-    `calibration` a batch of images (N, C, *S), or one (C, *S) for a single convolution, which fix the image
-    size and the scales. Integer images that fit `input_bits` are taken as they are, with scale 1 and the
-    whole range of the data type; other images are scaled so that their range, and 0, is covered.
+    `module` is a `torch.nn.Module`, what `torch.export.export` returned, a weight array (K, C/groups, *k) or
+    (Hf, Wf), or a `fheconv.Conv`; `calibration` a batch of images (N, C, *S), or one (C, *S) for a single
+    convolution, which fix the image size and the scales. Integer images that fit `input_bits` are taken as
+    they are, with scale 1 and the whole range of the data type; other images are scaled so that their range,
+    and 0, is covered.
 
     Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
     the layer before or after it. Layers are quantized in order, each on what the quantized ones before it

@@ -117,3 +117,43 @@ def test_layers_that_are_not_finite_are_refused_by_name(part):
 def test_arguments_that_do_not_go_together_are_refused(weight, options, words):
     with pytest.raises(InvalidArgumentError, match=words):
         Conv.of(weight, **options)
+
+
+class Cropped(torch.nn.Module):
+    """A crop that depends on the size of the image, which a program for one size no longer knows."""
+
+    def __init__(self, flatten):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 2, 2)
+        self.flatten = flatten
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x[:, :, : x.shape[2] - 1]))
+        return y.view(x.shape[0], -1) if self.flatten else y
+
+
+@pytest.mark.parametrize("batch", [1, 3, "any"])
+def test_an_exported_program_is_captured_for_images_of_its_size(batch):
+    model = Cropped(flatten=batch == "any").double().eval()
+    shapes = ({0: torch.export.Dim("batch")},) if batch == "any" else None
+    example = torch.zeros(2 if batch == "any" else batch, 1, 5, 4, dtype=torch.double)
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    x = torch.rand(4, 1, 5, 4, dtype=torch.double)
+    network = capture(program, (1, 5, 4))
+    np.testing.assert_allclose(network(x.numpy()), model(x).detach(), atol=1e-12)
+    assert network.layers[-1].name == "conv"
+    with pytest.raises(UnsupportedLayerError, match="images of the size that it was exported for"):
+        capture(program, (1, 6, 4))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Cropped(flatten=True), torch.nn.Flatten(0), torch.nn.Bilinear(4, 4, 2)],
+    ids=lambda m: type(m).__name__,
+)
+def test_an_exported_program_for_one_batch_size_alone_or_of_two_arguments_is_refused(model):
+    image = torch.zeros(1, 1, 5, 4)
+    arguments = (image, image) if isinstance(model, torch.nn.Bilinear) else (image,)
+    program = torch.export.export(model.eval(), arguments)
+    with pytest.raises(UnsupportedLayerError):
+        capture(program, (1, 5, 4))
