@@ -52,23 +52,28 @@ PARTS = ("weight", "bias", *STATISTICS)
 PROGRAMS = ("models/model.json", "serialized_exported_program.json")
 
 
-def load_model(path: Path, layer: str | None = None) -> Any:
+def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -> Any:
     """Return the model of a file, for `fheconv.quantize`.
 
-    Of a `.pt2` file, the program that `torch.export.save` wrote. torch unpickles what is in it, evaluates its
-    expressions and calls the functions that it names: load only what comes from people you trust. Of a
-    safetensors file, which is data only, the convolution `layer`, or without it all the layers of the card's
-    list "architecture", one after another.
+    Of a safetensors file, which is data only, the convolution `layer`, or without it all the layers of the
+    card's list "architecture", one after another. Of a `.pt2` file, the program that `torch.export.save`
+    wrote, if it is `trusted`: torch unpickles what is in it, evaluates its expressions and calls the
+    functions that it names.
 
     Raises `ArtifactError` for a file or a card that cannot be read, does not have the layer, or where weights
     and card do not go together, `UnsupportedLayerError` for a kind of layer that is none of those in `KINDS`
-    and `MODULES`, `InvalidArgumentError` for a layer of a `.pt2` file.
+    and `MODULES`, `InvalidArgumentError` for a `.pt2` file that is not trusted, or a layer of one.
     """
     if path.suffix.lower() != ".pt2":
         return _sequence(path) if layer is None else load_layer(path, layer)
     if layer is not None:
         raise InvalidArgumentError(
             f"{path} is a whole model, of which no layer can be taken; leave {layer!r} out."
+        )
+    if not trusted:
+        raise InvalidArgumentError(
+            f"Loading {path} would run what is in it: torch unpickles it. If it comes from people you trust, "
+            "say so with --trusted (trusted=True); else ask for the weights as safetensors."
         )
     return _program(path)
 

@@ -25,7 +25,7 @@ def compile_model(
         Path,
         typer.Argument(
             help="A .safetensors file, with a .json card for a whole network, or a .pt2 file of "
-            "torch.export.save. Loading a .pt2 file RUNS what is in it: take it only from people you trust."
+            "torch.export.save, with --trusted."
         ),
     ],
     calibration: Annotated[Path, typer.Option(help="Images to calibrate on: .npy of shape (n, C, M, N).")],
@@ -48,6 +48,9 @@ def compile_model(
     class_names: Annotated[
         str | None, typer.Option(help="What the results stand for, with commas between.")
     ] = None,
+    trusted: Annotated[
+        bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it, from people you trust.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a trained model to client.zip and server.zip. Exit status 1 when its widths do not fit.
@@ -72,7 +75,7 @@ def compile_model(
     compile_config = CompileConfig(p_error=p_error)
     images = load_array(calibration, "--calibration")
     try:
-        network = quantize(load_model(model, layer), images, config)
+        network = quantize(load_model(model, layer, trusted=trusted), images, config)
         circuit = compile_circuit(network, compile_config)
     except AccumulatorOverflowError as error:
         if as_json:

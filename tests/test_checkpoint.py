@@ -192,7 +192,9 @@ def test_a_program_that_torch_exported(tmp_path):
     path = tmp_path / "m.pt2"
     x = torch.rand(2, 2, 5, 5)
     torch.export.save(torch.export.export(MODEL.eval(), (x,)), path)
-    torch.testing.assert_close(load_model(path).module()(x), MODEL(x))
+    torch.testing.assert_close(load_model(path, trusted=True).module()(x), MODEL(x))
+    with pytest.raises(InvalidArgumentError, match="would run what is in it.*--trusted"):
+        load_model(path)
     with pytest.raises(InvalidArgumentError, match="leave 'c' out"):
         load_model(path, "c")
 
@@ -206,5 +208,5 @@ def test_a_file_that_is_no_program_is_named(tmp_path, content, capfd):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"m\.pt2 cannot be read as a program"):
-        load_model(path)
+        load_model(path, trusted=True)
     assert capfd.readouterr().err == ""

@@ -224,7 +224,8 @@ def test_compile_takes_what_torch_exported(command, tmp_path):
     model = load_model(Path("m.safetensors"))
     torch.export.save(torch.export.export(model, (torch.zeros(1, 1, 3, 3, dtype=torch.double),)), "m.pt2")
     said = [
-        json.loads(command("compile", name, *COMPILE[2:], "--json")[1]) for name in ("m.safetensors", "m.pt2")
+        json.loads(command("compile", name, *COMPILE[2:], "--trusted", "--json")[1])
+        for name in ("m.safetensors", "m.pt2")
     ]
     assert said[0]["fingerprint"] == said[1]["fingerprint"]
     assert "RUNS" in " ".join(command("compile", "--help")[1].split())
@@ -247,7 +248,8 @@ def test_bench_times_every_step(command):
     [
         (("compile", "none.safetensors", *COMPILE[2:]), "none.safetensors"),
         (("compile", "x.npy", *COMPILE[2:]), "x.npy cannot be read as safetensors"),
-        (("compile", "bad.pt2", *COMPILE[2:]), "bad.pt2 cannot be read as a program"),
+        (("compile", "bad.pt2", *COMPILE[2:]), "would run what is in it"),
+        (("compile", "bad.pt2", *COMPILE[2:], "--trusted"), "bad.pt2 cannot be read as a program"),
         (("compile", "bad.pt2", *COMPILE[2:], "--layer", "c"), "leave 'c' out"),
         ((*COMPILE[:3], "none.npy", *COMPILE[4:]), "--calibration=none.npy"),
         ((*COMPILE, "--weight-bits", "some"), "or auto"),
