@@ -193,7 +193,7 @@ def test_a_program_that_torch_exported(tmp_path):
     x = torch.rand(2, 2, 5, 5)
     torch.export.save(torch.export.export(MODEL.eval(), (x,)), path)
     torch.testing.assert_close(load_model(path, trusted=True).module()(x), MODEL(x))
-    with pytest.raises(InvalidArgumentError, match="would run what is in it.*--trusted"):
+    with pytest.raises(InvalidArgumentError, match="would run what is in it"):
         load_model(path)
     with pytest.raises(InvalidArgumentError, match="leave 'c' out"):
         load_model(path, "c")
