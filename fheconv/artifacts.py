@@ -122,7 +122,9 @@ def load_server(
         config = CompileConfig(**{name: given[name] for name in _CONFIG})
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ArtifactError(f"What {_name(file)} is to be compiled with is altered: {error!r:.200}.") from error
+        raise ArtifactError(
+            f"What {_name(file)} is to be compiled with is altered: {error!r:.200}."
+        ) from error
     manifest = _manifest(parts)
     found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
     if found != manifest.fingerprint:

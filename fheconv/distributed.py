@@ -1,16 +1,15 @@
 """Encrypted images spread over the workers of a Dask cluster (the extra `distributed`).
 
-The circuit and the keys are one piece of Dask's data, which it copies from worker to worker, once to each, also
-to those that join later or replace a dead one, and forgets at the end of the call. A worker opens it when its
-first image comes: it compiles the circuit in a process of the native library of its own, and gives it the
-keys. Images travel with their tasks, so that another worker can take up what a dead one left.
+The circuit and the keys are one piece of Dask's data, which it copies from worker to worker, once to each,
+also to those that join later or replace a dead one, and forgets at the end of the call. A worker opens it
+when its first image comes: it compiles the circuit in a process of the native library of its own, and gives
+it the keys. Images travel with their tasks, so that another worker can take up what a dead one left.
 
 The members of a Dask cluster trust one another: whoever reaches its scheduler can run code there. They see
-ciphertexts and evaluation keys, with which nothing can be decrypted. fheconv, of the same version, must be
-installed on the scheduler and the workers.
+ciphertexts and evaluation keys, with which nothing can be decrypted. The scheduler and the workers need the
+same version of fheconv.
 """
 
-import contextlib
 import secrets
 import threading
 import weakref
@@ -19,10 +18,17 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
+from weakref import WeakValueDictionary
 
 from fheconv.artifacts import load_server, read_server
 from fheconv.ciphertext import Ciphertext
-from fheconv.errors import ArtifactError, ExecutionError, FheConvError, InvalidArgumentError, MissingExtraError
+from fheconv.errors import (
+    ArtifactError,
+    ExecutionError,
+    FheConvError,
+    InvalidArgumentError,
+    MissingExtraError,
+)
 from fheconv.keys import EvaluationKeys, StoredKeys
 from fheconv.manifest import Manifest
 from fheconv.server import Server, check_input, check_keys
@@ -122,41 +128,55 @@ def stream(
         for ciphertext in ciphertexts:
             check_input(ciphertext, manifest, keys.key_id)
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
-    job = file, limits, keys.fingerprint, keys.key_id, payload, keys.name
-    return _stream(client, job, manifest, ciphertexts)
+    fields = {"fingerprint": keys.fingerprint, "key_id": keys.key_id, "payload": payload}
+    return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
 
 
 class _Job:
-    """What every worker needs: the circuit and the keys, as bytes where it travels, opened where it is used."""
+    """What every worker needs: the circuit and the keys, bytes where it travels, opened where it is used."""
 
-    def __init__(
-        self, file: bytes, limits: dict[str, Any], fingerprint: str, key_id: str, payload: bytes, name: str
-    ) -> None:
-        self._parts = file, limits, fingerprint, key_id, payload, name
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
         self._lock = threading.Lock()
         self._opened: tuple[Server, EvaluationKeys] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Job, self._parts
+        return _job, self._parts
 
     def run(self, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
         with self._lock:
             if self._opened is None:
-                self._opened = self._open()
+                self._opened = self._open(*self._parts)
         server, keys = self._opened
         return server.run(Ciphertext.from_bytes(ciphertext), keys).to_bytes()
 
-    def _open(self) -> tuple[Server, EvaluationKeys]:
-        file, limits, fingerprint, key_id, payload, name = self._parts
-        keys = EvaluationKeys(fingerprint=fingerprint, key_id=key_id, payload=payload)
-        if keys.name != name:
+    def _open(
+        self, name: str, file: bytes, limits: dict[str, Any], keys: dict[str, Any], digest: str
+    ) -> tuple[Server, EvaluationKeys]:
+        evaluation_keys = EvaluationKeys(**keys)
+        if evaluation_keys.name != digest:
             raise ArtifactError("The evaluation keys were damaged on their way; run it again.")
         session = Worker()
         weakref.finalize(self, session.stop)
         server = load_server(file, session=session, **limits)
-        get_worker().log_event(TOPIC, {"opened": fingerprint})
-        return server, keys
+        get_worker().log_event(TOPIC, {"opened": server.fingerprint, "call": name})
+        return server, evaluation_keys
+
+
+# Those of this process, by name.
+_jobs: WeakValueDictionary[str, _Job] = WeakValueDictionary()
+_jobs_lock = threading.Lock()
+
+
+def _job(name: str, *parts: Any) -> _Job:
+    """Return the job of that name: where Dask brings it again, it is the one that was opened."""
+    with _jobs_lock:
+        return _jobs.setdefault(name, _Job(name, *parts))
+
+
+def _hold(job: _Job) -> _Job:
+    return job
 
 
 def _run(job: _Job, ciphertext: bytes) -> bytes:
@@ -164,30 +184,40 @@ def _run(job: _Job, ciphertext: bytes) -> bytes:
 
 
 def _stream(
-    client: Client, job_parts: tuple[Any, ...], manifest: Manifest, ciphertexts: Iterable[Ciphertext]
+    client: Client, parts: tuple[Any, ...], manifest: Manifest, key_id: str, given: Iterable[Ciphertext]
 ) -> Iterator[tuple[int, Ciphertext]]:
     name = f"fheconv-{secrets.token_hex(8)}"
-    key_id = job_parts[3]
-    job = _submit(client, _Job, *job_parts, key=f"{name}-circuit")
+    job = _submit(client, _job, name, *parts, key=name)
+    holds: dict[str, Future] = {}
     sent: dict[Future, tuple[int, Ciphertext]] = {}
     completed = as_completed(loop=client.loop)
-    waiting = enumerate(ciphertexts)
+    waiting = enumerate(given)
+
+    def reach() -> int:
+        """Have every worker hold the job; return how many threads they have.
+
+        Dask takes copies of data away from workers that do not use them for seconds; a result of their own
+        they keep.
+        """
+        threads = client.nthreads()
+        for address in threads.keys() - holds.keys():
+            where = {"workers": [address], "allow_other_workers": True}
+            holds[address] = _submit(client, _hold, job, key=(f"{name}-hold", len(holds)), **where)
+        return sum(threads.values())
 
     def send() -> None:
         """Send what is to be under way beyond what is."""
-        ahead = max(LEAST_AHEAD, AHEAD * sum(client.nthreads().values()))
+        ahead = max(LEAST_AHEAD, AHEAD * reach())
         for index, ciphertext in islice(waiting, ahead - len(sent)):
             check_input(ciphertext, manifest, key_id)
-            future = _submit(client, _run, job, ciphertext.to_bytes(), key=(name, index))
+            future = _submit(client, _run, job, ciphertext.to_bytes(), key=(f"{name}-run", index))
             sent[future] = index, ciphertext
             completed.add(future)
 
     try:
         wait([job])
-        # Else all images would go to the worker that has it. If one dies meanwhile, its successor will get
-        # it with its first image.
-        with contextlib.suppress(Exception):
-            client.replicate([job])
+        reach()
+        wait([*holds.values()])  # else the first images would all go where the job is
         send()
         while sent:
             future = next(completed)
@@ -196,13 +226,13 @@ def _stream(
             send()
             yield index, result
     finally:
-        client.cancel([job, *sent])
+        client.cancel([job, *holds.values(), *sent])
 
 
-def _submit(client: Client, function: Any, *arguments: Any, key: Any) -> Future:
+def _submit(client: Client, function: Any, *arguments: Any, **options: Any) -> Future:
     # Dask warns of megabytes in a task. Ciphertexts are, and there they survive the worker.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
-        return client.submit(function, *arguments, key=key, retries=RETRIES)
+        return client.submit(function, *arguments, retries=RETRIES, **options)
 
 
 def _result(future: Future, index: int, ciphertext: Ciphertext) -> Ciphertext:
@@ -212,8 +242,8 @@ def _result(future: Future, index: int, ciphertext: Ciphertext) -> Ciphertext:
         raise
     except KilledWorker as error:
         raise ExecutionError(
-            f"{error.allowed_failures + 1} workers died, one after another, while they had ciphertext {index}. "
-            "Their logs may say why: mostly memory, of which each needs room for the evaluation keys twice."
+            f"{error.allowed_failures + 1} workers died, one after another, with ciphertext {index}; their "
+            "logs may say why. Often it is memory: each needs room for the evaluation keys twice."
         ) from error
     except Exception as error:  # whatever Dask or a worker's Python raises; the user gets one tree of errors
         raise ExecutionError(

@@ -56,8 +56,8 @@ class Server:
     def beside(self, session: Session, keys_in_memory: int = KEYS_IN_MEMORY) -> "Server":
         """Return the same server in another worker process."""
         options: dict[str, Any] = {"session": session, "keys_in_memory": keys_in_memory}
-        files = {"client_file": self.client_file, "server_file": self.server_file}
-        return Server(self.manifest, *self._parts, **files, **options)
+        options |= {"client_file": self.client_file, "server_file": self.server_file}
+        return Server(self.manifest, *self._parts, **options)
 
     @property
     def fingerprint(self) -> str:
