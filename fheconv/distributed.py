@@ -10,6 +10,7 @@ ciphertexts and evaluation keys, with which nothing can be decrypted. The schedu
 same version of fheconv.
 """
 
+import contextlib
 import secrets
 import threading
 import weakref
@@ -183,6 +184,25 @@ def _run(job: _Job, ciphertext: bytes) -> bytes:
     return job.run(ciphertext)
 
 
+@contextlib.contextmanager
+def _asking_dask() -> Iterator[None]:
+    """Turn what Dask, or a worker's Python, raises into the one tree of errors."""
+    try:
+        yield
+    except FheConvError:
+        raise
+    except KilledWorker as error:
+        raise ExecutionError(
+            f"{error.allowed_failures + 1} workers died, one after another, with the task {error.task}; "
+            "their logs may say why. Often it is memory: each needs room for the evaluation keys twice."
+        ) from error
+    except Exception as error:
+        raise ExecutionError(
+            f"Dask failed: {error!r:.500}. The cluster must be alive, and its scheduler and workers need the "
+            "same versions of fheconv and of what it depends on."
+        ) from error
+
+
 def _stream(
     client: Client, parts: tuple[Any, ...], manifest: Manifest, key_id: str, given: Iterable[Ciphertext]
 ) -> Iterator[tuple[int, Ciphertext]]:
@@ -193,6 +213,7 @@ def _stream(
     completed = as_completed(loop=client.loop)
     waiting = enumerate(given)
 
+    @_asking_dask()
     def reach() -> int:
         """Have every worker hold the job; return how many threads they have.
 
@@ -215,41 +236,34 @@ def _stream(
             completed.add(future)
 
     try:
-        wait([job])
-        reach()
-        wait([*holds.values()])  # else the first images would all go where the job is
+        with _asking_dask():
+            wait([job])
+            reach()
+            wait([*holds.values()])  # else the first images would all go where the job is
         send()
         while sent:
-            future = next(completed)
+            with _asking_dask():
+                future = next(completed)
+                data = future.result()
             index, ciphertext = sent.pop(future)
-            result = _result(future, index, ciphertext)
+            result = _checked(data, index, ciphertext)
             send()
             yield index, result
     finally:
-        client.cancel([job, *holds.values(), *sent])
+        with contextlib.suppress(Exception):  # a cluster that is gone has nothing to cancel
+            client.cancel([job, *holds.values(), *sent])
 
 
+@_asking_dask()
 def _submit(client: Client, function: Any, *arguments: Any, **options: Any) -> Future:
     # Dask warns of megabytes in a task. Ciphertexts are, and there they survive the worker.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
         return client.submit(function, *arguments, retries=RETRIES, **options)
 
 
-def _result(future: Future, index: int, ciphertext: Ciphertext) -> Ciphertext:
-    try:
-        result = Ciphertext.from_bytes(future.result())
-    except FheConvError:
-        raise
-    except KilledWorker as error:
-        raise ExecutionError(
-            f"{error.allowed_failures + 1} workers died, one after another, with ciphertext {index}; their "
-            "logs may say why. Often it is memory: each needs room for the evaluation keys twice."
-        ) from error
-    except Exception as error:  # whatever Dask or a worker's Python raises; the user gets one tree of errors
-        raise ExecutionError(
-            f"Dask could not run ciphertext {index}: {error!r:.500}. The cluster must be alive, and its "
-            "scheduler and workers need the same versions of fheconv and of what it depends on."
-        ) from error
+def _checked(data: Any, index: int, ciphertext: Ciphertext) -> Ciphertext:
+    """Return the result for a ciphertext from its bytes. Raises `ArtifactError` for those of another."""
+    result = Ciphertext.from_bytes(data)
     if replace(ciphertext, kind="output", values=result.values) != result:
         raise ArtifactError(f"A worker returned for ciphertext {index} what belongs to another.")
     return result

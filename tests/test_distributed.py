@@ -172,14 +172,12 @@ def test_tiles_of_a_photograph_even_when_all_workers_are_killed(tiled, tile_file
     assert set(opened().values()) == {1}
 
 
-def test_workers_that_die_again_and_again_are_an_error(circuit, tiled, tile_file, dask, cluster, monkeypatch):
+def test_what_kills_every_worker_is_an_error(tiled, tile_file, dask, cluster, monkeypatch):
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
-    image = np.zeros((1, 40, 40))
-    stream = distributed.stream(tile_file, tiled.circuit.evaluation_keys, tiled.encrypt(image), client=dask)
-    next(stream)
-    kill(dask, 2)
+    monkeypatch.setattr(distributed, "_run", lambda job, ciphertext: os.kill(os.getpid(), signal.SIGKILL))
+    (encrypted,) = tiled.encrypt(np.zeros((1, 5, 5)))
     with pytest.raises(fheconv.ExecutionError, match="1 workers died"):
-        list(stream)
+        distributed.run(tile_file, tiled.circuit.evaluation_keys, encrypted, client=dask)
 
 
 def test_what_fails_on_a_worker_is_the_error_that_it_is_here(tiled, tile_file, dask):
@@ -241,18 +239,14 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
     ("raised", "kind", "words"),
     [
         (KilledWorker("task", SimpleNamespace(address="there"), 3), fheconv.ExecutionError, "4 workers died"),
-        (CancelledError("lost"), fheconv.ExecutionError, "could not run ciphertext 5"),
+        (CancelledError("lost"), fheconv.ExecutionError, "cluster must be alive"),
         (ModuleNotFoundError("fheconv"), fheconv.ExecutionError, "same versions"),
         (fheconv.CompilationError("too wide"), fheconv.CompilationError, "too wide"),
     ],
 )
-def test_what_dask_raises_has_its_place_in_the_tree_of_errors(tiled, raised, kind, words):
-    def result():
+def test_what_dask_raises_has_its_place_in_the_tree_of_errors(raised, kind, words):
+    with pytest.raises(kind, match=words), distributed._asking_dask():
         raise raised
-
-    (encrypted,) = tiled.encrypt(np.zeros((1, 5, 5)))
-    with pytest.raises(kind, match=words):
-        distributed._result(SimpleNamespace(result=result), 5, encrypted)
 
 
 def test_a_result_that_belongs_elsewhere_is_refused(tiled):
@@ -260,7 +254,15 @@ def test_a_result_that_belongs_elsewhere_is_refused(tiled):
     for changed in ({"key_id": "other"}, {"images": 2, "batched": True}):
         other = replace(encrypted, kind="output", **changed).to_bytes()
         with pytest.raises(fheconv.ArtifactError, match="belongs to another"):
-            distributed._result(SimpleNamespace(result=lambda other=other: other), 5, encrypted)
+            distributed._checked(other, 5, encrypted)
+
+
+def test_a_cluster_that_is_gone_is_an_error(tiled, tile_file, cluster):
+    (encrypted,) = tiled.encrypt(np.zeros((1, 5, 5)))
+    with Client(cluster) as dask:
+        stream = distributed.stream(tile_file, tiled.circuit.evaluation_keys, encrypted, client=dask)
+    with pytest.raises(fheconv.ExecutionError, match="cluster must be alive"):
+        next(stream)
 
 
 def test_results_for_other_tiles_are_refused(tiled):
