@@ -6,7 +6,7 @@ import pytest
 
 import fheconv
 
-HEAVY = ("torch", "concrete", "matplotlib", "scipy", "sklearn", "typer", "rich", "numpy")
+HEAVY = ("torch", "concrete", "matplotlib", "scipy", "sklearn", "typer", "rich", "numpy", "dask", "distributed")
 
 
 def fresh(code):

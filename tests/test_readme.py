@@ -19,7 +19,11 @@ def blocks(language: str) -> list[str]:
 
 # Fewer numbers to choose from than a reader's search has.
 QUICK = "from fheconv.quantizer import allocation\nallocation.LEVELS, allocation.NARROWEST = (8, 12), 8\n"
-PRINTED = [["Accumulator budget", "Cost of one encrypted image"], ["Cheapest circuits by accuracy"]]
+PRINTED = [
+    ["Accumulator budget", "Cost of one encrypted image"],
+    ["Cheapest circuits by accuracy"],
+    ["edges as in clear: True"],
+]
 
 
 @pytest.mark.parametrize(("example", "titles"), [*zip(blocks("python"), PRINTED, strict=True)])
