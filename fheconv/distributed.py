@@ -121,10 +121,9 @@ def stream(
     else:
         (manifest, file), limits = read_server(server), {}
     check_keys(keys, manifest.fingerprint)
-    if isinstance(ciphertexts, Ciphertext):
+    if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
         check_input(ciphertexts, manifest, keys.key_id)
-        one = replace(ciphertexts, images=1, values=ciphertexts.values[:1])
-        ciphertexts = [replace(one, values=(value,)) for value in ciphertexts.values]
+        ciphertexts = [replace(ciphertexts, images=1, values=(value,)) for value in ciphertexts.values]
     elif isinstance(ciphertexts, Sequence):
         for ciphertext in ciphertexts:
             check_input(ciphertext, manifest, keys.key_id)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     several = [client.encrypt(x[:3]), client.encrypt(x[3]), client.encrypt(x[:0])]
     results = distributed.run(fheconv.load_server(tile_file), keys, several, client=dask)
     assert [result.images for result in results] == [3, 1, 0]
+    assert distributed.run(tile_file, keys, several[2], client=dask).images == 0
     np.testing.assert_array_equal(client.decrypt(results[0]), expected[:3])
     np.testing.assert_array_equal(client.decrypt(results[1]), expected[3])
 
@@ -224,6 +226,7 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
         (file, keys, replace(encrypted, kind="output"), "output"),
         (file, keys, [encrypted, *tiled.encrypt(np.zeros((1, 5, 5)))], "another circuit"),
         (file, keys, [encrypted, 3], "not int"),
+        (file, keys, 3, "not int"),
         (file, keys, replace(encrypted, values=(b"0" * 10**6,) * 2), "at most"),
         (file, "keys", encrypted, "not str"),
         (file.parent / "client.zip", keys, encrypted, "belong"),
@@ -255,6 +258,12 @@ def test_a_result_that_belongs_elsewhere_is_refused(tiled):
         other = replace(encrypted, kind="output", **changed).to_bytes()
         with pytest.raises(fheconv.ArtifactError, match="belongs to another"):
             distributed._checked(other, 5, encrypted)
+
+
+def test_a_job_that_comes_again_is_the_one_that_is_there():
+    job = distributed._job("name", b"file", {}, {}, "digest")
+    assert pickle.loads(pickle.dumps(job)) is job
+    assert distributed._job("other", b"file", {}, {}, "digest") is not job
 
 
 def test_a_cluster_that_is_gone_is_an_error(tiled, tile_file, cluster):
