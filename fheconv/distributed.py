@@ -19,7 +19,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
-from weakref import WeakValueDictionary
 
 from fheconv.artifacts import load_server, read_server
 from fheconv.ciphertext import Ciphertext
@@ -165,7 +164,7 @@ class _Job:
 
 
 # Those of this process, by name.
-_jobs: WeakValueDictionary[str, _Job] = WeakValueDictionary()
+_jobs: weakref.WeakValueDictionary[str, _Job] = weakref.WeakValueDictionary()
 _jobs_lock = threading.Lock()
 
 

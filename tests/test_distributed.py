@@ -1,5 +1,6 @@
 """Batches and tiles over Dask's worker processes, some of which are killed."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -13,6 +14,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from dask.distributed import Client, LocalCluster
 from distributed import KilledWorker
@@ -98,10 +100,11 @@ def kill(dask, count):
 
 def native_processes():
     """On a worker: how many processes of the native library it has."""
-    children = subprocess.run(
-        ["pgrep", "--parent", str(os.getpid()), "--full", "fheconv.worker"], capture_output=True, text=True
-    )
-    return len(children.stdout.split())
+    count = 0
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            count += "fheconv.worker" in child.cmdline()
+    return count
 
 
 def until(true, seconds=30):
@@ -204,6 +207,7 @@ def test_what_is_left_early_is_cancelled(tiled, tile_file, dask, cluster):
     )
     next(stream)
     assert cluster.scheduler.tasks
+    assert any(dask.run(native_processes).values())
     stream.close()
     until(lambda: not cluster.scheduler.tasks)
     until(lambda: not any(dask.run(native_processes).values()))
