@@ -25,6 +25,7 @@ from fheconv.interface import Interface
 from fheconv.manifest import Manifest
 from fheconv.security import check_security
 from fheconv.server import Server
+from fheconv.worker import Session
 
 if TYPE_CHECKING:
     from fheconv.circuit import FheCircuit
@@ -105,12 +106,17 @@ def load_client(file: str | Path | bytes) -> Client:
 
 
 def load_server(
-    file: str | Path, *, time_limit: float | None = None, memory_limit: int | None = None
+    file: str | Path | bytes,
+    *,
+    time_limit: float | None = None,
+    memory_limit: int | None = None,
+    session: Session | None = None,
 ) -> Server:
-    """Return the server of a `server.zip`, compiled.
+    """Return the server of a `server.zip`, or of its bytes, compiled.
 
-    The limits are those of `CompileConfig`, for each call of the native library. Raises `ArtifactError` for a
-    file that is damaged, altered or of another version, `CompilationError` if Concrete cannot compile it.
+    The limits are those of `CompileConfig`, for each call of the native library, which lives in `session`, by
+    default the process that all circuits share. Raises `ArtifactError` for a file that is damaged, altered or
+    of another version, `CompilationError` if Concrete cannot compile it.
     """
     parts = _read(file, SERVER)
     try:
@@ -121,16 +127,35 @@ def load_server(
         config = CompileConfig(**{name: given[name] for name in _CONFIG})
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ArtifactError(f"What {file} is to be compiled with is altered: {error!r:.200}.") from error
+        raise ArtifactError(
+            f"What {_name(file)} is to be compiled with is altered: {error!r:.200}."
+        ) from error
     manifest = _manifest(parts)
     found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
     if found != manifest.fingerprint:
         raise ArtifactError(
-            f"{file} is altered: its program has the fingerprint {found}, and its manifest says "
+            f"{_name(file)} is altered: its program has the fingerprint {found}, and its manifest says "
             f"{manifest.fingerprint}. Get it again, from whoever compiled it."
         )
     limited = replace(config, time_limit=time_limit, memory_limit=memory_limit)
-    return Server(manifest, parts["specs.json"], mlir, limited, client_file=_zipped(_only(parts, CLIENT)))
+    return Server(
+        manifest,
+        parts["specs.json"],
+        mlir,
+        limited,
+        client_file=_zipped(_only(parts, CLIENT)),
+        server_file=_zipped(_only(parts, SERVER)),
+        session=session,
+    )
+
+
+def read_server(file: str | Path) -> tuple[Manifest, bytes]:
+    """Return what a `server.zip` says of its circuit, and its bytes, without compiling it.
+
+    Raises `ArtifactError` like `load_server`.
+    """
+    parts = _read(file, SERVER)
+    return _manifest(parts), _zipped(_only(parts, SERVER))
 
 
 def load_manifest(file: str | Path) -> Manifest:
@@ -180,12 +205,16 @@ def _zipped(parts: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def _name(file: str | Path | bytes) -> str:
+    return "The file" if isinstance(file, bytes) else str(file)
+
+
 def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes]:
     """Return the contents of a zip that holds exactly one of the `expected` lists of names.
 
     Nothing is unpacked to the disk, and no more is read than sizes promise and `MOST_BYTES` allows.
     """
-    what = "The file" if isinstance(file, bytes) else str(file)
+    what = _name(file)
     try:
         size = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
         if size > MOST_BYTES:

@@ -24,7 +24,7 @@ class Server:
 
     `manifest` says what the circuit is and what it costs. `config` is what it was compiled with, `mlir` the
     program: the network's weights are in it, as far as the circuit needs them. `client_file` is the
-    `client.zip` that goes with it.
+    `client.zip` that goes with it, `server_file` the `server.zip`.
     """
 
     def __init__(
@@ -35,11 +35,14 @@ class Server:
         config: CompileConfig,
         *,
         client_file: bytes,
+        server_file: bytes,
         session: Session | None = None,
         keys_in_memory: int = KEYS_IN_MEMORY,
     ) -> None:
         self.manifest = manifest
+        self.config = config
         self.client_file = client_file
+        self.server_file = server_file
         self._parts = specs, mlir, config
         self._keys_in_memory = keys_in_memory
         # Not `cost.lookups`: Concrete leaves out lookups on which no result depends.
@@ -55,7 +58,8 @@ class Server:
     def beside(self, session: Session, keys_in_memory: int = KEYS_IN_MEMORY) -> "Server":
         """Return the same server in another worker process."""
         options: dict[str, Any] = {"session": session, "keys_in_memory": keys_in_memory}
-        return Server(self.manifest, *self._parts, client_file=self.client_file, **options)
+        options |= {"client_file": self.client_file, "server_file": self.server_file}
+        return Server(self.manifest, *self._parts, **options)
 
     @property
     def fingerprint(self) -> str:
@@ -74,27 +78,13 @@ class Server:
         circuit, or of each other's key sets, `ExecutionError` if it fails.
         """
         keys = self.checked_keys(evaluation_keys)
-        check_ciphertext(ciphertext, "input", "run", self.fingerprint, keys.key_id, 1)
-        most = self.cost.input_bytes + MARGIN
-        for value in ciphertext.values:
-            if len(value) > most:
-                raise ArtifactError(
-                    f"The ciphertext has a value of {len(value):,} bytes; an encrypted image of this circuit "
-                    f"has at most {most:,}."
-                )
+        check_input(ciphertext, self.manifest, keys.key_id)
         values = track(ciphertext.values, "Running on encrypted images…")
         return replace(ciphertext, kind="output", values=tuple(self._run(value, keys) for value in values))
 
     def checked_keys(self, keys: EvaluationKeys | StoredKeys) -> EvaluationKeys | StoredKeys:
         """Return evaluation keys of this circuit. Raises `ArtifactError` for others."""
-        if not isinstance(keys, EvaluationKeys | StoredKeys):
-            raise ArtifactError(
-                f"run takes evaluation keys, not {type(keys).__name__}; give it client.evaluation_keys."
-            )
-        if keys.fingerprint != self.fingerprint:
-            raise ArtifactError(
-                "The evaluation keys belong to another circuit; make keys with this one's client."
-            )
+        check_keys(keys, self.fingerprint)
         return keys
 
     def _run(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
@@ -104,3 +94,27 @@ class Server:
         except KeysForgotten:
             given = keys.payload if isinstance(keys, EvaluationKeys) else keys
             return bytes(self._program.request("run_for", keys.name, given, most, value))
+
+
+def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:
+    """Raise `ArtifactError` unless these are evaluation keys of that circuit."""
+    if not isinstance(keys, EvaluationKeys | StoredKeys):
+        raise ArtifactError(
+            f"run takes evaluation keys, not {type(keys).__name__}; give it client.evaluation_keys."
+        )
+    if keys.fingerprint != fingerprint:
+        raise ArtifactError(
+            "The evaluation keys belong to another circuit; make keys with this one's client."
+        )
+
+
+def check_input(ciphertext: Ciphertext, manifest: Manifest, key_id: str) -> None:
+    """Raise `ArtifactError` unless these are encrypted images of that circuit and key set, of their size."""
+    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, 1)
+    most = manifest.cost.input_bytes + MARGIN
+    for value in ciphertext.values:
+        if len(value) > most:
+            raise ArtifactError(
+                f"The ciphertext has a value of {len(value):,} bytes; an encrypted image of this circuit "
+                f"has at most {most:,}."
+            )

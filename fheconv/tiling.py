@@ -7,7 +7,7 @@ every tile is alike, whatever the stride, padding and dilation.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 from fheconv.arithmetic import expand
 from fheconv.arithmetic.geometry import PerAxis, per_axis
 from fheconv.arrays import Array, as_array
+from fheconv.ciphertext import Ciphertext
 from fheconv.circuit import Fhe, FheCircuit
 from fheconv.config import CompileConfig, check_integer
-from fheconv.errors import InputRangeError, InvalidArgumentError
+from fheconv.errors import ArtifactError, InputRangeError, InvalidArgumentError
 from fheconv.network import Conv, Network
 from fheconv.progress import track
 from fheconv.quantized import QuantizedNetwork
@@ -89,6 +90,38 @@ class TiledCircuit:
         q = self._quantize(x)
         expected = self.network.accumulate(q[None])[0]
         return compare(expected, self._integers(q, "execute"), self.circuit._promised(self.cost.lanes), show)
+
+    def encrypt(self, x: Any) -> Iterator[Ciphertext]:
+        """Encrypt one float image (C, *S) of any size; yield its tiles one by one, a ciphertext each.
+
+        They are for the circuit that `circuit.save` writes, which `fheconv.distributed` runs on many
+        machines. Raises like `predict`.
+        """
+        q = self._quantize(x)
+        counts = self._counts(q.shape[1:])
+        windows = self._windows(q, counts)
+        return (self.circuit._encrypt(windows[at][None], batched=False) for at in np.ndindex(*counts))
+
+    def decrypt(self, results: Iterable[tuple[int, Ciphertext]], spatial: Sequence[int]) -> Array:
+        """Return the float outputs (K, *Out) of an image of sizes `spatial` from the results for its tiles.
+
+        `results` are (number, result) in any order, as `fheconv.distributed.stream` yields them; each is
+        decrypted as it comes. Raises `ArtifactError` like `FheCircuit.decrypt`, and unless there is one for
+        each of the tiles that `encrypt` yields.
+        """
+        counts = self._counts(spatial)
+        finished: dict[int, Array] = {}
+        for number, result in results:
+            if number in finished:
+                raise ArtifactError(f"There are two results for tile {number}; give one for each tile.")
+            finished[number] = self.circuit.decrypt(result, dequantize=False)
+        if set(finished) != set(range(math.prod(counts))):
+            raise ArtifactError(
+                f"There are results for {len(finished)} tiles, where an image of sizes {tuple(spatial)} has "
+                f"the tiles 0 to {math.prod(counts) - 1}; give the results for all that encrypt() yielded."
+            )
+        y = self._assemble(finished, counts, self._kernel.geometry.output_size(spatial))
+        return self.network.dequantize(y[None])[0]
 
     def _quantize(self, x: Any) -> Array:
         x = as_array(x, "The image")

@@ -6,7 +6,18 @@ import pytest
 
 import fheconv
 
-HEAVY = ("torch", "concrete", "matplotlib", "scipy", "sklearn", "typer", "rich", "numpy")
+HEAVY = (
+    "torch",
+    "concrete",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "typer",
+    "rich",
+    "numpy",
+    "dask",
+    "distributed",
+)
 
 
 def fresh(code):

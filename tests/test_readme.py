@@ -26,6 +26,7 @@ PRINTED = [
     ["Accumulator budget", "Cost of one encrypted image"],
     ["Cheapest circuits by accuracy"],
     ["[[", "8"],
+    ["edges as in clear: True"],
 ]
 
 
