@@ -253,6 +253,55 @@ def _load_image(path: Path, layer: Conv) -> Array:
         raise InvalidArgumentError(f"--input={path} cannot be read: {str(error) or repr(error)}.") from error
 
 
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="The server.zip that circuit.save wrote.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with the token that clients must bear. Or set FHECONV_TOKEN.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Images that run at once.", min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 8,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where evaluation keys are stored. Default: the user's data folder.")
+    ] = None,
+    quota: Annotated[float, typer.Option(help="Gigabytes of keys to store at most.", min=0.001)] = 10,
+    expiry: Annotated[float, typer.Option(help="Days after which unused keys go.", min=0.001)] = 30,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
+    ] = False,
+) -> None:
+    """Serve a saved circuit over HTTP, for fheconv.RemoteCircuit; /docs describes the API.
+
+    Example: FHECONV_TOKEN=$(cat token) fheconv serve server.zip --workers 2
+    """
+    from platformdirs import user_data_path
+
+    from fheconv.artifacts import load_server
+    from fheconv.serve import serve as serve_circuit
+    from fheconv.worker import worker
+
+    try:
+        token = os.environ.get("FHECONV_TOKEN") if token_file is None else token_file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
+    server = load_server(file)
+    worker().stop()  # the copies that serve have their own
+    serve_circuit(
+        server,
+        host=host,
+        port=port,
+        token=token,
+        allow_remote=allow_remote,
+        folder=folder or user_data_path("fheconv") / "keys",
+        workers=workers,
+        queue=queue,
+        quota=round(quota * 10**9),
+        expiry=expiry * 86_400,
+    )
+
+
 def main() -> None:
     """Run the command; an error of ours is one line on standard error and exit status 2."""
     try:

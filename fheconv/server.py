@@ -71,6 +71,16 @@ class Server:
         Raises `ArtifactError`, before the native library sees a byte, for ciphertexts or keys of another
         circuit, or of each other's key sets, `ExecutionError` if it fails.
         """
+        keys = self.checked(ciphertext, evaluation_keys)
+        values = track(ciphertext.values, "Running on encrypted images…")
+        return replace(
+            ciphertext, kind="output", values=tuple(self.run_value(value, keys) for value in values)
+        )
+
+    def checked(
+        self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys
+    ) -> EvaluationKeys | StoredKeys:
+        """Return the keys with which the ciphertext can be run. Raises `ArtifactError` like `run`."""
         keys = self.checked_keys(evaluation_keys)
         check_ciphertext(ciphertext, "input", "run", self.fingerprint, keys.key_id, 1)
         most = self.cost.input_bytes + MARGIN
@@ -80,8 +90,7 @@ class Server:
                     f"The ciphertext has a value of {len(value):,} bytes; an encrypted image of this circuit "
                     f"has at most {most:,}."
                 )
-        values = track(ciphertext.values, "Running on encrypted images…")
-        return replace(ciphertext, kind="output", values=tuple(self._run(value, keys) for value in values))
+        return keys
 
     def checked_keys(self, keys: EvaluationKeys | StoredKeys) -> EvaluationKeys | StoredKeys:
         """Return evaluation keys of this circuit. Raises `ArtifactError` for others."""
@@ -95,7 +104,8 @@ class Server:
             )
         return keys
 
-    def _run(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
+    def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
+        """Evaluate the circuit on one value of a ciphertext, both of which `checked` has let pass."""
         most = self._keys_in_memory
         try:
             return bytes(self._program.request("run_for", keys.name, None, most, value))
