@@ -13,7 +13,7 @@ from fheconv.arrays import Array
 from fheconv.artifacts import MOST_BYTES, load_client
 from fheconv.ciphertext import Ciphertext
 from fheconv.client import OTHER_KEYS, Client
-from fheconv.config import check_integer
+from fheconv.config import check_integer, check_token
 from fheconv.errors import (
     ArtifactError,
     ExecutionError,
@@ -67,13 +67,19 @@ class RemoteCircuit(Client):
         check_integer("retries", retries, 0)
         self._retries = retries
         self._uploaded: tuple[str, str] | None = None  # a key set and its name at the server
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        headers = {}
+        if token is not None:
+            check_token(token)
+            headers["Authorization"] = f"Bearer {token}"
         try:
-            self._http = httpx.Client(
-                base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=10)
-            )
-        except (httpx.InvalidURL, TypeError, ValueError) as error:
-            raise _unusable(url, error) from error
+            address = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            raise InvalidArgumentError(f"url={url!r:.200} is none: {error}.") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise InvalidArgumentError(f"url={url!r:.200} must be http://host:port, or https.")
+        self._http = httpx.Client(
+            base_url=address, headers=headers, timeout=httpx.Timeout(timeout, connect=10)
+        )
         weakref.finalize(self, self._http.close)
         manifest, self._images = self._circuit()
         if client is None:
@@ -194,8 +200,6 @@ class RemoteCircuit(Client):
                 after = response.headers.get("Retry-After", "")
                 if after.isascii() and after.isdigit():
                     wait = min(float(after), _LONGEST_WAIT)
-            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-                raise _unusable(str(self._http.base_url), error) from error
             except httpx.RequestError as error:
                 said = str(error) or type(error).__name__
                 problem = RemoteError(f"{method} {path} at {self._http.base_url} has no answer: {said}.")
@@ -220,12 +224,6 @@ class RemoteCircuit(Client):
 
 class _Unknown(ArtifactError):
     """The server has no keys of that name."""
-
-
-def _unusable(url: str, error: Exception) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"url={url!r:.200}, or the token for it, cannot be used: {error}; give the URL as http://host:port."
-    )
 
 
 def _problem(response: httpx.Response, answer: bytes) -> FheConvError:

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from fheconv.config import check_integer
+from fheconv.config import check_integer, check_token
 from fheconv.errors import FheConvError, InvalidArgumentError, MissingExtraError, RemoteError
 from fheconv.keystore import EXPIRY, NAME, QUOTA, KeyStore
 from fheconv.server import KEYS_IN_MEMORY, Server
@@ -107,15 +107,15 @@ def application(
     Evaluation keys are stored in `folder`, together at most `quota` bytes, and for `expiry` seconds after
     they were last used. `workers` processes run ciphertexts, each with up to `keys_in_memory` sets of keys;
     `queue` requests may wait for them, further ones are answered 429. With a `token`, every request but
-    those for /health and the description of the API must bear it.
+    those for /health and the description of the API must bear it: one word of printable ASCII.
 
     Raises `InvalidArgumentError` for numbers without a meaning, and a folder that cannot be used.
     """
     check_integer("workers", workers, 1)
     check_integer("queue", queue, 0)
     check_integer("keys_in_memory", keys_in_memory, 1)
-    if token is not None and (not token.isascii() or not token.isprintable() or len(token.split()) != 1):
-        raise InvalidArgumentError("The token must be printable ASCII without spaces, at least a character.")
+    if token is not None:
+        check_token(token)
     limits = Limits.of(server)
     store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
@@ -223,7 +223,15 @@ def serve(
         )
     app = application(server, token=token, **options)
     _log_as_json()
-    config = uvicorn.Config(
+    with _listener(host, port) as listener:
+        port = listener.getsockname()[1]
+        LOGGER.info("Serving circuit %s on http://%s:%s", server.fingerprint, host, port)
+        uvicorn.Server(configured(app)).run(sockets=[listener])
+
+
+def configured(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves an application."""
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -231,10 +239,6 @@ def serve(
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    with _listener(host, port) as listener:
-        port = listener.getsockname()[1]
-        LOGGER.info("Serving circuit %s on http://%s:%s", server.fingerprint, host, port)
-        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:
