@@ -104,6 +104,8 @@ class RemoteCircuit(Client):
         with self._lock:
             self._one.check(ciphertext, "input", "run")
         values = ciphertext.values
+        if values:
+            self._name_at_server(ciphertext.key_id)  # not within the images' bar, because it has its own
         parts = [values[start : start + self._images] for start in range(0, len(values), self._images)]
         results: list[bytes] = []
         for part in track(parts, "Running on encrypted images…"):

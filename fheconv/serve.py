@@ -126,8 +126,9 @@ def application(
         sessions = [Worker() for _ in range(workers)]
         sweep = asyncio.ensure_future(_sweep(store))
         try:
-            for session in sessions:
-                pool.add(await asyncio.to_thread(server.beside, session, keys_in_memory))
+            opened = (asyncio.to_thread(server.beside, session, keys_in_memory) for session in sessions)
+            for copy in await asyncio.gather(*opened):
+                pool.add(copy)
             yield
         finally:
             sweep.cancel()

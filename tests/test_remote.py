@@ -300,16 +300,17 @@ def test_results_that_are_not_of_these_images_are_refused(url, server, client):
 def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_path):
     """Its keys are there when it is back, no half-written file is, and the same call returns the results."""
     store = tmp_path / "keys" / load_manifest(folder / "server.zip").fingerprint
-    x = serving.images(16)
+    x = serving.images(4)
     with (
         serving.commands(folder / "server.zip", tmp_path / "keys") as start,
         ThreadPoolExecutor(1) as pool,
     ):
         process, url = start()
-        remote = fheconv.RemoteCircuit(url, client)
-        results = pool.submit(remote.predict, x)
         half = half_uploaded(url, client.evaluation_keys)
-        while not httpx.get(f"{url}/health").json()["running"] or not list(store.glob(".incoming-*")):
+        while not list(store.glob(".incoming-*")):
+            pass
+        results = pool.submit(fheconv.RemoteCircuit(url, client).predict, x)
+        while not httpx.get(f"{url}/health").json()["running"]:
             assert not results.done()
         serving.kill(process)
         half.close()

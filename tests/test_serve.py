@@ -174,7 +174,7 @@ def test_two_clients_with_different_keys_at_once(server, client, folder, tmp_pat
     ):
 
         def ask(number):
-            one, x = clients[number % 2], serving.images(2, seed=number)
+            one, x = clients[number % 2], serving.images(1, seed=number)
             some, encrypted = one.evaluation_keys, one.encrypt(x).to_bytes()
             assert http.put(f"/keys/{some.name}", content=some.to_bytes()).status_code == 200
             response = http.post(f"/run/{some.name}", content=encrypted)
@@ -427,7 +427,10 @@ def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     process, url = command("--queue", "3")
     most = Limits.of(server).ciphertext_bytes
     with httpx.Client(base_url=url, timeout=60) as http:
-        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+        before = memory(process)
+        data = keys.to_bytes()
+        assert http.put(f"/keys/{keys.name}", content=data).status_code == 200
+        assert memory(process) - before < len(data) / 2
         works(http, client, keys.name)
         before = memory(process)
         flood = [
