@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fheconv.config import check_integer, check_token
 from fheconv.errors import FheConvError, InvalidArgumentError, MissingExtraError, RemoteError
@@ -53,6 +53,7 @@ GRACE_SECONDS = 10
 # More connections at once are answered 503 before anything of them is read.
 CONNECTIONS = 256
 SWEEP_SECONDS = 3600
+T = TypeVar("T")
 LOGGER = logging.getLogger("fheconv.serve")
 
 Name = Annotated[str, PathParameter(pattern=f"^{NAME.pattern}$", description="The keys' SHA-256.")]
@@ -173,10 +174,12 @@ def application(
         """Say whether evaluation keys are here."""
         return Stored(name=name, bytes=store.size_of(name))
 
-    @app.put("/keys/{name}", responses=_answers(400, 408, 409, 413, 429, 507), openapi_extra=_BODY, **guarded)
+    @app.put(
+        "/keys/{name}", responses=_answers(400, 408, 409, 413, 429, 503, 507), openapi_extra=_BODY, **guarded
+    )
     async def send(name: Name, request: Request) -> Stored:
         """Store evaluation keys, as EvaluationKeys.to_bytes() writes them, by the digest they end with."""
-        return Stored(name=name, bytes=await service.receive_keys(request, name))
+        return Stored(name=name, bytes=await _until_stopped(service.receive_keys(request, name)))
 
     @app.delete("/keys/{name}", status_code=204, responses=_answers(400, 404, 409), **guarded)
     async def forget(name: Name) -> None:
@@ -188,14 +191,15 @@ def application(
         response_class=Response,
         responses={
             200: _binary("application/octet-stream"),
-            **_answers(400, 404, 408, 409, 413, 429, 500),
+            **_answers(400, 404, 408, 409, 413, 429, 500, 503),
         },
         openapi_extra=_BODY,
         **guarded,
     )
     async def run(name: Name, request: Request) -> Response:
         """Run a ciphertext, as Ciphertext.to_bytes() writes it, with the evaluation keys of that name."""
-        return Response(await service.run(request, name), media_type="application/octet-stream")
+        results = await _until_stopped(service.run(request, name))
+        return Response(results, media_type="application/octet-stream")
 
     return app
 
@@ -270,6 +274,15 @@ def _guard(token: str | None) -> Callable[..., Awaitable[None]]:
             raise Refused(401, RemoteError, "The server asks for a token, and this is not it.", **wants)
 
     return check
+
+
+async def _until_stopped(work: Awaitable[T]) -> T:
+    """Wait for an answer; tell the client to ask again if the server is stopped before there is one."""
+    try:
+        return await work
+    except asyncio.CancelledError:
+        again = {"Retry-After": str(GRACE_SECONDS)}
+        raise Refused(503, RemoteError, "The server is being stopped.", **again) from None
 
 
 async def _sweep(store: KeyStore) -> None:

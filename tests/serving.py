@@ -41,7 +41,7 @@ def keyed_client(folder: Path) -> fheconv.Client:
 
 
 def images(count: int, seed: int = 0) -> Array:
-    q = integer_images(network(), seed, count)[:count]
+    q = integer_images(network(), seed, count)[2:]
     return (q - network().input.zero_point) * network().input.scale
 
 

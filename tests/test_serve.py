@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -275,6 +276,26 @@ def test_a_client_that_leaves_in_mid_run_costs_the_image_that_runs(server, clien
         assert http.delete(f"/keys/{keys.name}").status_code == 204
 
 
+def test_those_whom_the_stop_of_the_server_interrupts_are_told_to_ask_again(
+    server, client, keys, tmp_path, blocked, monkeypatch
+):
+    begun, go = blocked
+    # Its worker is what a run waits for.
+    monkeypatch.setattr(serve, "Worker", lambda: SimpleNamespace(stop=go.set))
+    monkeypatch.setattr(serve, "GRACE_SECONDS", 1)
+    body, url_path = client.encrypt(serving.images(1)).to_bytes(), f"/run/{keys.name}"
+    with ThreadPoolExecutor(2) as pool, httpx.Client(timeout=60) as http:
+        with serving.serving(server, tmp_path) as url:
+            http.put(f"{url}/keys/{keys.name}", content=keys.to_bytes()).raise_for_status()
+            answers = [pool.submit(http.post, url + url_path, content=body) for _ in range(2)]
+            begun.acquire()
+            http.base_url = url
+            waiting(http, 1, 1)
+        for answer in answers:
+            problem(answer.result(), 503, "RemoteError", "stopped")
+            assert answer.result().headers["Retry-After"] == "1"
+
+
 def test_a_body_that_does_not_come_is_408(server, keys, tmp_path, monkeypatch, unstarted):
     monkeypatch.setattr("fheconv.service.PATIENCE", 0.2)
     with serving.serving(server, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -361,36 +382,32 @@ def test_what_makes_no_sense_is_refused_before_anything_is_bound(server, tmp_pat
 # Bodies of strangers.
 
 
-def test_malformed_requests_get_the_answers_that_the_description_promises(server, keys, tmp_path):
-    with serving.serving(server, tmp_path) as url:
-        assert httpx.put(f"{url}/keys/{keys.name}", content=keys.to_bytes(), timeout=60).status_code == 200
-        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        asked = Counter()
-        for result in schema.get_all_operations():
-            operation = result.ok()
+def test_malformed_requests_get_the_answers_that_the_description_promises(url, http, stored):
+    asked = Counter()
+    for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
+        operation = result.ok()
 
-            @given(case=operation.as_strategy(), known=st.booleans())
-            @settings(max_examples=20, suppress_health_check=list(HealthCheck))
-            def ask(case, known):
-                if known and "name" in (case.path_parameters or {}) and case.method != "DELETE":
-                    case.path_parameters["name"] = keys.name
-                response = case.call(timeout=60)
-                asked[case.method, response.status_code] += 1
-                case.validate_response(
-                    response,
-                    checks=[
-                        schemathesis.checks.not_a_server_error,
-                        checks.status_code_conformance,
-                        checks.content_type_conformance,
-                        checks.response_schema_conformance,
-                    ],
-                )
+        @given(case=operation.as_strategy(), known=st.booleans())
+        @settings(max_examples=20, suppress_health_check=list(HealthCheck))
+        def ask(case, known):
+            if known and case.method in ("GET", "POST", "PUT") and case.path_parameters:
+                case.path_parameters["name"] = stored
+            response = case.call(timeout=60)
+            asked[case.method, response.status_code] += 1
+            case.validate_response(
+                response,
+                checks=[
+                    schemathesis.checks.not_a_server_error,
+                    checks.status_code_conformance,
+                    checks.content_type_conformance,
+                    checks.response_schema_conformance,
+                ],
+            )
 
-            ask()
-        assert asked["POST", 400] > 0
-        assert asked["POST", 404] > 0
-        assert asked["PUT", 400] > 0
-        assert httpx.get(f"{url}/health").json()["running"] == 0
+        ask()
+    for seen in (("POST", 400), ("POST", 404), ("PUT", 400), ("GET", 200), ("GET", 404), ("DELETE", 404)):
+        assert asked[seen], asked
+    assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
 
 
 @given(data=st.data())
