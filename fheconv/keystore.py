@@ -202,7 +202,7 @@ class KeyStore:
 
     def _checked(self, name: str, entry: _Entry) -> StoredKeys:
         with entry.lock:
-            if entry.keys is None:
+            if entry.keys is None or not entry.keys.path.exists():
                 try:
                     keys = StoredKeys.of(self._path(name), max_bytes=self.max_bytes)
                     self.check(keys, name)
@@ -210,9 +210,7 @@ class KeyStore:
                     with self._lock:
                         if self._entries.get(name) is entry:
                             self._remove(name)
-                    raise UnknownKeys(
-                        f"The keys {name} were damaged on the disk; send them again."
-                    ) from error
+                    raise UnknownKeys(f"The keys {name} were lost on the disk; send them again.") from error
                 entry.keys = keys
             return entry.keys
 

@@ -47,9 +47,9 @@ class RemoteCircuit(Client):
     `client.zip` is fetched from the server: the server then chooses the parameters of the encryption, and
     could choose some that protect nothing. Trust it with that, or get `client.zip` from whoever compiled it.
 
-    `token` is what the server asks for. A request that finds no server, or a busy one, is repeated up to
-    `retries` times, after as long as the server says or longer each time; it is given up as lost after
-    `timeout` seconds without a sign of life.
+    `token` is what the server asks for; send it to https only, unless the server is on this machine. A
+    request that finds no server, or a busy one, is repeated up to `retries` times, after as long as the
+    server says or longer each time; it is given up as lost after `timeout` seconds without a sign of life.
 
     Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than
     `client` is of, `InvalidArgumentError` for a URL or a token that is none.

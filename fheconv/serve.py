@@ -169,19 +169,22 @@ def application(
         """Return client.zip, with which keys are made, images encrypted and results decrypted."""
         return Response(server.client_file, media_type="application/zip")
 
-    @app.get("/keys/{name}", responses=_answers(400, 404), **guarded)
+    @app.get("/keys/{name}", responses=_answers(404, 422), **guarded)
     async def known(name: Name) -> Stored:
         """Say whether evaluation keys are here."""
         return Stored(name=name, bytes=store.size_of(name))
 
     @app.put(
-        "/keys/{name}", responses=_answers(400, 408, 409, 413, 429, 503, 507), openapi_extra=_BODY, **guarded
+        "/keys/{name}",
+        responses=_answers(400, 408, 409, 413, 422, 429, 503, 507),
+        openapi_extra=_BODY,
+        **guarded,
     )
     async def send(name: Name, request: Request) -> Stored:
         """Store evaluation keys, as EvaluationKeys.to_bytes() writes them, by the digest they end with."""
         return Stored(name=name, bytes=await _until_stopped(service.receive_keys(request, name)))
 
-    @app.delete("/keys/{name}", status_code=204, responses=_answers(400, 404, 409), **guarded)
+    @app.delete("/keys/{name}", status_code=204, responses=_answers(404, 409, 422), **guarded)
     async def forget(name: Name) -> None:
         """Remove evaluation keys that nothing runs with."""
         store.delete(name)
@@ -191,7 +194,7 @@ def application(
         response_class=Response,
         responses={
             200: _binary("application/octet-stream"),
-            **_answers(400, 404, 408, 409, 413, 429, 500, 503),
+            **_answers(400, 404, 408, 409, 413, 422, 429, 500, 503),
         },
         openapi_extra=_BODY,
         **guarded,
@@ -230,7 +233,8 @@ def serve(
     _log_as_json()
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
-        LOGGER.info("Serving circuit %s on http://%s:%s", server.fingerprint, host, port)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        LOGGER.info("Serving circuit %s on http://%s", server.fingerprint, address)
         uvicorn.Server(configured(app)).run(sockets=[listener])
 
 
@@ -312,7 +316,7 @@ async def _ours(_: Request, error: Exception) -> Response:
 
 
 async def _bad_name(_: Request, error: Any) -> Response:
-    return _problem(400, "ArtifactError", "A name of keys is 64 hexadecimal digits, in small letters.")
+    return _problem(422, "ArtifactError", "A name of keys is 64 hexadecimal digits, in small letters.")
 
 
 async def _http(_: Request, error: Any) -> Response:

@@ -20,9 +20,11 @@ from fheconv.errors import ArtifactError, ExecutionError, FheConvError, RemoteEr
 from fheconv.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
 from fheconv.server import MARGIN, Server
 
-# A request's ciphertexts: at most so many images, and fewer where they are large, but one in any case.
+# A request's ciphertexts: at most so many images, and fewer where they are large or take more than about a
+# minute together (of Concrete's unit, two cores do 10^10 a second), but one in any case.
 MOST_IMAGES = 16
 MOST_BYTES = 2**25
+MOST_COMPLEXITY = 6e11
 # A body may take so long, and a second more for each so many bytes that came.
 PATIENCE = 30.0
 SLOWEST = 10_000
@@ -59,7 +61,8 @@ class Limits:
     def of(cls, server: Server) -> "Limits":
         """Return the limits that fit a circuit."""
         cost = server.cost
-        images = max(1, min(MOST_IMAGES, MOST_BYTES // (max(cost.input_bytes, cost.output_bytes) + MARGIN)))
+        fit = MOST_BYTES // (max(cost.input_bytes, cost.output_bytes) + MARGIN)
+        images = max(1, min(MOST_IMAGES, fit, int(MOST_COMPLEXITY / max(cost.complexity, 1))))
         return cls(
             images=images,
             ciphertext_bytes=images * (cost.input_bytes + MARGIN) + MARGIN,
@@ -186,24 +189,24 @@ class Service:
 
     async def run(self, request: Request, name: str) -> bytes:
         """Run the ciphertext of a body with the keys of that name."""
-        with self._pool.place():
-            self._store.size_of(name)
+        with self._pool.place(), contextlib.ExitStack() as used:
+            keys = await asyncio.to_thread(used.enter_context, self._store.use(name))
             body = b"".join([piece async for piece in _pieces(request, self._limits.ciphertext_bytes)])
             ciphertext = await asyncio.to_thread(self._read, body)
             del body
 
+            if keys.key_id != ciphertext.key_id:
+                raise Refused(
+                    409, ArtifactError, "The ciphertext was made with other keys than it comes for."
+                )
+
             def evaluate(server: Server, left: Callable[[], bool]) -> bytes:
-                with self._store.use(name) as keys:
-                    if keys.key_id != ciphertext.key_id:
-                        raise Refused(
-                            409, ArtifactError, "The ciphertext was made with other keys than those it names."
-                        )
-                    server.checked(ciphertext, keys)
-                    values = []
-                    for value in ciphertext.values:
-                        if left():
-                            raise ClientDisconnect
-                        values.append(server.run_value(value, keys))
+                server.checked(ciphertext, keys)
+                values = []
+                for value in ciphertext.values:
+                    if left():
+                        raise ClientDisconnect
+                    values.append(server.run_value(value, keys))
                 return replace(ciphertext, kind="output", values=tuple(values)).to_bytes()
 
             return await self._pool.run(request, evaluate)

@@ -112,12 +112,16 @@ def test_a_damaged_file_is_noticed_at_its_first_use_and_can_be_sent_again(opened
     path.write_bytes(data[:-100] + b"x" + data[-99:])
     store = opened()
     assert store.size_of(some.name)
-    with pytest.raises(UnknownKeys, match="damaged"), store.use(some.name):
+    with pytest.raises(UnknownKeys, match="lost on the disk"), store.use(some.name):
         pass
     assert not path.exists()
     send(store, some)
     with store.use(some.name) as stored:
         assert stored.read() == some.payload
+    path.unlink()
+    with pytest.raises(UnknownKeys, match="lost on the disk"), store.use(some.name):
+        pass
+    send(store, some)
 
 
 def test_the_oldest_unused_make_room(opened):

@@ -90,7 +90,6 @@ def test_keys_are_sent_once_and_again_when_the_server_lost_them(url, client, fol
 
 
 def test_large_batches_go_in_slices_and_empty_ones_not_at_all(url, client, monkeypatch, asked):
-    monkeypatch.setattr("fheconv.service.MOST_IMAGES", 2)
     remote = fheconv.RemoteCircuit(url, client)
     monkeypatch.setattr(remote, "_images", 2)
     x = serving.images(3)

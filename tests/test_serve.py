@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 from typer.testing import CliRunner
 
@@ -97,6 +99,33 @@ def test_what_it_says_of_itself(http, server, folder, keys):
     assert set(paths) == {"/health", "/circuit", "/client", "/keys/{name}", "/run/{name}"}
 
 
+def test_errors_that_are_not_of_a_route_are_json_too(http, monkeypatch):
+    problem(http.get("/nothing"), 404, "RemoteError", "Not Found")
+    refused = http.post("/health")
+    problem(refused, 405, "RemoteError", "Not Allowed")
+    assert refused.headers["Allow"] == "GET"
+
+    def bug(self, name):
+        raise RuntimeError("a secret of the server's")
+
+    monkeypatch.setattr("fheconv.keystore.KeyStore.size_of", bug)
+    unforeseen = http.get(f"/keys/{'0' * 64}")
+    problem(unforeseen, 500, "RemoteError", "its log says why")
+    assert "secret" not in unforeseen.text
+
+
+@pytest.mark.parametrize(
+    ("complexity", "image_bytes", "images"),
+    [(0.0, 100, 16), (4e10, 100, 15), (7e11, 100, 1), (0.0, 10**7, 3), (0.0, 10**9, 1)],
+)
+def test_a_request_has_as_many_images_as_memory_and_time_allow(server, complexity, image_bytes, images):
+    cost = replace(server.cost, complexity=complexity, output_bytes=image_bytes)
+    limits = Limits.of(SimpleNamespace(cost=cost))
+    assert limits.images == images
+    assert limits.key_bytes > cost.key_bytes
+    assert limits.ciphertext_bytes > images * cost.input_bytes
+
+
 def test_keys_come_once_and_serve_until_they_are_removed(http, client, keys):
     path = f"/keys/{keys.name}"
     problem(http.get(path), 404, "ArtifactError", "no evaluation keys")
@@ -117,7 +146,7 @@ def test_keys_that_are_not_what_they_should_be(http, url, keys, server):
     problem(http.put(path, content=b"no keys"), 400, "ArtifactError", "begin otherwise")
     problem(http.put(path), 400, "ArtifactError", "no evaluation key file")
     problem(http.put(f"/keys/{'0' * 64}", content=data), 409, "ArtifactError", "digest is")
-    problem(http.put("/keys/some", content=data), 400, "ArtifactError", "64 hexadecimal")
+    problem(http.put("/keys/some", content=data), 422, "ArtifactError", "64 hexadecimal")
     other = EvaluationKeys(fingerprint="f" * 64, key_id="me", payload=keys.payload)
     problem(
         http.put(f"/keys/{other.name}", content=other.to_bytes()), 409, "ArtifactError", "another circuit"
@@ -386,8 +415,9 @@ def test_malformed_requests_get_the_answers_that_the_description_promises(url, h
     asked = Counter()
     for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
         operation = result.ok()
+        modes = GenerationMode if "{name}" in operation.path else [GenerationMode.POSITIVE]
 
-        @given(case=operation.as_strategy(), known=st.booleans())
+        @given(case=st.one_of(*map(operation.as_strategy, modes)), known=st.booleans())
         @settings(max_examples=20, suppress_health_check=list(HealthCheck))
         def ask(case, known):
             if known and case.method in ("GET", "POST", "PUT") and case.path_parameters:
@@ -405,8 +435,8 @@ def test_malformed_requests_get_the_answers_that_the_description_promises(url, h
             )
 
         ask()
-    for seen in (("POST", 400), ("POST", 404), ("PUT", 400), ("GET", 200), ("GET", 404), ("DELETE", 404)):
-        assert asked[seen], asked
+    for method, statuses in {"GET": (200, 404, 422), "PUT": (400, 422), "POST": (400, 404, 422)}.items():
+        assert all(asked[method, status] for status in statuses), asked
     assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
 
 
