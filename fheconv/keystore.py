@@ -41,7 +41,7 @@ class KeysInUse(RemoteError):
 
 
 class StoreFull(RemoteError):
-    """There is no room for more keys, and all that are here are in use."""
+    """There is no room for more keys, or the disk takes none."""
 
 
 @dataclass(kw_only=True)
@@ -176,8 +176,8 @@ class KeyStore:
                 self._remove(name)
             if held + size > self._quota:
                 raise StoreFull(
-                    f"There is no room for these keys: the server stores at most {self._quota:,} bytes, and "
-                    "what it has is in use. Try again later, or start it with a larger quota."
+                    f"There is no room for these keys: the server stores at most {self._quota:,} bytes, with "
+                    "those that are in use. Try again later, or start it with a larger quota."
                 )
             self._arriving += size
 
@@ -189,11 +189,6 @@ class KeyStore:
             entry = self._entries.setdefault(keys.name, _Entry(size=size, used=0.0))
             entry.used, entry.keys = time.time(), replace(keys, path=place)
             self._arriving -= size
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def release(self, size: int) -> None:
         """Give back room that was reserved."""
@@ -246,7 +241,8 @@ class Upload:
         self._reserved = 0
 
     def __enter__(self) -> "Upload":
-        self._file = open(self._path, "xb", opener=_private)
+        with _writing():
+            self._file = open(self._path, "xb", opener=_private)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -300,15 +300,17 @@ def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_
     """Its keys are there when it is back, no half-written file is, and the same call returns the results."""
     store = tmp_path / "keys" / load_manifest(folder / "server.zip").fingerprint
     x = serving.images(4)
+    (tmp_path / "token").write_text("secret\n")
+    token = "--token-file", str(tmp_path / "token")
     with (
         serving.commands(folder / "server.zip", tmp_path / "keys") as start,
         ThreadPoolExecutor(1) as pool,
     ):
-        process, url = start()
+        process, url = start(*token)
         half = half_uploaded(url, client.evaluation_keys)
         while not list(store.glob(".incoming-*")):
             pass
-        results = pool.submit(fheconv.RemoteCircuit(url, client).predict, x)
+        results = pool.submit(fheconv.RemoteCircuit(url, client, token="secret").predict, x)
         while not httpx.get(f"{url}/health").json()["running"]:
             assert not results.done()
         serving.kill(process)
@@ -317,7 +319,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_
         assert not results.done()
         kept = {path.name: os.stat(path).st_ino for path in store.glob("*.keys")}
         assert kept.keys() == {f"{client.evaluation_keys.name}.keys"}
-        start(port=httpx.URL(url).port)
+        start(*token, port=httpx.URL(url).port)
         serving.check(results.result(SECONDS), x)
         assert {path.name: os.stat(path).st_ino for path in store.iterdir() if path.suffix} == kept
         assert not list(store.glob(".incoming-*"))
@@ -327,6 +329,7 @@ def half_uploaded(url, keys):
     """A connection on which half of some keys were sent."""
     data = keys.to_bytes()
     made = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
-    head = f"PUT /keys/{'0' * 64} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"PUT /keys/{'0' * 64} HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer secret\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     made.sendall(head.encode() + data[: len(data) // 2])
     return made
