@@ -266,8 +266,8 @@ def serve(
     folder: Annotated[
         Path | None, typer.Option(help="Where evaluation keys are stored. Default: the user's data folder.")
     ] = None,
-    quota: Annotated[float, typer.Option(help="Gigabytes of keys to store at most.", min=0.001)] = 10,
-    expiry: Annotated[float, typer.Option(help="Days after which unused keys go.", min=0.001)] = 30,
+    quota: Annotated[int, typer.Option(help="Gigabytes of keys to store at most.", min=1)] = 10,
+    expiry: Annotated[int, typer.Option(help="Days after which unused keys go.", min=1)] = 30,
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
     ] = False,
@@ -297,7 +297,7 @@ def serve(
         folder=folder or user_data_path("fheconv") / "keys",
         workers=workers,
         queue=queue,
-        quota=round(quota * 10**9),
+        quota=quota * 10**9,
         expiry=expiry * 86_400,
     )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from fheconv.config import check_integer
+from fheconv.config import check_integer, check_number
 from fheconv.envelope import Incoming
 from fheconv.errors import ArtifactError, InvalidArgumentError, RemoteError
 from fheconv.keys import EVALUATION, StoredKeys
@@ -73,8 +73,7 @@ class KeyStore:
         self, folder: str | Path, fingerprint: str, *, max_bytes: int, quota: int, expiry: float
     ) -> None:
         check_integer("quota", quota, 1)
-        if not expiry > 0:
-            raise InvalidArgumentError(f"expiry={expiry!r} must be a positive number of seconds.")
+        check_number("expiry", expiry, 0)
         self.folder = Path(folder).absolute() / fingerprint  # workers have other working directories
         self.fingerprint, self.max_bytes = fingerprint, max_bytes
         self._quota, self._expiry = quota, expiry

@@ -13,7 +13,7 @@ from fheconv.arrays import Array
 from fheconv.artifacts import MOST_BYTES, load_client
 from fheconv.ciphertext import Ciphertext
 from fheconv.client import OTHER_KEYS, Client
-from fheconv.config import check_integer, check_token
+from fheconv.config import check_integer, check_number, check_token
 from fheconv.errors import (
     ArtifactError,
     ExecutionError,
@@ -52,7 +52,7 @@ class RemoteCircuit(Client):
     server says or longer each time; it is given up as lost after `timeout` seconds without a sign of life.
 
     Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than
-    `client` is of, `InvalidArgumentError` for a URL or a token that is none.
+    `client` is of, `InvalidArgumentError` for a URL, a token or a number that is none.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class RemoteCircuit(Client):
         timeout: float = TIMEOUT,
     ) -> None:
         check_integer("retries", retries, 0)
+        check_number("timeout", timeout, 0)
         self._retries = retries
         self._uploaded: tuple[str, str] | None = None  # a key set and its name at the server
         headers = {}

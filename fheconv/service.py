@@ -77,7 +77,8 @@ class Pool:
         self.places = workers + queue
         self.taken = self.running = 0
         self._workers, self._seconds = workers, 0.0
-        self._idle: asyncio.Queue[Server] = asyncio.Queue()
+        # The one that was used last: it has the keys in memory if any has.
+        self._idle: asyncio.Queue[Server] = asyncio.LifoQueue()
         self._threads = ThreadPoolExecutor(workers, "fheconv run")
 
     def add(self, server: Server) -> None:

@@ -80,10 +80,12 @@ def commands(file: Path, keys: Path) -> Iterator[Start]:
         processes.append(process)
         return process, json.loads(process.stderr.readline())["message"].rpartition(" ")[2]
 
-    yield start
-    for process in processes:
-        kill(process)
-        process.stderr.close()
+    try:
+        yield start
+    finally:
+        for process in processes:
+            kill(process)
+            process.stderr.close()
 
 
 def kill(process: subprocess.Popen[str]) -> None:

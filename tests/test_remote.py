@@ -169,6 +169,12 @@ def test_urls_and_tokens_that_are_none(url, token, words):
         fheconv.RemoteCircuit(url, token=token)
 
 
+@pytest.mark.parametrize("wrong", [{"retries": -1}, {"timeout": 0}, {"timeout": float("nan")}], ids=str)
+def test_numbers_that_are_none(wrong):
+    with pytest.raises(fheconv.InvalidArgumentError, match=next(iter(wrong))):
+        fheconv.RemoteCircuit("http://127.0.0.1:1", **wrong)
+
+
 # Servers that are not what they should be.
 
 
