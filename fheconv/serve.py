@@ -13,14 +13,9 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
-import logging
 import socket
-import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -40,8 +35,8 @@ try:
     from pydantic import BaseModel
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from fheconv.request_log import LOGGER, RequestLog, log_as_json
     from fheconv.service import STATUS, Limits, Pool, Refused, Service
 except ImportError as error:
     raise MissingExtraError(
@@ -54,7 +49,6 @@ GRACE_SECONDS = 10
 CONNECTIONS = 256
 SWEEP_SECONDS = 3600
 T = TypeVar("T")
-LOGGER = logging.getLogger("fheconv.serve")
 
 Name = Annotated[str, PathParameter(pattern=f"^{NAME.pattern}$", description="The keys' SHA-256.")]
 
@@ -144,7 +138,7 @@ def application(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.add_middleware(_Log)
+    app.add_middleware(RequestLog)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     guarded: Any = {"dependencies": [Depends(_guard(token))]}
@@ -230,7 +224,7 @@ def serve(
             "--allow-remote (allow_remote=True)."
         )
     app = application(server, token=token, **options)
-    _log_as_json()
+    log_as_json()
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -339,69 +333,3 @@ _HANDLERS: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] 
     ClientDisconnect: _gone,
     Exception: _unforeseen,
 }
-
-
-# The log.
-
-
-class _Log:
-    """Writes a line for each request: who asked for what, how much of it came and went, how long it took."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = time.monotonic()
-        seen = {"status": 500, "received": 0, "sent": 0}
-
-        async def receiving() -> Message:
-            message = await receive()
-            seen["received"] += len(message.get("body", b""))
-            return message
-
-        async def sending(message: Message) -> None:
-            seen["status"] = message.get("status", seen["status"])
-            seen["sent"] += len(message.get("body", b""))
-            await send(message)
-
-        try:
-            await self._app(scope, receiving, sending)
-        finally:
-            fields = {
-                "client": (scope.get("client") or ("",))[0],
-                "method": scope["method"],
-                "path": scope["path"][:200],
-                **seen,
-                "seconds": round(time.monotonic() - started, 3),
-                "keys": scope.get("path_params", {}).get("name", "")[:64],
-            }
-            LOGGER.info("request", extra={"fields": fields})
-
-
-class _Json(logging.Formatter):
-    """A line of JSON for each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line."""
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _log_as_json() -> None:
-    """Write the lines of this module and of uvicorn to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json())
-    for name in ("fheconv.serve", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
