@@ -18,6 +18,7 @@ from fheconv.errors import (
     InvalidArgumentError,
     MissingExtraError,
     NotCompiledError,
+    RemoteError,
     TuningError,
     UnsupportedLayerError,
 )
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fheconv.network import Conv
     from fheconv.quantized import QuantizedNetwork
     from fheconv.quantizer import quantize
+    from fheconv.remote import RemoteCircuit
     from fheconv.server import Server
     from fheconv.tiling import TiledCircuit, compile_tiled
     from fheconv.tuner import tune
@@ -69,6 +71,7 @@ _HOMES = {
     "fheconv.network": ("Conv",),
     "fheconv.quantized": ("QuantizedNetwork",),
     "fheconv.quantizer": ("quantize",),
+    "fheconv.remote": ("RemoteCircuit",),
     "fheconv.server": ("Server",),
     "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
     "fheconv.tuner": ("tune",),
@@ -98,6 +101,8 @@ __all__ = [
     "ParameterRange",
     "QuantConfig",
     "QuantizedNetwork",
+    "RemoteCircuit",
+    "RemoteError",
     "Server",
     "TiledCircuit",
     "TunePoint",

@@ -6,6 +6,7 @@ what was asked; 3 an error inside fheconv, with its traceback; 130 interrupted.
 
 import json
 import math
+import os
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,10 @@ app.command()(cli_circuits.encrypt)
 def run(
     context: typer.Context,
     file: Annotated[
-        Path, typer.Argument(help="A server.zip, or a .safetensors file with one --layer of it.")
+        Path,
+        typer.Argument(
+            help="A server.zip; a client.zip with --url; or a .safetensors file with one --layer of it."
+        ),
     ],
     image: Annotated[
         Path,
@@ -162,6 +166,12 @@ def run(
     ],
     evaluation_keys: Annotated[
         Path | None, typer.Option(help="Of whoever encrypted, for a server.zip.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Run there, where fheconv serve is. FHECONV_TOKEN may hold a token.")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="The secret keys, which stay here, for a client.zip and --url.")
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer name: LAYER.weight in the file.")] = None,
     weight_bits: WeightBits = 4,
@@ -180,6 +190,10 @@ def run(
     With a server.zip nothing is decrypted, and no secret key is needed:
     fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct
 
+    With --url it runs at a server, which gets the evaluation keys, made from the secret ones, and no other:
+    fheconv run out/client.zip --url http://localhost:8000 --keys keys.secret --input digit.ct
+    --output result.ct
+
     With a layer everything happens here: the image is encrypted, the result decrypted and checked against
     the clear integers, exit status 1 if it differs. The input scale is chosen from the image itself. An image
     file is read with its pixels 0..255, as grey or RGB, whichever the layer takes. Only this takes the
@@ -187,7 +201,7 @@ def run(
     fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
     """
     if file.suffix.lower() == ".zip":
-        both = ("file", "image", "output", "evaluation_keys")
+        both = ("file", "image", "output", "evaluation_keys", "url", "keys")
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
         # By its name: typer has a click of its own, or not, depending on its version.
         others = [
@@ -199,11 +213,17 @@ def run(
             raise InvalidArgumentError(
                 f"{', '.join(others)}: a server.zip is compiled already; leave it out."
             )
-        if evaluation_keys is None:
-            raise InvalidArgumentError(f"{file} needs --evaluation-keys, which fheconv keygen makes.")
-        cli_circuits.run_circuit(file, evaluation_keys, image, output)
+        if url is not None and keys is not None and evaluation_keys is None:
+            cli_circuits.run_remotely(file, url, keys, image, output)
+        elif url is None and keys is None and evaluation_keys is not None:
+            cli_circuits.run_circuit(file, evaluation_keys, image, output)
+        else:
+            raise InvalidArgumentError(
+                f"{file} needs --evaluation-keys, which fheconv keygen makes, if it is a server.zip; if it "
+                "is a client.zip, --url and --keys."
+            )
         return
-    if evaluation_keys is not None or layer is None:
+    if evaluation_keys is not None or url is not None or keys is not None or layer is None:
         raise InvalidArgumentError(
             f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
         )
@@ -246,6 +266,55 @@ def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, outp
         f"Wrote {output}, shape {result.shape}; {'equal to' if right else 'DIFFERENT from'} the clear result."
     )
     return right
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="The server.zip that circuit.save wrote.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with the token that clients must bear. Or set FHECONV_TOKEN.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Images that run at once.", min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 8,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where evaluation keys are stored. Default: the user's data folder.")
+    ] = None,
+    quota: Annotated[int, typer.Option(help="Gigabytes of keys to store at most.", min=1)] = 10,
+    expiry: Annotated[int, typer.Option(help="Days after which unused keys go.", min=1)] = 30,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
+    ] = False,
+) -> None:
+    """Serve a saved circuit over HTTP, for fheconv.RemoteCircuit; /docs describes the API.
+
+    Example: FHECONV_TOKEN=$(cat token) fheconv serve server.zip --workers 2
+    """
+    from platformdirs import user_data_path
+
+    from fheconv.artifacts import load_server
+    from fheconv.serve import serve as serve_circuit
+    from fheconv.worker import worker
+
+    try:
+        token = os.environ.get("FHECONV_TOKEN") if token_file is None else token_file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
+    server = load_server(file)
+    worker().stop()  # the copies that serve have their own
+    serve_circuit(
+        server,
+        host=host,
+        port=port,
+        token=token,
+        allow_remote=allow_remote,
+        folder=folder or user_data_path("fheconv") / "keys",
+        workers=workers,
+        queue=queue,
+        quota=quota * 10**9,
+        expiry=expiry * 86_400,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The commands of saved circuits: compile, keygen, encrypt, decrypt, inspect, bench, and what `run` does."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,6 +168,20 @@ def run_circuit(server_file: Path, evaluation_keys: Path, encrypted: Path, outpu
     keys = StoredKeys.of(evaluation_keys)
     images = Ciphertext.load(encrypted)
     results = load_server(server_file).run(images, keys)
+    results.save(output)
+    _say(f"Wrote {output}: {results.images} encrypted, {output.stat().st_size:,} bytes.")
+
+
+def run_remotely(client_file: Path, url: str, keys: Path, encrypted: Path, output: Path) -> None:
+    """Run a circuit on a ciphertext at a server."""
+    from fheconv.ciphertext import Ciphertext
+    from fheconv.remote import RemoteCircuit
+
+    check_output(output)
+    images = Ciphertext.load(encrypted)
+    remote = RemoteCircuit(url, client_file, token=os.environ.get("FHECONV_TOKEN"))
+    remote.load_keys(keys)
+    results = remote.run(images)
     results.save(output)
     _say(f"Wrote {output}: {results.images} encrypted, {output.stat().st_size:,} bytes.")
 

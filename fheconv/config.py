@@ -353,3 +353,9 @@ def check_integer(name: str, value: Any, least: int, greatest: int | None = None
     if not whole or value < least or (greatest is not None and value > greatest):
         limits = f"of at least {least}" if greatest is None else f"from {least} to {greatest}"
         raise InvalidArgumentError(f"{name}={value!r} must be an integer {limits}.")
+
+
+def check_token(token: str) -> None:
+    """Raise `InvalidArgumentError`, which does not quote it, unless `token` can stand in a header."""
+    if not token.isascii() or not token.isprintable() or len(token.split()) != 1 or token != token.strip():
+        raise InvalidArgumentError("The token must be one word of printable ASCII characters.")

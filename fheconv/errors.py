@@ -11,6 +11,7 @@ FheConvError
 ├── NotCompiledError          calls in the wrong order
 ├── TuningError               no circuit that was tried keeps to what was asked
 ├── ArtifactError             a ciphertext, key or file that is damaged or belongs elsewhere
+├── RemoteError               a server that cannot be reached, is busy or full, or refuses the token
 └── MissingExtraError         a package of an optional extra that is not installed
 
 A message says what was wrong, the value, the limit and the next step.
@@ -80,6 +81,10 @@ class TuningError(FheConvError):
 
 class ArtifactError(FheConvError):
     """A ciphertext, key set or file is damaged or belongs to something else."""
+
+
+class RemoteError(FheConvError):
+    """A server cannot be reached, is busy or full, or refuses the request."""
 
 
 class MissingExtraError(FheConvError, ImportError):

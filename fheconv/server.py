@@ -77,17 +77,18 @@ class Server:
         Raises `ArtifactError`, before the native library sees a byte, for ciphertexts or keys of another
         circuit, or of each other's key sets, `ExecutionError` if it fails.
         """
-        keys = self.checked_keys(evaluation_keys)
-        check_input(ciphertext, self.manifest, keys.key_id)
+        self.check(ciphertext, evaluation_keys)
         values = track(ciphertext.values, "Running on encrypted images…")
-        return replace(ciphertext, kind="output", values=tuple(self._run(value, keys) for value in values))
+        results = tuple(self.run_value(value, evaluation_keys) for value in values)
+        return replace(ciphertext, kind="output", values=results)
 
-    def checked_keys(self, keys: EvaluationKeys | StoredKeys) -> EvaluationKeys | StoredKeys:
-        """Return evaluation keys of this circuit. Raises `ArtifactError` for others."""
-        check_keys(keys, self.fingerprint)
-        return keys
+    def check(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> None:
+        """Raise `ArtifactError` unless the ciphertext can be run with these keys."""
+        check_keys(evaluation_keys, self.fingerprint)
+        check_input(ciphertext, self.manifest, evaluation_keys.key_id)
 
-    def _run(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
+    def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
+        """Evaluate the circuit on one value of a ciphertext, both of which `check` has let pass."""
         most = self._keys_in_memory
         try:
             return bytes(self._program.request("run_for", keys.name, None, most, value))

@@ -220,6 +220,34 @@ def test_compile_takes_every_option_and_prints_json(command, tmp_path):
     assert json.loads(command("inspect", said["server"], "--json")[1])["fingerprint"] == said["fingerprint"]
 
 
+def test_a_server_runs_what_a_client_encrypts(command):
+    """Over HTTP, with a server that is a process of its own."""
+    arguments = "serve", "out/server.zip", "--port", "0", "--folder", "stored", "--token-file", "token"
+    Path("token").write_text("a-token")
+    with subprocess.Popen(
+        [sys.executable, "-m", "fheconv.cli", *arguments], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            lines = (json.loads(line)["message"] for line in server.stderr)
+            url = next(line.split()[-1] for line in lines if "http://" in line)
+            remote = "run", "out/client.zip", "--url", url, "--keys", "keys.secret", "--input", "x.ct"
+            status, _, error = command(*remote, "--output", "refused.ct")
+            assert (status, "asks for a token" in error) == (2, True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("FHECONV_TOKEN", "a-token")
+                assert command(*remote, "--output", "remote.ct")[0] == 0
+        finally:
+            server.terminate()
+            server.stderr.read()
+    here, there = (
+        json.loads(
+            command("decrypt", "out/client.zip", "--keys", "keys.secret", "--input", name, "--json")[1]
+        )
+        for name in ("y.ct", "remote.ct")
+    )
+    assert here == there
+
+
 def test_compile_takes_what_torch_exported(command, tmp_path):
     model = load_model(Path("m.safetensors"))
     torch.export.save(torch.export.export(model, (torch.zeros(1, 1, 3, 3, dtype=torch.double),)), "m.pt2")
@@ -266,6 +294,7 @@ def test_bench_times_every_step(command):
         ((*RUN[:5], "one.npy", *RUN[6:]), "no ciphertext"),
         ((*RUN, "--layer", "c", "--stride", "2"), "--layer, --stride"),
         (("run", "out/server.zip", *RUN[4:]), "needs --evaluation-keys"),
+        (("run", "out/client.zip", "--url", "http://localhost:1", *RUN[4:]), "--url and --keys"),
         (("run", "m.safetensors", *RUN[2:]), "--layer"),
         (("run", "m.safetensors", *RUN[4:]), "--layer"),
         ((*DECRYPT[:-1], "x.ct"), "what run() returned"),
