@@ -76,11 +76,14 @@ def tune(
         of the same security that may be faster here; each takes a minute or two. Without it, seconds are
         expected ones.
     config, compile_config: with what else to quantize and to compile. The search sets the numbers of bits,
-        and p_error.
+        and p_error. `QuantConfig(weight_bits="auto", accumulator_bits="auto")` has it search those of weights
+        too, layer by layer, which takes longer and gains little where accumulators are narrow.
     previous: an earlier result for the same model and data, whose networks are used again.
 
     From each width on, narrower ones are left out once accuracy is lost; image and activation bits follow by
-    held-out calibration loss ("auto" in `QuantConfig`), weights have 4 bits, those of the last layer 6.
+    held-out calibration loss ("auto" in `QuantConfig`), layer by layer; weights have 4 bits, those of the
+    last layer 6. All lookups of a circuit have one width, so that Concrete's strategies for parameters of
+    several widths come to the same.
     Accuracy comes from the integer network and the failure model of lookups (`fheconv.failures`), cost from
     compiling without keys. An interruption returns what was found so far.
 
@@ -222,7 +225,9 @@ class _Search:
             method="auto",
             accumulator_bits=dict.fromkeys(self.layers, bits),
             rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
-            weight_bits=dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
+            weight_bits="auto"
+            if self.config.asks("weight_bits")
+            else dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
             activation_bits="auto",
             input_bits="auto",
         )

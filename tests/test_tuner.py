@@ -154,6 +154,16 @@ def test_points_from_the_cheapest_to_the_most_accurate_are_timed(points, timed):
     assert tuner._spread(list(range(points))) == timed
 
 
+def test_bits_of_weights_are_searched_if_asked_for():
+    config = fheconv.QuantConfig(weight_bits="auto", accumulator_bits="auto")
+    some = tuned(widths=WIDTHS[1:], p_errors=(1e-2,), max_drop=0.9, config=config)
+    network = some.points[0].network
+    chosen = network.config.weight_bits
+    assert set(chosen) == {layer.name for layer in network.layers}
+    assert all(2 <= bits <= 6 for bits in chosen.values())
+    assert network.config.accumulator_bits[network.layers[0].name] == 5
+
+
 def test_measured_points_say_so_and_are_as_accurate():
     with mock.patch.object(parameters, "RANGES", parameters.RANGES[-2:]):
         some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
