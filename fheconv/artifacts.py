@@ -231,6 +231,8 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes
             f"{what} is truncated, altered or no file of fheconv: {error}. Get it again."
         ) from error
     digests = _loaded(parts, DIGESTS)
+    if not isinstance(digests, dict):
+        raise ArtifactError(f"{what} is altered: {DIGESTS} is no object. Get it again.")
     for name, part in parts.items():
         if name != DIGESTS and hashlib.sha256(part).hexdigest() != digests.get(name):
             raise ArtifactError(f"{what} is altered: the SHA-256 of {name} does not fit. Get it again.")

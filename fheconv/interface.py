@@ -106,7 +106,7 @@ class Interface:
         """
         try:
             return _interface(data)
-        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ArtifactError(f"The circuit's interface is altered: {error!r:.200}.") from error
 
 

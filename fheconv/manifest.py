@@ -64,7 +64,7 @@ class Manifest(Report):
             )
         try:
             manifest = cls(**_read(data))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArtifactError(f"The manifest is altered: {error!r:.200}.") from error
         if manifest.concrete != version("concrete-python"):
             raise ArtifactError(

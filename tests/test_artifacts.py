@@ -284,6 +284,7 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: changed(p, "manifest.json", fingerprint=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", more=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", cost={}), "manifest is altered"),
+        (lambda p: changed(p, "manifest.json", cost={"layers": [[]]}), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", input_shape=["a"]), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", class_names=[7]), "manifest is altered"),
         (lambda p: changed(p, "config.json", p_error=2), "compiled with is altered"),
@@ -322,6 +323,12 @@ def test_altered_parts_are_noticed(parts, tmp_path):
     altered = {**parts, "circuit.mlir": parts["circuit.mlir"].replace(b"1", b"2", 1)}
     with pytest.raises(fheconv.ArtifactError, match=r"SHA-256 of circuit\.mlir"):
         load(zipped(altered, digests=False), tmp_path)
+
+
+def test_digests_that_are_none_are_refused(parts, tmp_path):
+    for digests in (b"[]", b"7", b"null"):
+        with pytest.raises(fheconv.ArtifactError, match="is no object"):
+            load(zipped({**parts, artifacts.DIGESTS: digests}, digests=False), tmp_path)
 
 
 def test_a_client_is_no_server_and_a_server_no_client(folder):

@@ -116,6 +116,7 @@ def large(shape):
         ("finish", {**nested(0), "view": {"shape": [2], "values": [0, 99]}}),
         ("finish", {**nested(0), "view": {"shape": [0], "values": []}}),
         ("finish", large([4, 1, 1000])),
+        ("finish", {**nested(0), "activation": {"operator": "x", "arguments": [], "options": []}}),
         ("finish", []),
     ],
     ids=lambda value: str(value)[:40],
