@@ -25,7 +25,7 @@ from fheconv.interface import Interface
 from fheconv.manifest import Manifest
 from fheconv.security import check_security
 from fheconv.server import Server
-from fheconv.worker import Session
+from fheconv.worker import Session, fingerprint_of
 
 if TYPE_CHECKING:
     from fheconv.circuit import FheCircuit
@@ -97,7 +97,7 @@ def load_client(file: str | Path | bytes) -> Client:
     Raises `ArtifactError` for a file that is damaged, altered or of another version, or whose parameters
     would not hide the images (`fheconv.security`).
     """
-    parts = _read(file, CLIENT)
+    _, parts = _read(file, CLIENT)
     check_security(parts["specs.json"])
     manifest, interface = _manifest(parts), Interface.from_dict(_loaded(parts, "interface.json"))
     if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
@@ -118,7 +118,7 @@ def load_server(
     default the process that all circuits share. Raises `ArtifactError` for a file that is damaged, altered or
     of another version, `CompilationError` if Concrete cannot compile it.
     """
-    parts = _read(file, SERVER)
+    data, parts = _read(file, SERVER)
     try:
         given = _loaded(parts, "config.json")
         if given["parameters"] is not None:
@@ -131,22 +131,14 @@ def load_server(
             f"What {_name(file)} is to be compiled with is altered: {error!r:.200}."
         ) from error
     manifest = _manifest(parts)
-    found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
+    found = fingerprint_of(parts["specs.json"], parts["circuit.mlir"])
     if found != manifest.fingerprint:
         raise ArtifactError(
             f"{_name(file)} is altered: its program has the fingerprint {found}, and its manifest says "
             f"{manifest.fingerprint}. Get it again, from whoever compiled it."
         )
     limited = replace(config, time_limit=time_limit, memory_limit=memory_limit)
-    return Server(
-        manifest,
-        parts["specs.json"],
-        mlir,
-        limited,
-        client_file=_zipped(_only(parts, CLIENT)),
-        server_file=_zipped(_only(parts, SERVER)),
-        session=session,
-    )
+    return Server(manifest, parts["specs.json"], mlir, limited, file=data, session=session)
 
 
 def read_server(file: str | Path) -> tuple[Manifest, bytes]:
@@ -154,13 +146,18 @@ def read_server(file: str | Path) -> tuple[Manifest, bytes]:
 
     Raises `ArtifactError` like `load_server`.
     """
-    parts = _read(file, SERVER)
-    return _manifest(parts), _zipped(_only(parts, SERVER))
+    data, parts = _read(file, SERVER)
+    return _manifest(parts), data
+
+
+def client_file(server: Server) -> bytes:
+    """Return the `client.zip` that goes with a server."""
+    return _zipped(_only(_read(server.file, SERVER)[1], CLIENT))
 
 
 def load_manifest(file: str | Path) -> Manifest:
     """Return what a `client.zip` or a `server.zip` says of its circuit. Raises `ArtifactError` like them."""
-    return _manifest(_read(file, SERVER, CLIENT))
+    return _manifest(_read(file, SERVER, CLIENT)[1])
 
 
 def _manifest(parts: Mapping[str, bytes]) -> Manifest:
@@ -209,8 +206,8 @@ def _name(file: str | Path | bytes) -> str:
     return "The file" if isinstance(file, bytes) else str(file)
 
 
-def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes]:
-    """Return the contents of a zip that holds exactly one of the `expected` lists of names.
+def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, dict[str, bytes]]:
+    """Return the bytes and the contents of a zip that holds exactly one of the `expected` lists of names.
 
     Nothing is unpacked to the disk, and no more is read than sizes promise and `MOST_BYTES` allows.
     """
@@ -221,7 +218,8 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes
             raise ArtifactError(
                 f"{what} has {size:,} bytes; no file of a circuit has more than {MOST_BYTES:,}."
             )
-        with zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file) as archive:
+        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = _parts(archive, what, expected)
     except OSError as error:
         raise ArtifactError(f"{what} cannot be read: {error}.") from error
@@ -236,7 +234,7 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> dict[str, bytes
     for name, part in parts.items():
         if name != DIGESTS and hashlib.sha256(part).hexdigest() != digests.get(name):
             raise ArtifactError(f"{what} is altered: the SHA-256 of {name} does not fit. Get it again.")
-    return parts
+    return data, parts
 
 
 def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]]) -> dict[str, bytes]:

@@ -4,7 +4,8 @@ The header is an object of `kind`, `fingerprint`, `key_id`, `images`, `batched`,
 ciphertexts one after another, their lengths as the header says.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,14 @@ class Ciphertext:
             raise ArtifactError(f"A ciphertext of {self.images!r:.50} images has {len(self.values)} values.")
         if not self.batched and (self.images, len(self.values)) != (1, 1):
             raise ArtifactError(f"A ciphertext without a batch has {self.images} images.")
+
+    def with_results(self, values: Iterable[bytes]) -> "Ciphertext":
+        """Return the results of these images, a value for each value here."""
+        return replace(self, kind="output", values=tuple(values))
+
+    def answers(self, images: "Ciphertext") -> bool:
+        """Whether these can be the results of such images: of their circuit, key set and number."""
+        return len(self.values) == len(images.values) and self == images.with_results(self.values)
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,6 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -152,8 +151,7 @@ class FheCircuit(KeyOwner):
         with self._lock:
             program = self._check(ciphertext, "input", "run")
             values = track(ciphertext.values, "Running on encrypted images…")
-            results = tuple(program.request("run", value) for value in values)
-            return replace(ciphertext, kind="output", values=results)
+            return ciphertext.with_results(program.request("run", value) for value in values)
 
     def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
         """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.

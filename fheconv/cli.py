@@ -6,7 +6,6 @@ what was asked; 3 an error inside fheconv, with its traceback; 130 interrupted.
 
 import json
 import math
-import os
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,15 @@ import typer
 
 from fheconv import cli_circuits
 from fheconv.arithmetic.geometry import PaddingMode
-from fheconv.cli_arguments import check_output, integers, load_image, out, print_error, save_array
+from fheconv.cli_arguments import (
+    check_output,
+    integers,
+    load_image,
+    out,
+    print_error,
+    save_array,
+    token_of_environment,
+)
 from fheconv.config import CompileConfig, Engine, QuantConfig
 from fheconv.errors import FheConvError, InvalidArgumentError
 from fheconv.network import Conv
@@ -298,7 +305,7 @@ def serve(
     from fheconv.worker import worker
 
     try:
-        token = os.environ.get("FHECONV_TOKEN") if token_file is None else token_file.read_text().strip()
+        token = token_of_environment() if token_file is None else token_file.read_text().strip()
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
     server = load_server(file)

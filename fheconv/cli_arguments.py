@@ -97,6 +97,11 @@ def load_image(path: Path, channels: int, axes: int) -> Array:
         raise _unreadable(path, "--input", error) from error
 
 
+def token_of_environment() -> str | None:
+    """Return the token that servers ask for, of the environment variable FHECONV_TOKEN."""
+    return os.environ.get("FHECONV_TOKEN")
+
+
 def save_array(path: Path, array: Array) -> None:
     """Write a .npy file, whole or not at all."""
     buffer = io.BytesIO()

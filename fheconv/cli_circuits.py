@@ -1,9 +1,8 @@
 """The commands of saved circuits: compile, keygen, encrypt, decrypt, inspect, bench, and what `run` does."""
 
 import json
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -11,9 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.arrays import Array
-from fheconv.cli_arguments import check_output, integers, load_array, load_image, out, print_error, save_array
+from fheconv.cli_arguments import (
+    check_output,
+    integers,
+    load_array,
+    load_image,
+    out,
+    print_error,
+    save_array,
+    token_of_environment,
+)
 from fheconv.config import CompileConfig, QuantConfig
 from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from fheconv.ciphertext import Ciphertext
 
 ClientFile = Annotated[Path, typer.Argument(help="The client.zip that compile wrote.")]
 Keys = Annotated[Path, typer.Option(help="The secret keys that keygen wrote.")]
@@ -154,8 +165,7 @@ def encrypt(
     pixels = load_image(image, channels, len(size))
     client.load_keys(keys)
     encrypted = client.encrypt(pixels)
-    encrypted.save(output)
-    _say(f"Wrote {output}: {encrypted.images} encrypted, {output.stat().st_size:,} bytes.")
+    _write(encrypted, output)
 
 
 def run_circuit(server_file: Path, evaluation_keys: Path, encrypted: Path, output: Path) -> None:
@@ -168,8 +178,7 @@ def run_circuit(server_file: Path, evaluation_keys: Path, encrypted: Path, outpu
     keys = StoredKeys.of(evaluation_keys)
     images = Ciphertext.load(encrypted)
     results = load_server(server_file).run(images, keys)
-    results.save(output)
-    _say(f"Wrote {output}: {results.images} encrypted, {output.stat().st_size:,} bytes.")
+    _write(results, output)
 
 
 def run_remotely(client_file: Path, url: str, keys: Path, encrypted: Path, output: Path) -> None:
@@ -179,11 +188,10 @@ def run_remotely(client_file: Path, url: str, keys: Path, encrypted: Path, outpu
 
     check_output(output)
     images = Ciphertext.load(encrypted)
-    remote = RemoteCircuit(url, client_file, token=os.environ.get("FHECONV_TOKEN"))
+    remote = RemoteCircuit(url, client_file, token=token_of_environment())
     remote.load_keys(keys)
     results = remote.run(images)
-    results.save(output)
-    _say(f"Wrote {output}: {results.images} encrypted, {output.stat().st_size:,} bytes.")
+    _write(results, output)
 
 
 def decrypt(
@@ -269,6 +277,11 @@ def _show(report: Any, as_json: bool) -> None:
         _print_json(report.to_dict())
     else:
         out.print(report)
+
+
+def _write(ciphertext: "Ciphertext", output: Path) -> None:
+    ciphertext.save(output)
+    _say(f"Wrote {output}: {ciphertext.images} encrypted, {output.stat().st_size:,} bytes.")
 
 
 def _say(message: str) -> None:

@@ -202,8 +202,7 @@ class Client(KeyOwner):
     @property
     def input_range(self) -> tuple[float, float]:
         """The smallest and the greatest value of an image that can be encrypted."""
-        q = self._one.interface.input
-        return (q.minimum - q.zero_point) * q.scale, (q.maximum - q.zero_point) * q.scale
+        return self._one.interface.input.real_range
 
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.

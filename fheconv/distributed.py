@@ -87,8 +87,7 @@ def run(
     ordered = [results[index] for index in range(len(results))]
     if not isinstance(ciphertexts, Ciphertext):
         return ordered
-    values = tuple(value for result in ordered for value in result.values)
-    return replace(ciphertexts, kind="output", values=values)
+    return ciphertexts.with_results(value for result in ordered for value in result.values)
 
 
 def stream(
@@ -115,7 +114,7 @@ def stream(
             f"client={client!r:.80}; it must be a dask.distributed.Client that is not asynchronous."
         )
     if isinstance(server, Server):
-        manifest, file, config = server.manifest, server.server_file, server.config
+        manifest, file, config = server.manifest, server.file, server.config
         limits = {"time_limit": config.time_limit, "memory_limit": config.memory_limit}
     else:
         (manifest, file), limits = read_server(server), {}
@@ -262,6 +261,6 @@ def _submit(client: Client, function: Any, *arguments: Any, **options: Any) -> F
 def _checked(data: Any, index: int, ciphertext: Ciphertext) -> Ciphertext:
     """Return the result for a ciphertext from its bytes. Raises `ArtifactError` for those of another."""
     result = Ciphertext.from_bytes(data)
-    if replace(ciphertext, kind="output", values=result.values) != result:
+    if not result.answers(ciphertext):
         raise ArtifactError(f"A worker returned for ciphertext {index} what belongs to another.")
     return result

@@ -3,7 +3,6 @@
 Its users talk to it through `fheconv.worker`, because the native library may take the process down.
 """
 
-import hashlib
 import math
 import time
 import warnings
@@ -18,7 +17,7 @@ from fheconv.errors import ArtifactError, CompilationError
 from fheconv.keys import StoredKeys
 from fheconv.lower import lower
 from fheconv.quantized import QuantizedNetwork
-from fheconv.worker import CircuitForgotten, Compiled, KeysForgotten, Opened
+from fheconv.worker import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
@@ -83,7 +82,7 @@ class NativeCircuits:
             key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
         )
         return Compiled(
-            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir),
+            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir.encode()),
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,
@@ -221,11 +220,6 @@ class _Held:
     client: Any = None
     server: Any = None
     circuit: Any = None
-
-
-def fingerprint_of(specs: bytes, mlir: str) -> str:
-    """Return a circuit's name, in hexadecimal: of its parameters and of what it computes."""
-    return hashlib.sha256(specs + mlir.encode()).hexdigest()
 
 
 def _load_keys(client: Any, keys: bytes | None) -> None:

@@ -116,6 +116,12 @@ class Quantization:
         """The width that holds `maximum − minimum`."""
         return (self.maximum - self.minimum).bit_length()
 
+    @property
+    def real_range(self) -> tuple[float, float]:
+        """The real numbers that the least and the greatest integer stand for."""
+        low, high = ((end - self.zero_point) * self.scale for end in (self.minimum, self.maximum))
+        return low, high
+
     def nearest(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`, clipped to the range."""
         return np.clip(np.rint(x / self.scale + self.zero_point), self.minimum, self.maximum).astype(np.int64)
@@ -138,7 +144,7 @@ class Quantization:
         outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
         if outside.any():
             where = first_position(outside)
-            low, high = ((end - self.zero_point) * self.scale for end in (self.minimum, self.maximum))
+            low, high = self.real_range
             raise InputRangeError(
                 f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}]; clip the "
                 "images to it, or quantize again with calibration images (or QuantConfig.input_range) that "

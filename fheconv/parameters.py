@@ -118,11 +118,10 @@ class _Trial:
     def of(cls, network: QuantizedNetwork, choice: ParameterChoice) -> "_Trial":
         circuit = FheCircuit(network, choice.config)
         circuit.keygen()
-        least = (network.input.minimum - network.input.zero_point) * network.input.scale
         return cls(
             choice=choice,
             circuit=circuit,
-            encrypted=circuit.encrypt(np.full(network.input_shape, least)),
+            encrypted=circuit.encrypt(np.full(network.input_shape, network.input.real_range[0])),
         )
 
     def run(self) -> None:

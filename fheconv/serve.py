@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from fheconv.artifacts import client_file
 from fheconv.config import check_integer, check_token
 from fheconv.errors import FheConvError, InvalidArgumentError, MissingExtraError, RemoteError
 from fheconv.keystore import EXPIRY, NAME, QUOTA, KeyStore
@@ -112,6 +113,7 @@ def application(
     if token is not None:
         check_token(token)
     limits = Limits.of(server)
+    client_zip = client_file(server)
     store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
     service = Service(server.fingerprint, store, limits, pool)
@@ -161,7 +163,7 @@ def application(
     )
     async def client() -> Response:
         """Return client.zip, with which keys are made, images encrypted and results decrypted."""
-        return Response(server.client_file, media_type="application/zip")
+        return Response(client_zip, media_type="application/zip")
 
     @app.get("/keys/{name}", responses=_answers(404, 422), **guarded)
     async def known(name: Name) -> Stored:

@@ -1,6 +1,5 @@
 """The side that computes on ciphertexts, and holds no key that could decrypt them."""
 
-from dataclasses import replace
 from typing import Any, NoReturn
 
 from fheconv.ciphertext import Ciphertext
@@ -23,8 +22,8 @@ class Server:
     """The server side of a saved circuit. Made by `fheconv.load_server`.
 
     `manifest` says what the circuit is and what it costs. `config` is what it was compiled with, `mlir` the
-    program: the network's weights are in it, as far as the circuit needs them. `client_file` is the
-    `client.zip` that goes with it, `server_file` the `server.zip`.
+    program: the network's weights are in it, as far as the circuit needs them. `file` is the
+    `server.zip` itself.
     """
 
     def __init__(
@@ -34,15 +33,13 @@ class Server:
         mlir: str,
         config: CompileConfig,
         *,
-        client_file: bytes,
-        server_file: bytes,
+        file: bytes,
         session: Session | None = None,
         keys_in_memory: int = KEYS_IN_MEMORY,
     ) -> None:
         self.manifest = manifest
         self.config = config
-        self.client_file = client_file
-        self.server_file = server_file
+        self.file = file
         self._parts = specs, mlir, config
         self._keys_in_memory = keys_in_memory
         # Not `cost.lookups`: Concrete leaves out lookups on which no result depends.
@@ -58,8 +55,7 @@ class Server:
     def beside(self, session: Session, keys_in_memory: int = KEYS_IN_MEMORY) -> "Server":
         """Return the same server in another worker process."""
         options: dict[str, Any] = {"session": session, "keys_in_memory": keys_in_memory}
-        options |= {"client_file": self.client_file, "server_file": self.server_file}
-        return Server(self.manifest, *self._parts, **options)
+        return Server(self.manifest, *self._parts, file=self.file, **options)
 
     @property
     def fingerprint(self) -> str:
@@ -79,8 +75,7 @@ class Server:
         """
         self.check(ciphertext, evaluation_keys)
         values = track(ciphertext.values, "Running on encrypted images…")
-        results = tuple(self.run_value(value, evaluation_keys) for value in values)
-        return replace(ciphertext, kind="output", values=results)
+        return ciphertext.with_results(self.run_value(value, evaluation_keys) for value in values)
 
     def check(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> None:
         """Raise `ArtifactError` unless the ciphertext can be run with these keys."""

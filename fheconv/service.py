@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -208,7 +208,7 @@ class Service:
                     if left():
                         raise ClientDisconnect
                     values.append(server.run_value(value, keys))
-                return replace(ciphertext, kind="output", values=tuple(values)).to_bytes()
+                return ciphertext.with_results(values).to_bytes()
 
             return await self._pool.run(request, evaluate)
 

@@ -16,6 +16,7 @@ elsewhere is ever unpickled.
 import atexit
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -75,6 +76,11 @@ class Compiled(Opened):
     output_bytes: int
     p_error: float
     global_p_error: float
+
+
+def fingerprint_of(specs: bytes, mlir: bytes) -> str:
+    """Return a circuit's name, in hexadecimal: of its parameters and of what it computes."""
+    return hashlib.sha256(specs + mlir).hexdigest()
 
 
 class CircuitForgotten(FheConvError):

@@ -119,3 +119,19 @@ def test_a_ciphertext_that_claims_another_number_of_images_is_refused():
     for images in (5, 2**40):
         with pytest.raises(fheconv.ArtifactError, match=f"holds {images} images"):
             circuit.decrypt(replace(result, images=images))
+
+
+def test_results_answer_the_images_that_they_were_computed_of():
+    fields = {"kind": "input", "fingerprint": "f", "key_id": "k", "batched": True}
+    images = fheconv.Ciphertext(**fields, images=2, values=(b"a", b"b"))
+    results = images.with_results(value * 2 for value in images.values)
+    assert (results.kind, results.values) == ("output", (b"aa", b"bb"))
+    assert results.answers(images)
+    others = [
+        images,
+        images.with_results((b"aa",)),
+        replace(results, images=3, values=(b"aa", b"bb", b"cc")),
+        replace(results, images=3),
+        *(replace(results, **{name: "other"}) for name in ("fingerprint", "key_id")),
+    ]
+    assert not any(other.answers(images) for other in others)
