@@ -1,13 +1,12 @@
-"""Trained PyTorch convolutions as exact integer circuits on encrypted images.
+"""Turns trained PyTorch convolutions into exact integer circuits that run on encrypted images.
 
-Names are loaded when they are first used: `import fheconv` imports neither torch nor Concrete. No module has
-the name of a public function, because importing the module would then hide the function.
+Names are loaded when they are first used: `import fheconv` imports neither torch nor Concrete.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fheconv.errors import (
+from fheconv.basics.errors import (
     AccumulatorOverflowError,
     ArtifactError,
     CalibrationError,
@@ -23,7 +22,9 @@ from fheconv.errors import (
     UnsupportedLayerError,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares with this
+    from fheconv.analysis import failures, plots
+    from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
     from fheconv.arithmetic import (
         ConvGeometry,
         conv,
@@ -32,26 +33,33 @@ if TYPE_CHECKING:
         conv_transpose,
         filter_matrix,
     )
-    from fheconv.artifacts import load_client, load_server
-    from fheconv.bounds import accumulator_bounds, max_taps
-    from fheconv.budget import BudgetReport
-    from fheconv.ciphertext import Ciphertext
-    from fheconv.circuit import FheCircuit, compile  # noqa: A004
-    from fheconv.client import Client
-    from fheconv.config import CompileConfig, QuantConfig
-    from fheconv.finetuning import finetune
-    from fheconv.keys import EvaluationKeys
-    from fheconv.network import Conv
-    from fheconv.quantized import QuantizedNetwork
-    from fheconv.quantizer import quantize
-    from fheconv.remote import RemoteCircuit
-    from fheconv.server import Server
-    from fheconv.tiling import TiledCircuit, compile_tiled
-    from fheconv.tuner import tune
-    from fheconv.tuning import TunePoint, TuneResult
+    from fheconv.basics.config import CompileConfig, ParameterRange, QuantConfig
+    from fheconv.circuits.ciphertext import Ciphertext
+    from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
+    from fheconv.circuits.client import Client, load_client
+    from fheconv.circuits.cost import Cost
+    from fheconv.circuits.files.manifest import Manifest
+    from fheconv.circuits.keys import EvaluationKeys
+    from fheconv.circuits.server import Server, load_server
+    from fheconv.circuits.tiled import TiledCircuit, compile_tiled
+    from fheconv.circuits.verification import Mismatch, VerifyReport
+    from fheconv.networks.bounds import AccumulatorBounds, accumulator_bounds, max_taps
+    from fheconv.networks.floats import Conv
+    from fheconv.quantized import QuantizedNetwork, quantize
+    from fheconv.serving import app as serve
+    from fheconv.serving import distributed
+    from fheconv.serving.remote import RemoteCircuit
+    from fheconv.training.finetuning import finetune
+    from fheconv.training.trainable import TrainableNetwork
+    from fheconv.tuning.result import Setting, TunePoint, TuneResult
+    from fheconv.tuning.search import tune
 
+    __version__: str
+
+# The home of each name that is loaded when it is first used.
 _HOMES = {
-    "fheconv.arithmetic": (
+    "analysis.budget_report": ("BudgetReport", "ChannelBudget", "LayerBudget"),
+    "arithmetic": (
         "ConvGeometry",
         "conv",
         "conv_gradients",
@@ -59,43 +67,57 @@ _HOMES = {
         "conv_transpose",
         "filter_matrix",
     ),
-    "fheconv.artifacts": ("load_client", "load_server"),
-    "fheconv.bounds": ("accumulator_bounds", "max_taps"),
-    "fheconv.budget": ("BudgetReport",),
-    "fheconv.ciphertext": ("Ciphertext",),
-    "fheconv.circuit": ("FheCircuit", "compile"),
-    "fheconv.client": ("Client",),
-    "fheconv.config": ("CompileConfig", "ParameterRange", "QuantConfig"),
-    "fheconv.finetuning": ("finetune",),
-    "fheconv.keys": ("EvaluationKeys",),
-    "fheconv.network": ("Conv",),
-    "fheconv.quantized": ("QuantizedNetwork",),
-    "fheconv.quantizer": ("quantize",),
-    "fheconv.remote": ("RemoteCircuit",),
-    "fheconv.server": ("Server",),
-    "fheconv.tiling": ("TiledCircuit", "compile_tiled"),
-    "fheconv.tuner": ("tune",),
-    "fheconv.tuning": ("TunePoint", "TuneResult"),
+    "basics.config": ("CompileConfig", "ParameterRange", "QuantConfig"),
+    "circuits.ciphertext": ("Ciphertext",),
+    "circuits.circuit": ("FheCircuit", "compile"),
+    "circuits.client": ("Client", "load_client"),
+    "circuits.cost": ("Cost",),
+    "circuits.files.manifest": ("Manifest",),
+    "circuits.keys": ("EvaluationKeys",),
+    "circuits.server": ("Server", "load_server"),
+    "circuits.tiled": ("TiledCircuit", "compile_tiled"),
+    "circuits.verification": ("Mismatch", "VerifyReport"),
+    "networks.bounds": ("AccumulatorBounds", "accumulator_bounds", "max_taps"),
+    "networks.floats": ("Conv",),
+    "quantized": ("QuantizedNetwork", "quantize"),
+    "serving.remote": ("RemoteCircuit",),
+    "training.finetuning": ("finetune",),
+    "training.trainable": ("TrainableNetwork",),
+    "tuning.result": ("Setting", "TunePoint", "TuneResult"),
+    "tuning.search": ("tune",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# Public modules, `from fheconv import plots`.
+_MODULES = {
+    "distributed": "serving.distributed",
+    "failures": "analysis.failures",
+    "plots": "analysis.plots",
+    "serve": "serving.app",
+}
 
 __all__ = [
+    "AccumulatorBounds",
     "AccumulatorOverflowError",
     "ArtifactError",
     "BudgetReport",
     "CalibrationError",
+    "ChannelBudget",
     "Ciphertext",
     "Client",
     "CompilationError",
     "CompileConfig",
     "Conv",
     "ConvGeometry",
+    "Cost",
     "EvaluationKeys",
     "ExecutionError",
     "FheCircuit",
     "FheConvError",
     "InputRangeError",
     "InvalidArgumentError",
+    "LayerBudget",
+    "Manifest",
+    "Mismatch",
     "MissingExtraError",
     "NotCompiledError",
     "ParameterRange",
@@ -104,11 +126,15 @@ __all__ = [
     "RemoteCircuit",
     "RemoteError",
     "Server",
+    "Setting",
     "TiledCircuit",
+    "TrainableNetwork",
     "TunePoint",
     "TuneResult",
     "TuningError",
     "UnsupportedLayerError",
+    "VerifyReport",
+    "__version__",
     "accumulator_bounds",
     "compile",
     "compile_tiled",
@@ -116,20 +142,30 @@ __all__ = [
     "conv_gradients",
     "conv_output_shape",
     "conv_transpose",
+    "distributed",
+    "failures",
     "filter_matrix",
     "finetune",
     "load_client",
     "load_server",
     "max_taps",
+    "plots",
     "quantize",
+    "serve",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fheconv")
+    if name in _MODULES:
+        return import_module(f"fheconv.{_MODULES[name]}")
+    if name in _HOME_OF:
+        return getattr(import_module(f"fheconv.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 import fheconv
-from fheconv.network import Network
-from fheconv.steps import Term
+from fheconv.networks.floats import Network
+from fheconv.networks.linear import Term
 
 KINDS = (
     torch.nn.Conv1d,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fheconv
-from fheconv.arrays import frozen
-from fheconv.capture import capture
-from fheconv.network import Network
+from fheconv.basics.arrays import frozen
+from fheconv.capture.model import capture
+from fheconv.networks.floats import Network
 
 Size = tuple[int, int, int]
 Block = tuple[nn.Module, Size]

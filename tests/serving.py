@@ -17,10 +17,10 @@ import numpy as np
 import uvicorn
 
 import fheconv
-from fheconv.arrays import Array
+from fheconv.basics.arrays import Array
+from fheconv.circuits.server import Server
 from fheconv.quantized import QuantizedNetwork
-from fheconv.serve import application, configured
-from fheconv.server import Server
+from fheconv.serving.app import application, configured
 from tests.nets import integer_images, quantized
 
 
@@ -74,7 +74,7 @@ def commands(file: Path, keys: Path) -> Iterator[Start]:
     processes = []
 
     def start(*options: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-c", "from fheconv.cli import main; main()", "serve", str(file)]
+        command = [sys.executable, "-c", "from fheconv.cli.main import main; main()", "serve", str(file)]
         command += ["--port", str(port), "--folder", str(keys), *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         processes.append(process)

@@ -9,11 +9,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from fheconv.arithmetic import ConvGeometry
-from fheconv.config import QuantConfig
-from fheconv.network import Quantization
-from fheconv.quantized import QuantizedLayer
-from fheconv.quantizer.mse import round_mse
-from fheconv.steps import Kernel, Select, Shape, Step, Term
+from fheconv.basics.arrays import Shape
+from fheconv.basics.config import QuantConfig
+from fheconv.networks.integers import QuantizedLayer
+from fheconv.networks.linear import Kernel, Select, Step, Term
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.rounding.mse import round_mse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import fheconv
-from fheconv.bounds import layer_bounds, worst_case_inputs
+from fheconv.networks.bounds import layer_bounds, worst_case_inputs
 
 FORWARD = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 BACKWARD = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv import artifacts
-from fheconv.keys import EVALUATION, StoredKeys
-from fheconv.worker import Worker, worker
+from fheconv.circuits.files import archive as artifacts
+from fheconv.circuits.keys import EVALUATION, StoredKeys
+from fheconv.circuits.native.worker import Worker, worker
 from tests.nets import integer_images, quantized
 
 P_ERROR = 1e-4

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv.arithmetic import ConvGeometry
-from fheconv.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, worst_case_inputs
-from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
-from fheconv.network import Quantization
-from fheconv.steps import Kernel, Select, Term
+from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.networks.bounds import accumulator_bounds, layer_bounds, twos_complement_bits, worst_case_inputs
+from fheconv.networks.linear import Kernel, Select, Term
+from fheconv.networks.quantization import Quantization
 from tests.strategies import integer_layer, integer_layers, integer_sums
 
 

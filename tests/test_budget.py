@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fheconv import AccumulatorOverflowError, Conv, InvalidArgumentError, quantize
-from fheconv.bounds import layer_bounds
+from fheconv.networks.bounds import layer_bounds
 from tests.strategies import layer_problems
 
 

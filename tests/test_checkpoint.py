@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import fheconv
 from fheconv import ArtifactError, Conv, InvalidArgumentError, UnsupportedLayerError
-from fheconv.checkpoint import load_layer, load_model
+from fheconv.capture.checkpoint import load_layer, load_model
 
 
 def layer_file(folder: Path, weight: torch.Tensor, entry: dict | None = None, **tensors) -> Path:

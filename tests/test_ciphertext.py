@@ -101,7 +101,7 @@ def test_more_bytes_than_allowed_are_refused():
 
 
 def test_a_batch_whose_header_could_not_be_read_again_is_not_written(monkeypatch):
-    monkeypatch.setattr("fheconv.envelope.HEADER_LIMIT", 100)
+    monkeypatch.setattr("fheconv.circuits.files.envelope.HEADER_LIMIT", 100)
     with pytest.raises(fheconv.ArtifactError, match="fewer images"):
         CIPHERTEXT.to_bytes()
 

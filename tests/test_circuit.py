@@ -41,7 +41,7 @@ def test_encrypted_results_are_the_clear_integers(engine, seed):
 @pytest.mark.parametrize("compress_input", [False, True])
 def test_worst_case_images_come_out_right_encrypted(seed, compress_input):
     """Every channel's greatest and least accumulator, which no calibration image comes near."""
-    from fheconv.bounds import layer_bounds, worst_case_inputs
+    from fheconv.networks.bounds import layer_bounds, worst_case_inputs
 
     network, _, _ = random_network(seed)
     layer = network.last

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import fheconv
-from fheconv.cli import app
-from fheconv.config import Engine
+from fheconv.basics.config import Engine
+from fheconv.cli.main import app
 
 MODELS = Path(__file__).parent.parent / "models"
 TINYCNN = str(MODELS / "tinycnn-digits.safetensors")
@@ -23,7 +23,7 @@ CLASSIC = str(MODELS / "classic-filters.safetensors")
 
 def fheconv_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command as a shell runs it, with its exit status."""
-    code = "import sys; from fheconv.cli import main; sys.argv[0] = 'fheconv'; main()"
+    code = "import sys; from fheconv.cli.main import main; sys.argv[0] = 'fheconv'; main()"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd)
 
 
@@ -146,7 +146,7 @@ def test_status_1_is_kept_for_answers(raised, status, words):
         "import sys, fheconv.checkpoint as c\n"
         f"def fail(*_, **__): raise {raised}\n"
         "c.load_layer = fail\n"
-        "from fheconv.cli import main\n"
+        "from fheconv.cli.main import main\n"
         "main()"
     )
     done = subprocess.run(

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fheconv
-from fheconv.checkpoint import load_model
-from fheconv.cli import main
-from fheconv.measurement import Measurement
+from fheconv.capture.checkpoint import load_model
+from fheconv.cli.bench import Measurement
+from fheconv.cli.main import main
 from tests.test_artifacts import secret_rows
 
 CONFIG = fheconv.QuantConfig(accumulator_bits=4)
@@ -59,7 +59,7 @@ def made(tmp_path_factory):
     printed = []
     compiled = (*COMPILE, "--p-error", "1e-5", "--class-names", "cat,dog,[red]")
     for arguments in (compiled, KEYGEN, ENCRYPT, RUN, (*DECRYPT, "--json")):
-        command = [sys.executable, "-m", "fheconv.cli", *arguments]
+        command = [sys.executable, "-m", "fheconv", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
@@ -225,7 +225,7 @@ def test_a_server_runs_what_a_client_encrypts(command):
     arguments = "serve", "out/server.zip", "--port", "0", "--folder", "stored", "--token-file", "token"
     Path("token").write_text("a-token")
     with subprocess.Popen(
-        [sys.executable, "-m", "fheconv.cli", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fheconv", *arguments], stderr=subprocess.PIPE, text=True
     ) as server:
         try:
             lines = (json.loads(line)["message"] for line in server.stderr)

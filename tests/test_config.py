@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fheconv import InvalidArgumentError, QuantConfig
-from fheconv.config import Method
+from fheconv.basics.config import Method
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from dask.distributed import Client, LocalCluster
 from distributed import KilledWorker
 
 import fheconv
-from fheconv import distributed
-from fheconv.keys import StoredKeys
+from fheconv.circuits.keys import StoredKeys
+from fheconv.serving import distributed
 from tests.nets import integer_images, quantized, real_images
 
 WITHOUT_DASK = """
@@ -29,7 +29,7 @@ import sys
 sys.modules["dask"] = None
 import fheconv
 try:
-    from fheconv import distributed
+    from fheconv.serving import distributed
 except fheconv.MissingExtraError as error:
     print(error)
 """
@@ -103,7 +103,7 @@ def native_processes():
     count = 0
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            count += "fheconv.worker" in child.cmdline()
+            count += "fheconv.circuits.native.worker" in child.cmdline()
     return count
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.envelope import HEADER_LIMIT, VERSION, Envelope, Incoming
+from fheconv.circuits.files.envelope import HEADER_LIMIT, VERSION, Envelope, Incoming
 
 ENVELOPE = Envelope(magic=b"testing\0", what="parcel", maker="pack()", names=("name", "count"))
 HEADER = {"name": "ä", "count": 3}

@@ -5,12 +5,13 @@ import pickle
 import pytest
 
 import fheconv
-from fheconv import AccumulatorOverflowError, FheConvError, errors
+from fheconv import AccumulatorOverflowError, FheConvError
+from fheconv.basics import errors
 
 CLASSES = [
     value
     for value in vars(errors).values()
-    if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == "fheconv.errors"
+    if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == "fheconv.basics.errors"
 ]
 
 

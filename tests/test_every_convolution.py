@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.bounds import layer_bounds
-from fheconv.capture import single_convolution
+from fheconv.capture.model import single_convolution
+from fheconv.networks.bounds import layer_bounds
 from tests.layers import KINDS, random_module, random_network, unlike_calibration
 
 SEEDS = st.integers(0, 2**31)

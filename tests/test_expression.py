@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.expression import ELEMENTWISE, FUNCTIONS, Expression, X
+from fheconv.networks.expression import ELEMENTWISE, FUNCTIONS, Expression, X
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import digits
 import fheconv
-from fheconv.errors import InvalidArgumentError
-from fheconv.failures import accuracies, noise_deviation, noisy
+from fheconv.analysis.failures import accuracies, noise_deviation, noisy
+from fheconv.basics.errors import InvalidArgumentError
 from tests import nets
 from train_tinycnn_digits import shipped
 

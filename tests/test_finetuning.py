@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.bounds import layer_bounds, worst_case_inputs
-from fheconv.thinning import lookups
-from fheconv.trainable import TrainableNetwork
+from fheconv.networks.bounds import layer_bounds, worst_case_inputs
+from fheconv.training.thinning import lookups
+from fheconv.training.trainable import TrainableNetwork
 from tests.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images
 
 SHAPE = (1, 5, 5)
@@ -170,7 +170,7 @@ def test_the_seed_fixes_everything_and_the_callers_generator_is_left_alone():
 
     def last(seed):
         """What the last epoch leaves: each held-out loss is taken for the least."""
-        with mock.patch("fheconv.finetuning._held_out_loss", side_effect=count(0, -1)):
+        with mock.patch("fheconv.training.finetuning._held_out_loss", side_effect=count(0, -1)):
             return fheconv.finetune(
                 network,
                 images,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fheconv
-from fheconv.worker import worker
+from fheconv.circuits.native.worker import worker
 
 COUNTS = {"images": 1800, "bytes": 5000, "forged": 200, "calls": 200, "arguments": 2800}
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.interface import Interface
-from fheconv.lower import lower
+from fheconv.circuits.files.interface import interface_from_dict, interface_to_dict
+from fheconv.lowering.lower import lower
 from tests.nets import quantized
 
 
 def made_again(interface):
-    return Interface.from_dict(json.loads(json.dumps(interface.to_dict())))
+    return interface_from_dict(json.loads(json.dumps(interface_to_dict(interface))))
 
 
 @settings(max_examples=25)
@@ -64,7 +64,7 @@ def plain():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.Softmax(dim=1))
     network = fheconv.quantize(model.eval(), torch.rand(20, 1, 4, 4))
-    return lower(network).interface.to_dict()
+    return interface_to_dict(lower(network).interface)
 
 
 PLAIN = plain()
@@ -123,18 +123,18 @@ def large(shape):
 )
 def test_data_that_no_circuit_has_is_refused(name, value):
     with pytest.raises(fheconv.ArtifactError, match="interface is altered"):
-        Interface.from_dict({**PLAIN, name: value})
+        interface_from_dict({**PLAIN, name: value})
 
 
 def test_expressions_nested_too_deep_are_refused():
     with pytest.raises(fheconv.ArtifactError, match="interface is altered"):
-        Interface.from_dict({**PLAIN, "finish": nested(5000)})
+        interface_from_dict({**PLAIN, "finish": nested(5000)})
 
 
 @pytest.mark.parametrize("data", [None, [], "x", {}, {**PLAIN, "more": 1}], ids=lambda value: str(value)[:10])
 def test_what_is_no_interface_is_refused(data):
     with pytest.raises(fheconv.ArtifactError, match="interface is altered"):
-        Interface.from_dict(data)
+        interface_from_dict(data)
 
 
 values = st.recursive(
@@ -154,7 +154,7 @@ def test_nothing_else_than_a_refusal_comes_of_altered_data(data):
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
     place[key] = data.draw(values)
     try:
-        interface = Interface.from_dict(altered)
+        interface = interface_from_dict(altered)
     except fheconv.ArtifactError:
         return
     interface.prepare(np.zeros((1, *interface.input_shape), np.int64))

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 import fheconv
-from fheconv.keys import EvaluationKeys
-from fheconv.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
+from fheconv.circuits.keys import EvaluationKeys
+from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
 
 CIRCUIT = "c" * 64
 SIZE = 10_000
@@ -161,12 +161,12 @@ def test_unused_keys_expire_and_used_ones_do_not(opened, monkeypatch):
     send(store, some)
     later = os.path.getmtime(store.folder / f"{some.name}.keys") + 2000
     with store.use(some.name):
-        monkeypatch.setattr("fheconv.keystore.time.time", lambda: later)
+        monkeypatch.setattr("fheconv.serving.keystore.time.time", lambda: later)
         store.expire()
         assert names(store) == {some.name}
     store.expire()
     assert names(store) == {some.name}
-    monkeypatch.setattr("fheconv.keystore.time.time", lambda: later + 1001)
+    monkeypatch.setattr("fheconv.serving.keystore.time.time", lambda: later + 1001)
     with pytest.raises(UnknownKeys):
         store.size_of(some.name)
     assert names(store) == set()
@@ -239,7 +239,7 @@ def test_a_full_disk_is_said(opened, monkeypatch):
         raise OSError(28, "No space left on device")
 
     store = opened()
-    monkeypatch.setattr("fheconv.keystore.os.fsync", full)
+    monkeypatch.setattr("fheconv.serving.keystore.os.fsync", full)
     with pytest.raises(StoreFull, match="No space left"):
         send(store, keys(1))
     assert names(store) == set()

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.lanes import Lanes
+from fheconv.lowering.lanes import Lanes
 
 
 @given(st.integers(1, 4), st.integers(0, 9), st.integers(0, 9), st.integers(1, 5), st.integers(0, 2**32))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.worker import Worker, worker
+from fheconv.circuits.native.worker import Worker, worker
 from tests.layers import random_network, unlike_calibration
 
 MEBI = 2**20
@@ -80,7 +80,7 @@ def test_starting_the_worker_does_not_count(monkeypatch):
         gained[0] += 1000
         return connection
 
-    monkeypatch.setattr("fheconv.worker.time.monotonic", lambda: clock() + gained[0])
+    monkeypatch.setattr("fheconv.circuits.native.worker.time.monotonic", lambda: clock() + gained[0])
     monkeypatch.setattr(Worker, "_start", slow_start)
     worker().stop()
     fheconv.compile(square(5), fheconv.CompileConfig(time_limit=60))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.bounds import worst_case_inputs
-from fheconv.lower import lower
+from fheconv.lowering.lower import lower
+from fheconv.networks.bounds import worst_case_inputs
 from tests.layers import KINDS, random_network, unlike_calibration
 
 ENGINES = ["auto", "conv", "shifts", "matrix"]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv import InputRangeError, quantize
-from fheconv.network import Layer, Maximum, Quantization
+from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.quantization import Quantization
 from tests.nets import BLOCKS, quantized, random_net
 from tests.strategies import layer_problems
 

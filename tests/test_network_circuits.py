@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.quantized import blank_images
+from fheconv.networks.integers import blank_images
 from tests.nets import integer_images, quantize, quantized, random_net, real_images
 
 # Small networks of two and three layers: a convolution, one with pooling, a residual block.

@@ -1,6 +1,9 @@
+import ast
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -35,13 +38,40 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_every_public_name_resolves_and_is_listed():
     code = """
 import json, fheconv
-names = {name: getattr(fheconv, name).__module__ for name in fheconv.__all__}
+import types
+found = {name: getattr(fheconv, name) for name in fheconv.__all__ if name != "__version__"}
+modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]
+names = {name: getattr(value, "__module__", value.__name__ if name in modules else "") for name, value in found.items()}
 print(json.dumps({"names": names, "dir": dir(fheconv), "all": fheconv.__all__}))
 """
     seen = fresh(code)
-    assert set(seen["names"]) == set(seen["all"]) == set(seen["dir"])
+    assert {*seen["names"], "__version__"} == set(seen["all"]) == set(seen["dir"])
     assert all(home.startswith("fheconv.") for home in seen["names"].values())
     assert len(set(seen["all"])) == len(seen["all"])
+
+
+def test_type_checkers_see_the_names_that_are_there():
+    tree = ast.parse(Path(fheconv.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen, modules = {}, {}
+    for node in block.body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        for alias in node.names:
+            name, inner = alias.asname or alias.name, f"{node.module}.{alias.name}"
+            if name in fheconv._MODULES:
+                modules[name] = inner.removeprefix("fheconv.")
+            else:
+                seen[name] = node.module.removeprefix("fheconv.")
+    assert seen == fheconv._HOME_OF
+    assert modules == fheconv._MODULES
+
+
+def test_public_modules_are_imported_by_their_short_names():
+    from fheconv import failures, plots
+
+    assert (failures.__name__, plots.__name__) == ("fheconv.analysis.failures", "fheconv.analysis.plots")
+    assert fheconv.__version__ == version("fheconv")
 
 
 def test_quantizing_arrays_needs_neither_torch_nor_concrete():
@@ -60,7 +90,7 @@ def test_a_public_function_is_not_hidden_by_its_module():
 import json, pkgutil, importlib, fheconv
 before = {name: getattr(fheconv, name) for name in fheconv.__all__}
 for module in pkgutil.walk_packages(fheconv.__path__, "fheconv."):
-    if module.name not in ("fheconv.native", "fheconv.__main__"):
+    if module.name not in ("fheconv.circuits.native.library", "fheconv.__main__"):
         importlib.import_module(module.name)
 print(json.dumps([name for name in before if getattr(fheconv, name) is not before[name]]))
 """

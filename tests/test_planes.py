@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.bounds import layer_bounds, without_bias
-from fheconv.interface import recombined
-from fheconv.lower import lower
-from fheconv.network import Maximum
-from fheconv.planes import MOST_PLANES, in_planes
+from fheconv.lowering.interface import recombined
+from fheconv.lowering.lower import lower
+from fheconv.lowering.planes import MOST_PLANES, in_planes
+from fheconv.networks.bounds import layer_bounds, without_bias
+from fheconv.networks.floats import Maximum
 from tests.nets import integer_images, quantize, random_net, real_images
 from tests.strategies import integer_layers, integer_sums
 
@@ -55,7 +55,7 @@ def layers(draw):
 @given(layers(), st.floats(0, 12), st.integers(0, 2**32))
 def test_planes_add_up_to_the_clear_integers_and_keep_to_their_bounds(problem, free, seed):
     layer, shapes = problem
-    with mock.patch("fheconv.planes.FREE_BITS", free):
+    with mock.patch("fheconv.lowering.planes.FREE_BITS", free):
         planes = in_planes(layer, shapes, lookup_bits=1)
     rng = np.random.default_rng(seed)
     quantizations = dict(zip(layer.sources, layer.inputs, strict=True))
@@ -94,7 +94,7 @@ def test_as_few_planes_as_do():
     quantized = network(4)
     counts, widths = [], []
     for free in range(4, 30, 2):
-        with mock.patch("fheconv.planes.FREE_BITS", free):
+        with mock.patch("fheconv.lowering.planes.FREE_BITS", free):
             planes = in_planes(quantized.last, quantized.shapes, lookup_bits=1)
         counts.append(len(planes.factors))
         widths.append(planes.bounds.offset_bits)
@@ -136,7 +136,7 @@ def test_wide_results_cost_no_more_than_narrow_ones(seed):
     assert wide.layers[-1].bits > narrow.layers[-1].bits + 3
     assert wide.complexity <= narrow.complexity
     assert wide.lookups <= narrow.lookups
-    with mock.patch("fheconv.lower.in_planes", side_effect=lambda *a: in_planes(*a[:2], 0)):
+    with mock.patch("fheconv.lowering.lower.in_planes", side_effect=lambda *a: in_planes(*a[:2], 0)):
         whole = lower(network(seed))
     assert whole.layers[-1].planes == 1
     assert whole.lookups == lower(network(seed)).lookups

@@ -7,7 +7,8 @@ import torch
 from matplotlib import pyplot as plt
 
 import fheconv
-from fheconv import InvalidArgumentError, QuantConfig, plots
+from fheconv import InvalidArgumentError, QuantConfig
+from fheconv.analysis import plots
 
 plt.switch_backend("Agg")
 
@@ -308,7 +309,7 @@ import sys
 sys.modules["matplotlib"] = None
 import fheconv
 try:
-    from fheconv import plots
+    from fheconv.analysis import plots
 except fheconv.MissingExtraError as error:
     assert isinstance(error, ImportError)
     print(error)

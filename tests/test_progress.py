@@ -1,13 +1,14 @@
 from rich.console import Console
 
-import fheconv.progress
+import fheconv.basics.progress
 
 
 def test_a_bar_goes_over_the_items_on_a_terminal_only(monkeypatch, capsys):
     assert list(fheconv.progress.track([1, 2, 3], "Running…")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(
-        "fheconv.progress.Console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=100)
+        "fheconv.basics.progress.Console",
+        lambda stderr: Console(stderr=stderr, force_terminal=True, width=100),
     )
     assert list(fheconv.progress.track([1, 2, 3], "Running…")) == [1, 2, 3]
     shown = capsys.readouterr()
@@ -23,7 +24,8 @@ def test_a_bar_of_bytes_goes_over_pieces_of_them(monkeypatch, capsys):
     assert max(map(len, pieces)) == fheconv.progress.PIECE
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(
-        "fheconv.progress.Console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=100)
+        "fheconv.basics.progress.Console",
+        lambda stderr: Console(stderr=stderr, force_terminal=True, width=100),
     )
     assert b"".join(fheconv.progress.track_bytes(chunks, "Sending…")) == b"".join(chunks)
     shown = capsys.readouterr()

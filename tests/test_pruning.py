@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import fheconv
-from fheconv.lower import lower
-from fheconv.pruning import Grid
+from fheconv.lowering.lower import lower
+from fheconv.lowering.pruning import Grid
 from tests.layers import integer_network
 
 ENGINES = ["auto", "conv", "shifts", "matrix"]

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.lower import lower
-from fheconv.network import Maximum
-from fheconv.pruning import demand
+from fheconv.lowering.lower import lower
+from fheconv.networks.demand import demand
+from fheconv.networks.floats import Maximum
 from tests.nets import BLOCKS, integer_images, quantize, quantized
 from train_tinycnn_digits import shipped
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from fheconv.cli import app
+from fheconv.cli.main import app
 from tests.supported import table
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_the_shell_commands_run(tmp_path):
     card = {"architecture": [*layers, {"name": "fc", "kind": "Linear"}]}
     (tmp_path / "models" / "tinycnn-digits.json").write_text(json.dumps(card))
     (commands,) = blocks("bash")
-    shell = f'fheconv() {{ "{sys.executable}" -m fheconv.cli "$@"; }}\n' + commands.replace(
+    shell = f'fheconv() {{ "{sys.executable}" -m fheconv "$@"; }}\n' + commands.replace(
         "python -c", f'"{sys.executable}" -c'
     )
     done = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, cwd=tmp_path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.artifacts import load_manifest
+from fheconv.circuits.files.archive import load_manifest
 from tests import serving
 
 SECONDS = 120
@@ -214,7 +214,7 @@ def answering(*answers):
 def waits(monkeypatch):
     """The seconds it would have waited."""
     seen = []
-    monkeypatch.setattr("fheconv.remote.time.sleep", seen.append)
+    monkeypatch.setattr("fheconv.serving.remote.time.sleep", seen.append)
     return seen
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.security import check_security
+from fheconv.circuits.files.security import check_security
 from tests.nets import quantized
 from tests.test_artifacts import parts_of, zipped
 

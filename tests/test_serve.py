@@ -21,13 +21,14 @@ from schemathesis.specs.openapi import checks
 from typer.testing import CliRunner
 
 import fheconv
-from fheconv import request_log, serve
-from fheconv.ciphertext import Ciphertext
-from fheconv.cli import app
-from fheconv.keys import EvaluationKeys
-from fheconv.manifest import Manifest
-from fheconv.service import Limits
-from fheconv.worker import Worker
+from fheconv.circuits.ciphertext import Ciphertext
+from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.keys import EvaluationKeys
+from fheconv.circuits.native.worker import Worker
+from fheconv.cli.main import app
+from fheconv.serving import app as serve
+from fheconv.serving import request_log
+from fheconv.serving.admission import Limits
 from tests import serving
 
 TOKEN = "the-token-of-the-tests"
@@ -108,7 +109,7 @@ def test_errors_that_are_not_of_a_route_are_json_too(http, monkeypatch):
     def bug(self, name):
         raise RuntimeError("a secret of the server's")
 
-    monkeypatch.setattr("fheconv.keystore.KeyStore.size_of", bug)
+    monkeypatch.setattr("fheconv.serving.keystore.KeyStore.size_of", bug)
     unforeseen = http.get(f"/keys/{'0' * 64}")
     problem(unforeseen, 500, "RemoteError", "its log says why")
     assert "secret" not in unforeseen.text
@@ -326,7 +327,7 @@ def test_those_whom_the_stop_of_the_server_interrupts_are_told_to_ask_again(
 
 
 def test_a_body_that_does_not_come_is_408(server, keys, tmp_path, monkeypatch, unstarted):
-    monkeypatch.setattr("fheconv.service.PATIENCE", 0.2)
+    monkeypatch.setattr("fheconv.serving.admission.PATIENCE", 0.2)
     with serving.serving(server, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
         with raw_request(url, "POST", f"/run/{keys.name}", b"", length=100) as slow:
@@ -513,8 +514,8 @@ def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     ],
 )
 def test_the_command_says_what_is_wrong(server, folder, tmp_path, monkeypatch, options, environment, words):
-    monkeypatch.setattr("fheconv.artifacts.load_server", lambda path: server)
-    monkeypatch.setattr("fheconv.worker.worker", Worker)
+    monkeypatch.setattr("fheconv.circuits.files.archive.load_server", lambda path: server)
+    monkeypatch.setattr("fheconv.circuits.native.worker.worker", Worker)
     arguments = ["serve", str(folder / "server.zip"), "--port", "0", "--folder", str(tmp_path), *options]
     done = CliRunner().invoke(app, arguments, env=environment)
     assert isinstance(done.exception, fheconv.InvalidArgumentError)

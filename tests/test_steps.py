@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry
 from fheconv.arithmetic.geometry import direct_form
-from fheconv.steps import Kernel, Select, Term, pointwise
+from fheconv.networks.linear import Kernel, Select, Term, pointwise
 
 seeds = st.integers(0, 2**32 - 1)
 

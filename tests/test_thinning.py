@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv import thinning
-from fheconv.capture import capture
-from fheconv.pruning import demand
+from fheconv.capture.model import capture
+from fheconv.networks.demand import demand
 from fheconv.quantizer.layerwise import quantize_network
-from fheconv.thinning import lookups, thinned
+from fheconv.training import thinning
+from fheconv.training.thinning import lookups, thinned
 from tests.nets import BLOCKS, quantized, random_net
 from tests.quantizer.test_equalization import READERS, Readers
 

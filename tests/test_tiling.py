@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_sample_image
 
 import fheconv
-from fheconv.worker import worker
+from fheconv.circuits.native.worker import worker
 from tests.layers import KINDS, random_network
 
 

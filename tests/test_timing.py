@@ -6,7 +6,7 @@ import platformdirs
 import pytest
 
 import fheconv
-from fheconv import timing
+from fheconv.circuits.native import lookup_times as timing
 
 MEASURED = [(2.7e7, 0.004), (4.6e7, 0.005), (6.6e7, 0.0055), (1.1e8, 0.009)]
 
@@ -128,7 +128,7 @@ def test_it_times_real_lookups(monkeypatch):
     """A few of them; of how long they take nothing is asserted but that it is measured."""
     monkeypatch.setattr(timing, "BITS", (2, 3))
     monkeypatch.setattr(timing, "LOOKUPS", 2)
-    from fheconv.worker import worker
+    from fheconv.circuits.native.worker import worker
 
     assert 0 < timing.expected_seconds(worker(), 3, 1e8) < math.inf
     assert len(cached()) == 2

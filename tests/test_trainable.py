@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.bounds import layer_bounds
-from fheconv.network import Layer, Maximum
-from fheconv.steps import Kernel
-from fheconv.trainable import BALL
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.linear import Kernel
+from fheconv.training.trainable import BALL
 from tests.layers import KINDS, random_network, unlike_calibration
 from tests.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv import parameters, tuner
-from fheconv.tuning import Setting, TunePoint, TuneResult
+from fheconv.tuning.result import Setting, TunePoint, TuneResult, parameters
+from fheconv.tuning.result import search as tuner
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (60, 1, 4, 4))
 

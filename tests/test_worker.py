@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.worker import Worker, worker
+from fheconv.circuits.native.worker import Worker, worker
 from tests.layers import random_network, unlike_calibration, with_weight
 
 
@@ -53,7 +53,7 @@ def test_an_abort_in_compile_is_a_compilation_error_with_the_librarys_last_words
 @pytest.mark.parametrize("bits", [50, 59, 62])
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts"])
 def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too(monkeypatch, bits, engine):
-    monkeypatch.setattr("fheconv.circuit.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.circuits.circuit.LINEAR_LIMIT", 1000)
     network = fheconv.quantize(
         np.ones((1, 1, 1, 1)), np.array([[[0, 1], [1, 0]]]), fheconv.QuantConfig(input_bits=1)
     )
@@ -63,7 +63,7 @@ def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too
 
 def test_a_failure_in_compile_leaves_other_networks_to_compile(monkeypatch):
     network, _, _ = random_network(7)
-    monkeypatch.setattr("fheconv.circuit.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.circuits.circuit.LINEAR_LIMIT", 1000)
     with pytest.raises(fheconv.CompilationError):
         fheconv.compile(with_weight(network, 2**52))
     fresh = fheconv.compile(network)
@@ -100,7 +100,7 @@ def test_an_interruption_ends_the_worker_and_the_next_call_goes_on(circuit):
 
 CHILD = """
 import os, signal, sys, numpy as np, fheconv
-from fheconv.worker import worker
+from fheconv.circuits.native.worker import worker
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts it may have it ignored
 rng = np.random.default_rng(0)
 step = sys.argv[1]
@@ -178,7 +178,7 @@ def test_the_worker_ends_with_its_process():
     script = (
         "from tests.layers import random_network\n"
         "import fheconv\n"
-        "from fheconv.worker import worker\n"
+        "from fheconv.circuits.native.worker import worker\n"
         "fheconv.compile(random_network(7)[0])\n"
         "print(worker().pid, flush=True)\n"
         "import os, signal\n"

@@ -1,7 +1,12 @@
-"""Convolution as arithmetic, on numpy and scipy alone.
+"""Computes convolutions with numpy and scipy alone.
 
 Every function is N-d: `*S` stands for the spatial sizes (M, N for an image), `*k` for the kernel's
 (Hf, Wf). "Convolution" is cross-correlation, as torch and TensorFlow compute it.
+
+exact: the float types in which integer sums stay exact.
+geometry: shapes, strides, paddings, and which tap reads which pixel.
+matrix: the filter matrix B, whose product with an image is the convolution.
+formulations: the entry: convolutions, im2col and gradients.
 """
 
 from fheconv.arithmetic.exact import exact_dtypes

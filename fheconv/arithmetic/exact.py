@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from fheconv.arrays import Array
-from fheconv.errors import AccumulatorOverflowError
+from fheconv.basics.arrays import Array
+from fheconv.basics.errors import AccumulatorOverflowError
 
 
 def _max_abs(x: Array) -> int:

@@ -19,8 +19,8 @@ from fheconv.arithmetic.geometry import (
     transposed_weight,
 )
 from fheconv.arithmetic.matrix import csr_filter_matrix, flip
-from fheconv.arrays import Array, as_array, channel_vector
-from fheconv.errors import InvalidArgumentError
+from fheconv.basics.arrays import Array, as_array, channel_vector
+from fheconv.basics.errors import InvalidArgumentError
 
 Method: TypeAlias = Literal["loops", "shifts", "im2col", "tensordot", "matrix"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]

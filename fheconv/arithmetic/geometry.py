@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from fheconv.arrays import Array
-from fheconv.config import check_integer
-from fheconv.errors import InvalidArgumentError
+from fheconv.basics.arrays import Array
+from fheconv.basics.checks import check_integer
+from fheconv.basics.errors import InvalidArgumentError
 
 PerAxis: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]

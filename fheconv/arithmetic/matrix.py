@@ -18,9 +18,9 @@ from fheconv.arithmetic.geometry import (
     shape_of,
     tap_sources,
 )
-from fheconv.arrays import Array, as_array
-from fheconv.config import check_integer
-from fheconv.errors import InvalidArgumentError
+from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.checks import check_integer
+from fheconv.basics.errors import InvalidArgumentError
 
 DENSE_LIMIT = 2 * 2**30
 

@@ -10,10 +10,10 @@ import torch
 from torch.fx import Node
 
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arrays import Array, along_channels, frozen
+from fheconv.basics.arrays import Array, Shape, along_channels, frozen
 from fheconv.capture.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
-from fheconv.expression import Expression, X
-from fheconv.steps import Select, Shape, pointwise
+from fheconv.networks.expression import Expression, X
+from fheconv.networks.linear import Select, pointwise
 
 # The examples with which the graph is made: two, so that what mixes images shows.
 BATCH = 2

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fheconv.arrays import Array, along_channels
+from fheconv.basics.arrays import Array, along_channels
 from fheconv.capture import poolings
 from fheconv.capture.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
 from fheconv.capture.graph import Affine, Pending, Unsupported, Value
-from fheconv.expression import Expression, X
+from fheconv.networks.expression import Expression, X
 
 
 def apply(call: Call, *parts: Any, **options: Any) -> Value:

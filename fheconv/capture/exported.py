@@ -10,12 +10,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
+from fheconv.basics.arrays import Shape
+from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, nearest
-from fheconv.errors import UnsupportedLayerError
-from fheconv.network import Network
-from fheconv.steps import Shape
+from fheconv.networks.floats import Network
 
 
 def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Network:

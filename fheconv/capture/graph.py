@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
-from fheconv.arrays import Array, frozen
-from fheconv.expression import Expression, X
-from fheconv.network import Finish, Layer, Maximum, Network
-from fheconv.steps import Select, Shape, Step, Term, pointwise
+from fheconv.basics.arrays import Array, Shape, frozen
+from fheconv.networks.expression import Expression, X
+from fheconv.networks.floats import Finish, Layer, Maximum, Network
+from fheconv.networks.linear import Select, Step, Term, pointwise
 
 # Layers in a row with no activation between them, whose product is no convolution, become one dense matrix of
 # at most so many weights.

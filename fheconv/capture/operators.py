@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fheconv.arithmetic.geometry import direct_form
-from fheconv.arrays import Array, frozen
+from fheconv.basics.arrays import Array, frozen
 from fheconv.capture import elementwise, poolings
 from fheconv.capture.calls import (
     BATCH,
@@ -26,8 +26,8 @@ from fheconv.capture.calls import (
     with_constant,
 )
 from fheconv.capture.graph import Final, Unsupported, Value
-from fheconv.expression import ELEMENTWISE, Expression, X
-from fheconv.steps import Kernel, pointwise
+from fheconv.networks.expression import ELEMENTWISE, Expression, X
+from fheconv.networks.linear import Kernel, pointwise
 
 # Convolutions and linear layers.
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from fheconv.arithmetic import ConvGeometry
-from fheconv.arrays import frozen
+from fheconv.basics.arrays import frozen
 from fheconv.capture.calls import BATCH, Call, by_matrix, move, with_constant
 from fheconv.capture.graph import Affine, Pooled, Unsupported, Value
-from fheconv.steps import Kernel
+from fheconv.networks.linear import Kernel
 
 Windows = list[list[list[int]]]  # an axis, an output position: the input positions that it reads
 

@@ -1,73 +1,12 @@
-"""From a trained model and calibration images to an integer network."""
+"""Turns a network in floats, and calibration images, into one in integers.
 
-from typing import Any
-
-import numpy as np
-
-from fheconv.arrays import Array, as_array
-from fheconv.capture import capture, single_convolution
-from fheconv.config import QuantConfig
-from fheconv.errors import CalibrationError, InvalidArgumentError
-from fheconv.network import CalibratedInput, Conv, Layer
-from fheconv.quantized import QuantizedNetwork
-from fheconv.quantizer.allocation import allocate
-from fheconv.quantizer.layerwise import quantize_network
-
-
-def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
-    """Turn a trained model into exact integer arithmetic.
-
-    `module` is a `torch.nn.Module`, what `torch.export.export` returned, a weight array (K, C/groups, *k) or
-    (Hf, Wf), or a `fheconv.Conv`; `calibration` a batch of images (N, C, *S), or one (C, *S) for a single
-    convolution, which fix the image size and the scales. Integer images that fit `input_bits` are taken as
-    they are, with scale 1 and the whole range of the data type; other images are scaled so that their range,
-    and 0, is covered.
-
-    Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
-    the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
-    deliver. What is "auto" in `config` is chosen before, on images that are held out.
-
-    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
-    chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
-    images that do not go with the model.
-    """
-    config = QuantConfig() if config is None else config
-    if not isinstance(config, QuantConfig):
-        raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
-    conv = single_convolution(module)
-    images = _calibration_images(calibration, conv)
-    network = capture(module if conv is None else conv, images.shape[1:])
-    config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
-    calibrated = CalibratedInput(
-        minimum=float(images.min()),
-        maximum=float(images.max()),
-        integral=images.dtype.kind in "iub",
-        images=len(images),
-    )
-    if config.is_auto:
-        config = allocate(network, images, calibrated, config).config
-    return quantize_network(network, images, calibrated, config)
-
-
-def _calibration_images(calibration: Any, conv: Conv | None) -> Array:
-    images = as_array(calibration, "calibration")
-    if conv is not None:
-        axes = len(conv.geometry.kernel)
-        if images.ndim == axes + 1:
-            images = images[None]
-        if images.ndim != axes + 2 or images.shape[1] != conv.in_channels:
-            raise InvalidArgumentError(
-                f"calibration has shape {images.shape}; layer {conv.name!r} takes images (n, "
-                f"{conv.in_channels}, {', '.join('MND'[:axes])}), or one of them without n."
-            )
-    elif images.ndim < 2:
-        raise InvalidArgumentError(
-            f"calibration has shape {images.shape}; a model takes a batch, (n, C, M, N) for images."
-        )
-    if images.size == 0:
-        raise CalibrationError("calibration is empty; give at least one image.")
-    if not np.isfinite(images).all():
-        raise CalibrationError("calibration contains NaN or infinity; remove those images.")
-    if conv is not None:
-        conv.geometry.output_size(images.shape[2:])
-    return images
+layerwise: the entry: layer after layer.
+allocation: chooses the widths that are "auto".
+components: groups what has to share a scale.
+activations: scales of images and activations.
+equalization: scales of an activation's channels.
+weights: integer weights of a layer.
+rounding: the methods that round weights.
+tables: lookup tables and the windows that they cover.
+building: the integer network, as far as it is built.
+"""

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheconv.arrays import Array
-from fheconv.config import QuantConfig
-from fheconv.errors import CalibrationError
-from fheconv.network import CalibratedInput, Layer, Maximum, Network, Quantization
-from fheconv.quantizer.sharing import connected
+from fheconv.basics.arrays import Array
+from fheconv.basics.config import QuantConfig
+from fheconv.basics.errors import CalibrationError
+from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.quantization import CalibratedInput, Quantization
+from fheconv.quantizer.components import connected
 
 # Greatest values that are tried, as shares of the greatest that calibration observed.
 CLIPS = np.linspace(0.3, 1.0, 36)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fheconv.arrays import Array
-from fheconv.config import ROUNDED_AWAY, QuantConfig
-from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
-from fheconv.network import CalibratedInput, Layer, Network
-from fheconv.progress import status
+from fheconv.basics.arrays import Array
+from fheconv.basics.config import ROUNDED_AWAY, QuantConfig
+from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.basics.progress import status
+from fheconv.networks.floats import Layer, Network
+from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.layerwise import quantize_network
 
 # How many integers an activation, or an image value, can be, each about √2 times the one before: half of what

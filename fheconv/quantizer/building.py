@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheconv.arrays import Array, first_position, frozen
-from fheconv.bounds import layer_bounds
-from fheconv.config import QuantConfig
-from fheconv.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.network import CalibratedInput, Layer, Maximum, Network, Quantization
-from fheconv.quantized import AnyLayer, QuantizedLayer, QuantizedNetwork, blank_images
-from fheconv.quantizer.tables import compressed, lookup, reserve, width
+from fheconv.basics.arrays import Array, first_position, frozen
+from fheconv.basics.config import QuantConfig
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_images
+from fheconv.networks.quantization import CalibratedInput, Quantization
+from fheconv.quantizer.tables import Budget, Window, compressed, lookup, reserve, width
 from fheconv.quantizer.weights import IntegerTerms
 
 # The integers of a bias must stay exact in float64, through which they are computed.
@@ -47,11 +48,14 @@ class Building:
         """Return how what each term of a layer reads is quantized."""
         return [q for source in layer.sources if (q := self.quantizations[source]) is not None]
 
-    def budget(self, layer: Layer) -> int | None:
+    def budget(self, layer: Layer) -> Budget | None:
         """Return how many steps an accumulator of a layer may span, None for any number."""
         looks_up = layer.activation is not None
         limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
-        return None if limit is None else 2**limit - 1 - reserve(limit, self.rounding_bits(layer))
+        if limit is None:
+            return None
+        rounding_bits = self.rounding_bits(layer)
+        return Budget(2**limit - 1 - reserve(limit, rounding_bits), rounding_bits)
 
     def rounding_bits(self, layer: Layer) -> int | None:
         """Return how many bits of a layer's accumulators are looked up, None for all."""
@@ -100,13 +104,9 @@ class Building:
                 layer.name,
                 layer.activation,
                 output,
+                Window(minimum=minimum, span=span, bits=bits, rounding_bits=rounding_bits, proved=proved),
                 step=step,
                 bias=bias - step * zero,
-                minimum=minimum,
-                span=span,
-                bits=bits,
-                rounding_bits=rounding_bits,
-                proved=proved,
             )
             quantized = replace(quantized, lookup=table)
         limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
@@ -121,9 +121,9 @@ class Building:
             )
         self._append(quantized, observed)
 
-    def network(self) -> QuantizedNetwork:
+    def network(self) -> IntegerNetwork:
         """Return the network, once every layer was added."""
-        return QuantizedNetwork(
+        return IntegerNetwork(
             config=self.config,
             input=self.image,
             calibrated=self.calibrated,

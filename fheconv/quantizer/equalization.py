@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheconv.arrays import Array, along_channels, frozen
-from fheconv.config import QuantConfig
-from fheconv.expression import Expression
-from fheconv.network import Layer, Network
+from fheconv.basics.arrays import Array, along_channels, frozen
+from fheconv.basics.config import QuantConfig
+from fheconv.networks.expression import Expression
+from fheconv.networks.floats import Layer, Network
 from fheconv.quantizer.activations import least_error, sharing
 
 

@@ -4,21 +4,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheconv.arrays import Array, channel_means
-from fheconv.config import QuantConfig
-from fheconv.errors import CalibrationError
-from fheconv.network import CalibratedInput, Layer, Maximum, Network
-from fheconv.quantized import QuantizedNetwork
+from fheconv.basics.arrays import Array, channel_means
+from fheconv.basics.config import QuantConfig
+from fheconv.basics.errors import CalibrationError
+from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.integers import IntegerNetwork
+from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
-from fheconv.quantizer.methods import chosen_method
+from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.weights import round_by_output, round_nearest
 
 
 def quantize_network(
     network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig
-) -> QuantizedNetwork:
+) -> IntegerNetwork:
     """Return the integer network that `config` asks for, by calibration images (N, C, *S).
 
     Raises like `fheconv.quantize`.
@@ -52,7 +53,6 @@ def quantize_network(
                 bits,
                 method.round,
                 building.budget(layer),
-                building.rounding_bits(layer),
             )
             bias = layer.bias + _mean_error(layer, rounded.step, building.sums(layer, rounded), floats)
             building.add(layer, rounded, bias)

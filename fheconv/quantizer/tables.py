@@ -5,13 +5,16 @@ layer's scale, bias and zero-points, BatchNorm, the activation itself and the ne
 it.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
-from fheconv.arrays import Array, along_channels, frozen
-from fheconv.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.expression import Expression
-from fheconv.network import Quantization
-from fheconv.quantized import Lookup
+from fheconv.basics.arrays import Array, along_channels, frozen
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
+from fheconv.networks.expression import Expression
+from fheconv.networks.integers import Lookup
+from fheconv.networks.quantization import Quantization
 
 # Concrete looks up at most so many bits.
 LOOKUP_LIMIT = 16
@@ -47,29 +50,48 @@ def width(name: str, span: int, rounding_bits: int | None) -> int:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """The accumulators that a lookup of `bits` bits is made for: `span` steps from `minimum`, both (C,).
+
+    `rounding_bits` are left of them before the lookup, None: all. `proved`: no image leads outside.
+    """
+
+    minimum: Array
+    span: Array
+    bits: int
+    rounding_bits: int | None
+    proved: bool
+
+    @property
+    def dropped_bits(self) -> int:
+        """How many low bits are rounded away."""
+        return 0 if self.rounding_bits is None else max(self.bits - self.rounding_bits, 0)
+
+    @property
+    def start(self) -> Array:
+        """The accumulator of the first column, (C,).
+
+        The room that 2^bits leaves is shared out to both ends, where a lookup that fails lands.
+        """
+        below = 1 << (self.dropped_bits - 1) if self.dropped_bits else 0
+        return (
+            self.minimum
+            - below
+            - (2**self.bits - 1 - reserve(self.bits, self.rounding_bits) - self.span) // 2
+        )
+
+
 def lookup(
-    name: str,
-    activation: Expression,
-    output: Quantization,
-    *,
-    step: Array,
-    bias: Array,
-    minimum: Array,
-    span: Array,
-    bits: int,
-    rounding_bits: int | None,
-    proved: bool,
+    name: str, activation: Expression, output: Quantization, window: Window, *, step: Array, bias: Array
 ) -> Lookup:
     """Return the tables of a layer whose accumulator `a` stands for the real number a · step + bias.
 
-    `step` and `bias` have the layer's shape (C, *S); `minimum` and `span` (C,) are where the accumulators
-    lie. The room that 2^bits leaves is shared out to both ends, where a lookup that fails lands. Values that
-    mean the same share a table. Raises `CalibrationError` where the activation is not a number.
+    `step` and `bias` have the layer's shape (C, *S). Values that mean the same share a table. Raises
+    `CalibrationError` where the activation is not a number.
     """
     shape = step.shape
-    dropped = 0 if rounding_bits is None else max(bits - rounding_bits, 0)
-    below = 1 << (dropped - 1) if dropped else 0
-    minimum = minimum - below - (2**bits - 1 - reserve(bits, rounding_bits) - span) // 2
+    bits, dropped, minimum = window.bits, window.dropped_bits, window.start
     start = np.broadcast_to(along_channels(minimum, len(shape)), shape)
     offset = bias + step * start
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
@@ -92,7 +114,7 @@ def lookup(
         bits=bits,
         dropped_bits=dropped,
         output=output,
-        proved=proved,
+        proved=window.proved,
     )
 
 
@@ -100,3 +122,10 @@ def compressed(values: Array) -> Array:
     """Return (C, *S) as (C, *1) if each channel has one value."""
     first = along_channels(values.reshape(len(values), -1)[:, 0], values.ndim)
     return first if (values == first).all() else values
+
+
+class Budget(NamedTuple):
+    """How many steps an accumulator may span, and what rounding leaves of it before a lookup."""
+
+    steps: int
+    rounding_bits: int | None = None

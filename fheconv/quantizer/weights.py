@@ -9,13 +9,14 @@ import numpy as np
 import scipy.linalg
 
 from fheconv.arithmetic import OUTSIDE, im2col
-from fheconv.arrays import Array, along_channels
-from fheconv.errors import AccumulatorOverflowError
-from fheconv.network import Layer, Quantization
-from fheconv.quantizer.rounding import IntegerWeight, Rounding
-from fheconv.quantizer.sharing import connected
-from fheconv.quantizer.tables import width
-from fheconv.steps import Kernel, Select, Shape, Term
+from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.errors import AccumulatorOverflowError
+from fheconv.networks.floats import Layer
+from fheconv.networks.linear import Kernel, Select, Term
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.components import connected
+from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
+from fheconv.quantizer.tables import Budget, width
 
 # On so many windows of the calibration images the second moment of what a layer reads is measured.
 MOST_WINDOWS = 20_000
@@ -264,29 +265,28 @@ def round_by_output(
     tensors: Sequence[Array],
     bits: int,
     method: Rounding,
-    budget: int | None,
-    rounding_bits: int | None = None,
+    budget: Budget | None,
 ) -> IntegerTerms:
     """Round by `method` so that the layer's sums on the calibration images change little.
 
     `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their
     place: what is rounded are the weights that make the best of these, by least squares. Raises
-    `AccumulatorOverflowError` where `budget`, the number of steps that an accumulator may span, is too small
-    for any weight; `rounding_bits` tells the width that would do.
+    `AccumulatorOverflowError` where the `budget` is too small for any weight.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
-    if budget is not None and budget < least:
-        enough = f"accumulator_bits={width(layer.name, least, rounding_bits)}"
+    if budget is not None and budget.steps < least:
+        enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
         if activations:  # by default they would get more bits where accumulators have more
             enough += f" and activation_bits={max(activations)}"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, "
-            f"where {budget} are allowed; quantize with {enough}, or give what the layer reads fewer bits.",
+            f"where {budget.steps} are allowed; quantize with {enough}, or give what the layer reads fewer "
+            "bits.",
             layer=layer.name,
             value=least,
-            limit=budget,
+            limit=budget.steps,
             remedy=enough,
         )
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
@@ -302,7 +302,7 @@ def round_by_output(
         moment = rows.covariance(batch[0], delivered, delivered)[both]
         cross = rows.covariance(batch[0], delivered, meant)[both]
         fitted = least_squares(moment, cross @ stacked.T, stacked)
-        rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget)
+        rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget and budget.steps)
         values = np.zeros((len(batch), len(read)), np.int64)
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])

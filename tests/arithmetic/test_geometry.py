@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 
 from fheconv.arithmetic import ConvGeometry, conv_output_shape
-from fheconv.errors import InvalidArgumentError
+from fheconv.basics.errors import InvalidArgumentError
 from tests.strategies import conv_problems
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fheconv.arithmetic import filter_matrix
-from fheconv.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
 from tests.strategies import conv_problems
 
 

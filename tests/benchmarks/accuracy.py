@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
 import fheconv
-from fheconv.failures import accuracies
+from fheconv.analysis.failures import accuracies
 from train_tinycnn_digits import RECIPE, shipped
 
 LOOKED_UP = ("conv1", "conv2", "conv3")  # the widths of the last layer are free

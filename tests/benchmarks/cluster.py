@@ -24,8 +24,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 import fheconv
-from fheconv import distributed
-from fheconv.worker import Worker, _memory
+from fheconv.circuits.native.worker import Worker, _memory
+from fheconv.serving import distributed
 
 MODELS = Path(__file__).parents[2] / "models"
 

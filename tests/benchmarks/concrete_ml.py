@@ -34,9 +34,9 @@ import torch
 import digits
 import fheconv
 from concrete_ml_peer import RELEASE, Peer, PeerError, PeerRefusal, add_environment, peer_python
-from fheconv.circuit import Fhe
-from fheconv.tuner import WIDTHS
-from fheconv.worker import worker as fheconv_worker
+from fheconv.circuits.circuit import Fhe
+from fheconv.circuits.native.worker import worker as fheconv_worker
+from fheconv.tuning.search import WIDTHS
 
 # Per model: the logits at a width that makes no ciphertext larger.
 QUANTIZE: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Print what a lookup costs, beside `fheconv.budget.LOOKUP_PRICE`: `python tests/benchmarks/lookups.py`.
+"""Print what a lookup costs, beside `fheconv.analysis.prices`: `python tests/benchmarks/lookups.py`.
 
 Circuits of lookups and nothing else are compiled, and the optimiser's complexity of each is divided by their
 number. Nothing is run, so the figures are the same on every machine. By default the failure probability is
@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fheconv.budget import LOOKUP_PRICE
+from fheconv.analysis.prices import LOOKUP_PRICE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources

@@ -1,8 +1,8 @@
 """Print what planes of the last layer cost: `python tests/benchmarks/planes.py`.
 
 TinyCNN is compiled with lookups of several widths and its last layer, of 8-bit weights, in more and more
-planes. The complexity steps down as what `fheconv.planes.FREE_BITS` bounds does. Nothing is run, so the
-figures are the same on every machine.
+planes. The complexity steps down as `FREE_BITS` of `fheconv.lowering.planes` says. Nothing is run,
+so the figures are the same on every machine.
 """
 
 import sys
@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
 import fheconv
-from fheconv.bounds import norm_bits
-from fheconv.lower import lower
-from fheconv.planes import FREE_BITS
+from fheconv.lowering.lower import lower
+from fheconv.lowering.planes import FREE_BITS
+from fheconv.networks.bounds import norm_bits
 from train_tinycnn_digits import shipped
 
 P_ERRORS = (0.01, 0.05)
@@ -48,7 +48,7 @@ def main() -> None:
         network = fheconv.quantize(shipped(), images, fheconv.QuantConfig(weight_bits=weight_bits, **options))
         seen = set()
         for limit in LIMITS:
-            with mock.patch("fheconv.planes.FREE_BITS", limit):
+            with mock.patch("fheconv.lowering.planes.FREE_BITS", limit):
                 planes = lower(network).planes
                 if len(planes.factors) in seen:
                     continue

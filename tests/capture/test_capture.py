@@ -5,7 +5,7 @@ from hypothesis import given
 
 from fheconv import CalibrationError, Conv, InvalidArgumentError, UnsupportedLayerError
 from fheconv.arithmetic import conv
-from fheconv.capture import capture, single_convolution
+from fheconv.capture.model import capture, single_convolution
 from tests.strategies import layer_problems
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fheconv.capture import capture
-from fheconv.network import Layer, Network
+from fheconv.capture.model import capture
+from fheconv.networks.floats import Layer, Network
 
 torch.set_num_threads(1)
 

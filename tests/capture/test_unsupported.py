@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fheconv import CalibrationError, InvalidArgumentError, UnsupportedLayerError
-from fheconv.capture import capture
+from fheconv.capture.model import capture
 from tests.capture.test_graph import Fn, check, conv
 
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from fheconv.quantizer.rounding import DAMPING, IntegerWeight
+from fheconv.quantizer.rounding.base import DAMPING, IntegerWeight
 
 
 @st.composite

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.accumulator import round_accumulator
-from fheconv.quantizer.gptq import round_gptq
+from fheconv.quantizer.rounding.accumulator import round_accumulator
+from fheconv.quantizer.rounding.gptq import round_gptq
 from tests.quantizer.problems import damped, errors, nothing, problems
 
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.capture import capture
-from fheconv.network import CalibratedInput, Maximum, Quantization
+from fheconv.capture.model import capture
+from fheconv.networks.floats import Maximum
+from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import CLIPS, activation_quantizations, input_quantization
 from tests.nets import quantized, random_net
 

@@ -7,8 +7,8 @@ from torch import nn
 
 import fheconv
 from fheconv import QuantConfig
-from fheconv.capture import capture
-from fheconv.network import CalibratedInput
+from fheconv.capture.model import capture
+from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.allocation import LEVELS, SHARE, TOLERANCE, WEIGHT_BITS, Trial, allocate
 from tests import nets
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.capture import capture
-from fheconv.network import Layer
+from fheconv.capture.model import capture
+from fheconv.networks.floats import Layer
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.equalization import equalized
 from tests.nets import random_net

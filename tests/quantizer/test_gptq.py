@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.gptq import SCALES, round_gptq
-from fheconv.quantizer.minmax import round_minmax
+from fheconv.quantizer.rounding.gptq import SCALES, round_gptq
+from fheconv.quantizer.rounding.minmax import round_minmax
 from tests.quantizer.problems import damped, errors, nothing, problems
 
 

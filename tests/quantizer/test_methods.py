@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.config import Method
-from fheconv.network import Network
-from fheconv.quantizer.methods import METHODS, chosen_method
+from fheconv.basics.config import Method
+from fheconv.networks.floats import Network
+from fheconv.quantizer.rounding.methods import METHODS, chosen_method
 from tests.nets import integer_images, quantize, quantized, random_net
 
 NET = ("conv", "residual")  # with these blocks, seed 3 is a net of 4 layers

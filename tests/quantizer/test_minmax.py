@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.minmax import round_minmax
-from fheconv.quantizer.mse import round_mse
+from fheconv.quantizer.rounding.minmax import round_minmax
+from fheconv.quantizer.rounding.mse import round_mse
 
 
 @given(seed=st.integers(0, 2**32), bits=st.integers(1, 8), power=st.sampled_from([-300, -3, 0, 3, 300]))

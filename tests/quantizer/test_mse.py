@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.mse import round_mse
+from fheconv.quantizer.rounding.mse import round_mse
 
 
 def squared_error(weight, rounded):

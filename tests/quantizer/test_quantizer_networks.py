@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.bounds import layer_bounds
-from fheconv.network import Layer, Maximum
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.floats import Layer, Maximum
 from tests.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images, torch_output
 
 SEEDS = range(5)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.sharing import connected
+from fheconv.quantizer.components import connected
 
 
 @given(st.integers(1, 12), st.data())

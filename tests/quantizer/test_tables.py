@@ -5,9 +5,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fheconv
-from fheconv.bounds import layer_bounds
-from fheconv.expression import Expression, X
-from fheconv.network import Quantization
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.expression import Expression, X
+from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.tables import LOOKUP_LIMIT, compressed, lookup, reserve, width
 from tests.nets import quantized
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.bounds import layer_bounds
-from fheconv.network import Layer, Maximum, Network, Quantization
-from fheconv.quantizer.accumulator import round_accumulator
-from fheconv.quantizer.mse import round_mse
-from fheconv.quantizer.tables import reserve
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.rounding.accumulator import round_accumulator
+from fheconv.quantizer.rounding.mse import round_mse
+from fheconv.quantizer.tables import Budget, reserve
 from fheconv.quantizer.weights import Rows, round_by_output, round_nearest
 from tests.nets import integer_images, quantize, quantized, random_net
 
@@ -101,7 +102,7 @@ def test_every_row_keeps_to_the_budget(layers):
         least = min(rows.ranges(row).min() for row in rows.rows)
         for budget in (least, 2 * least + 1, 15 * least):
             rounded = round_by_output(
-                layer, inputs, shapes, floats, tensors, 4, round_accumulator, int(budget)
+                layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(int(budget))
             )
             # Each value of the layer by itself, by the filter matrix.
             needed = np.zeros(layer.shape, np.int64)
@@ -117,19 +118,23 @@ def test_every_row_keeps_to_the_budget(layers):
 def test_too_small_a_budget_is_refused_with_one_that_works(layers):
     for layer, inputs, shapes, floats, tensors in layers:
         with pytest.raises(fheconv.AccumulatorOverflowError, match="a single weight of 1") as refused:
-            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, 0)
+            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(0))
         error = refused.value
         assert (error.layer, error.limit) == (layer.name, 0)
         with pytest.raises(fheconv.AccumulatorOverflowError):
-            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, error.value - 1)
-        rounded = round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, error.value)
+            round_by_output(
+                layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(error.value - 1)
+            )
+        rounded = round_by_output(
+            layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(error.value)
+        )
         if len({part.range for part in Rows(layer, inputs, shapes).parts}) == 1:
             some = any(own.steps[own.inexact()[0]].weight.any() for own in rounded.terms)
             assert some or not any(term.steps[term.inexact()[0]].weight.any() for term in layer.terms)
         for rounding_bits in (None, 2, 4):
             with pytest.raises(fheconv.AccumulatorOverflowError) as refused:
                 round_by_output(
-                    layer, inputs, shapes, floats, tensors, 4, round_accumulator, 0, rounding_bits
+                    layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(0, rounding_bits)
                 )
             width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
             assert 2**width - 1 - reserve(width, rounding_bits) >= error.value

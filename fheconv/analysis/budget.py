@@ -1,0 +1,133 @@
+"""What the proved bounds mean for an accumulator of a given width."""
+
+import math
+
+from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
+from fheconv.analysis.prices import lookup_price
+from fheconv.analysis.remedy import remedy_for
+from fheconv.basics.checks import check_integer
+from fheconv.lowering.lower import LoweredLayer, lower
+from fheconv.networks.bounds import layer_bounds, without_bias
+from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.integers import IntegerNetwork
+from fheconv.networks.linear import Kernel
+
+
+def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
+    """Return the budget of a network, with a remedy where it does not fit `limit` bits.
+
+    Raises `InvalidArgumentError` for a limit that is not a positive integer.
+    """
+    if limit is not None:
+        check_integer("accumulator_bits", limit, 1)
+        limit = int(limit)
+    lowered = lower(network).layers
+    prices = [layer.lookups * lookup_price(layer.lookup_bits) for layer in lowered]
+    layers = tuple(
+        _layer(network, number, low, price / (sum(prices) or 1.0))
+        for number, (low, price) in enumerate(zip(lowered, prices, strict=True))
+    )
+    over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
+    remedy = (
+        remedy_for(network, limit, max(layer.input_bits for layer in layers))
+        if limit is not None and over
+        else None
+    )
+    return BudgetReport(layers=layers, limit=limit, remedy=remedy)
+
+
+def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: float) -> LayerBudget:
+    """Return the budget of one layer, whose lookups are `share` of what all of them cost."""
+    layer = network.layers[number]
+    if isinstance(layer, Maximum):
+        return _maximum(network, layer, lowered, share)
+    observed = network.observed[number]
+    # The client adds the bias: one that differs within a channel widens nothing.
+    shifted = layer if math.prod(layer.bias.shape[1:]) == 1 else without_bias(layer)
+    bounds = layer_bounds(shifted, network.shapes)
+    steps = max(quantization.maximum - quantization.minimum for quantization in layer.inputs)
+    channels = tuple(
+        ChannelBudget(
+            channel=c,
+            minimum=int(bounds.channel_minimum[c]),
+            maximum=int(bounds.channel_maximum[c]),
+            position=bounds.maximum_position(c),
+            observed=None if observed is None else (int(observed[0][c]), int(observed[1][c])),
+        )
+        for c in range(layer.shape[0])
+    )
+    widths = [(c.observed[1] - c.observed[0]).bit_length() for c in channels if c.observed is not None]
+    table = layer.lookup
+    return LayerBudget(
+        name=layer.name,
+        kind=_kind(network.source.layers[number]),
+        shape=layer.shape,
+        multiply_adds=lowered.multiply_adds,
+        lookups=lowered.lookups,
+        weight_bits=network.config.of_layer("weight_bits", layer.name),
+        input_bits=max(quantization.bits for quantization in layer.inputs),
+        taps=layer.taps,
+        accumulator_bits=bounds.offset_bits if table is None else table.bits,
+        proved=table is None or table.proved,
+        risk=0.0 if table is None or table.proved else _risk(layer.shape[0], network.calibrated.images),
+        offset_bits=bounds.offset_bits,
+        twos_complement_bits=bounds.twos_complement_bits,
+        data_type_bits=(layer.taps * max(map(abs, layer.weight_range)) * steps).bit_length(),
+        observed_bits=max(widths, default=None),
+        lookup_bits=None if table is None else table.column_bits,
+        table_entries=0 if table is None else table.tables.shape[1],
+        cost_share=share,
+        planes=lowered.planes,
+        plane_bits=lowered.plane_bits,
+        channels=channels,
+    )
+
+
+def _maximum(network: IntegerNetwork, layer: Maximum, lowered: LoweredLayer, share: float) -> LayerBudget:
+    """Return the budget of maxima, whose accumulators are differences of two values."""
+    return LayerBudget(
+        name=layer.name,
+        kind=f"maximum of {len(layer.index)}",
+        shape=layer.shape,
+        multiply_adds=0,
+        lookups=lowered.lookups,
+        weight_bits=1,
+        input_bits=network.quantizations[layer.source].bits,
+        taps=2,
+        accumulator_bits=lowered.bits,
+        proved=True,
+        risk=0.0,
+        offset_bits=lowered.bits,
+        twos_complement_bits=lowered.bits,
+        data_type_bits=lowered.bits,
+        observed_bits=None,
+        lookup_bits=lowered.bits,
+        table_entries=2**lowered.bits,
+        cost_share=share,
+        planes=lowered.planes,
+        plane_bits=lowered.plane_bits,
+        channels=(),
+    )
+
+
+def _risk(channels: int, images: int) -> float:
+    """Return how likely an image is at most to leave the range that some channel had on others like it.
+
+    Each of n + 1 exchangeable images is as likely as any to hold the greatest accumulator of all, and the
+    least.
+    """
+    return min(2 * channels / (images + 1), 1.0)
+
+
+def _kind(source: Layer | Maximum) -> str:
+    """Return what a layer is in a few words, such as "conv 3×3, pool 2×2, relu"."""
+    words: list[str] = []
+    for term in source.terms if isinstance(source, Layer) else ():
+        for step in term.steps:
+            if isinstance(step, Kernel) and not term.is_plain():
+                size = "×".join(map(str, step.geometry.kernel))
+                words.append(f"{'pool' if step.exact else 'conv'} {size}" if size else "linear")
+        if term.is_plain():
+            words.append("skip")
+    function = getattr(source, "activation", None)
+    return ", ".join([*dict.fromkeys(words), *([] if function is None else [function.operator])])

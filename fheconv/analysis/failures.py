@@ -1,0 +1,129 @@
+"""What a failure probability does to a network's results, on clear integers.
+
+A lookup on encrypted values reads its table at the accumulator plus Gaussian noise, mostly that of the key
+switch and the modulus switch before it (Bergerat et al. 2023, "Parameter Optimization and Larger Precision
+for (T)FHE", section 3). Concrete's parameters let the noise leave a column of the table with the probability
+p_error at most, and hardly less, which gives the noise its size. So an exact lookup that fails reads a
+neighbouring column, and one whose accumulator is rounded may also miss by one where that lies near the middle
+between two. What leaves the table comes back with the opposite sign, as on the torus.
+
+The noise of decryption is left out: it reaches an integer only in networks with lookups of few bits.
+"""
+
+from dataclasses import replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from fheconv.basics.arrays import Array, along_channels, as_array
+from fheconv.basics.checks import check_integer
+from fheconv.basics.errors import InvalidArgumentError
+from fheconv.networks.bounds import layer_bounds, without_bias
+from fheconv.networks.floats import Maximum
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, Lookup, comparison
+
+
+def noise_deviation(p_error: float) -> float:
+    """Return the standard deviation, in columns of the table, of noise with which a lookup fails so often.
+
+    It fails when the noise is more than half a column. Raises `InvalidArgumentError` unless 0 <= p_error < 1.
+    """
+    if not 0 <= p_error < 1:
+        raise InvalidArgumentError(f"p_error={p_error!r} must be at least 0 and less than 1.")
+    return 0.0 if p_error == 0 else -0.5 / NormalDist().inv_cdf(p_error / 2)
+
+
+def noisy(
+    network: IntegerNetwork,
+    q: Array,
+    p_error: float,
+    rng: np.random.Generator,
+    *,
+    one_parameter_set: bool = False,
+) -> Array:
+    """Return the last accumulators (N, K, *Out) for integer images (N, *input_shape), lookups failing.
+
+    p_error: of one lookup. The circuit's own, `circuit.cost.p_error`, is a little less than what was asked.
+    one_parameter_set: all lookups have the parameters of the widest, so that narrower ones hardly fail:
+        Concrete's strategy MONO. Its default gives each width parameters for which it fails with `p_error`.
+
+    Raises `InvalidArgumentError` for a p_error outside [0, 1).
+    """
+    deviation = noise_deviation(p_error)
+    lookups = [_lookup_of(layer, network) for layer in network.layers]
+    widest = max((lookup.column_bits for lookup in lookups if lookup and not _constant(lookup)), default=0)
+    tensors = [q]
+    for layer, lookup in zip(network.layers, lookups, strict=True):
+        if lookup is None:
+            tensors.append(layer.output(tensors))
+            continue
+        own = deviation * 2.0 ** (lookup.column_bits - widest) if one_parameter_set else deviation
+        if isinstance(layer, Maximum):
+            first, *others = layer.candidates(tensors[layer.source])
+            for other in others:
+                first = first + _look_up(lookup, other - first, own, rng)
+            tensors.append(first)
+        else:
+            tensors.append(_look_up(lookup, layer.accumulate(tensors), own, rng))
+    return _decrypted(network, tensors[-1])
+
+
+def accuracies(
+    network: IntegerNetwork,
+    images: Any,
+    labels: Any,
+    p_error: float,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    one_parameter_set: bool = False,
+) -> Array:
+    """Return the share of float images (N, *input_shape) that get the class `labels` (N,), once a draw.
+
+    Each of the `draws` has noise of its own; their mean is the prediction. See `noisy` for the other
+    arguments. Raises `InvalidArgumentError` if the network gives no vector of scores or labels are missing,
+    `InputRangeError` like `network`.
+    """
+    check_integer("draws", draws, 1)
+    q, batched = network.quantize_input(images)
+    expected = as_array(labels, "labels")
+    if not batched or len(network.output_shape) != 1 or expected.shape != (len(q),) or not len(q):
+        raise InvalidArgumentError(
+            f"labels have shape {expected.shape}, for {len(q)} images with results of shape "
+            f"{network.output_shape}; give a batch of images, a label (n,) for each, and a network whose "
+            "results are one score for each class."
+        )
+    rng = np.random.default_rng(seed)
+    results = (noisy(network, q, p_error, rng, one_parameter_set=one_parameter_set) for _ in range(draws))
+    return np.array([(network.dequantize(y).argmax(axis=1) == expected).mean() for y in results])
+
+
+def _lookup_of(layer: AnyLayer, network: IntegerNetwork) -> Lookup | None:
+    """Return the lookup of a layer, None of the last one."""
+    return comparison(network.quantizations[layer.source]) if isinstance(layer, Maximum) else layer.lookup
+
+
+def _constant(lookup: Lookup) -> bool:
+    """Whether nothing is looked up: Concrete replaces a constant table by its value."""
+    return bool(np.ptp(lookup.tables) == 0)
+
+
+def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.random.Generator) -> Array:
+    """Return the activations of accumulators with noise of a deviation of so many columns.
+
+    Noise counts in whole steps of the accumulator: before approximate rounding, Concrete adds half a step, so
+    that what lies in the middle between two columns is half a step away from going down.
+    """
+    if _constant(lookup):
+        return np.full(accumulators.shape, lookup.tables.flat[0])
+    steps = deviation * 2**lookup.dropped_bits
+    noise = np.rint(steps * rng.standard_normal(accumulators.shape)).astype(np.int64)
+    return replace(lookup, proved=False)(accumulators + noise)
+
+
+def _decrypted(network: IntegerNetwork, accumulators: Array) -> Array:
+    """Return the last accumulators as decrypted: modulo one bit more than the width that holds them."""
+    bounds = layer_bounds(without_bias(network.last), network.shapes)
+    start = along_channels(bounds.channel_minimum, accumulators.ndim - 1) + network.last.bias
+    return start + (accumulators - start) % 2 ** (max(bounds.offset_bits, 1) + 1)

@@ -1,0 +1,37 @@
+"""Files that are written whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from fheconv.basics.errors import ArtifactError
+
+
+def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, overwrite: bool = True) -> None:
+    """Write a file beside its place and move it there; `private` ones only their owner may read.
+
+    Raises `ArtifactError` if it exists and `overwrite` is False, or it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                os.replace(beside, path)
+            else:
+                os.link(beside, path)  # fails if the file exists, as no check beforehand could
+        finally:
+            beside.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise ArtifactError(
+            f"{path} exists, and may hold the only copy of other keys; choose another file, or pass "
+            "overwrite=True."
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}.") from error

@@ -1,0 +1,91 @@
+"""From what the user has, a torch module or an array of weights, to a float network."""
+
+from typing import Any
+
+import numpy as np
+
+from fheconv.basics.arrays import Shape, as_array
+from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
+from fheconv.networks.floats import Conv, Layer, Network
+from fheconv.networks.linear import Kernel
+
+
+def capture(module: Any, input_shape: Shape) -> Network:
+    """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
+
+    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or what
+    `torch.export.export` returned. A module that is not a single convolution is captured in evaluation mode
+    with `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
+
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
+    `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
+    not go together.
+    """
+    conv = single_convolution(module)
+    network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
+    for layer in network.layers:
+        if isinstance(layer, Layer):
+            _check_finite(layer)
+    return network
+
+
+def single_convolution(module: Any) -> Conv | None:
+    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other models.
+
+    Raises `UnsupportedLayerError` for other things that have a state, `InvalidArgumentError` for what is none
+    of those.
+    """
+    if isinstance(module, Conv):
+        return module
+    if not hasattr(module, "state_dict"):  # without importing torch for arrays
+        return Conv.of(as_array(module, "weight"))
+    import torch
+
+    if isinstance(module, torch.export.ExportedProgram):
+        return None
+    if not isinstance(module, torch.nn.Module):
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
+        )
+    return _from_torch(module) if _is_plain_convolution(module) else None
+
+
+def _export(module: Any, input_shape: Shape) -> Network:
+    from fheconv.capture.exported import export
+
+    return export(module, input_shape)
+
+
+def _check_finite(layer: Layer) -> None:
+    kernels = (step for term in layer.terms for step in term.steps if isinstance(step, Kernel))
+    factors = np.array([term.factor for term in layer.terms])
+    weights = (("weight", kernel.weight) for kernel in kernels)
+    for name, values in (("weight", factors), *weights, ("bias", layer.bias)):  # a bad weight spoils the bias
+        if not np.isfinite(values).all():
+            raise CalibrationError(
+                f"The {name} of layer {layer.name!r} contains NaN or infinity; check the training."
+            )
+
+
+def _from_torch(module: Any) -> Conv:
+    transposed = type(module).__name__.startswith("ConvTranspose")
+    return Conv.of(
+        module.weight,
+        module.bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        transposed=transposed,
+        output_padding=module.output_padding if transposed else 0,
+    )
+
+
+def _is_plain_convolution(module: Any) -> bool:
+    """Whether weights and options tell what a module computes: no hooks, no forward of its own."""
+    import torch
+
+    names = (f"{word}{axes}d" for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3))
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in [getattr(torch.nn, name) for name in names] and not hooked

@@ -1,0 +1,309 @@
+"""Compiled circuits: keys, encryption, evaluation, decryption, and the check against the clear integers."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.checks import check_integer
+from fheconv.basics.config import CompileConfig
+from fheconv.basics.errors import (
+    AccumulatorOverflowError,
+    ArtifactError,
+    InputRangeError,
+    InvalidArgumentError,
+)
+from fheconv.basics.progress import status, track
+from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
+from fheconv.circuits.cost import Cost
+from fheconv.circuits.files.archive import Exported, save
+from fheconv.circuits.native.child import in_process
+from fheconv.circuits.native.lookup_times import expected_seconds
+from fheconv.circuits.native.protocol import Session
+from fheconv.circuits.native.worker import worker
+from fheconv.circuits.owner import KeyedProgram, KeyOwner
+from fheconv.circuits.verification import VerifyReport, compare
+from fheconv.lowering.lower import Lowered, lower
+from fheconv.networks.bounds import norm_bits
+from fheconv.quantized import QuantizedNetwork
+
+Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
+
+# A circuit without lookups compiles while width + log2‖w‖₂ stays under about 57 bits, depending on p_error;
+# a little above that Concrete finds no parameters, much above it aborts its process.
+LINEAR_LIMIT = 58.0
+# Up to here it finds parameters whatever the engine and p_error.
+SAFE_LIMIT = 54.0
+# With more lanes the ciphertexts grow as fast as the images they carry.
+MOST_LANES = 4
+# So many images are simulated at least to tell how often approximate rounding makes a difference.
+SIMULATED = 40
+
+
+class _Program(KeyedProgram):
+    """The circuit's function of one image, or of as many as ride in a ciphertext."""
+
+    def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
+        self.lowered = lowered
+        opening = "compile", (network, config, lowered.interface.lanes.count)
+        with status("Compiling…"):
+            super().__init__(session, opening, lowered.interface, config)
+
+
+class FheCircuit(KeyOwner):
+    """A compiled circuit and, after `keygen`, its keys. Made by `fheconv.compile`.
+
+    The native library runs in a worker process that all circuits share. If that dies or a call is
+    interrupted, the next call starts a new worker and gives it the circuit and its keys again.
+    """
+
+    def __init__(self, network: QuantizedNetwork, config: CompileConfig) -> None:
+        if not isinstance(config, CompileConfig):
+            raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
+        super().__init__()
+        self.network = network
+        self.config = config
+        self._session: Session = in_process() if config.in_process else worker()
+        one = lower(network, config.engine)
+        self._lanes = _lanes(one, config)
+        self._one: _Program = self._compile(one)
+        self._many: _Program | None = None
+        if isinstance(config.lanes, int) and config.lanes > 1:  # asked for: refused now if it cannot be
+            self._program(config.lanes)
+
+    def _compile(self, lowered: Lowered) -> _Program:
+        return _Program(self._session, self.network, lowered, self.config)
+
+    def _program(self, images: int) -> _Program:
+        """Return the program for a batch; that of several lanes is made when a batch first needs it."""
+        if images < 2 or self._lanes == 1:
+            return self._one
+        if self._many is None:
+            self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
+        if not self._is_current(self._many):
+            self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
+        return self._many
+
+    def _is_current(self, program: _Program) -> bool:
+        """Whether a program's keys are the present ones, or were made beside them for several lanes.
+
+        Those have a name of their own: a key file does not hold them, so whoever loads one makes others.
+        """
+        return program.key_id.partition(".")[0] == self._one.key_id
+
+    def _promised(self, images: int) -> float:
+        """Return the probability that a value of a batch of so many, or with lookups an image, is wrong."""
+        with self._lock:
+            compiled = self._program(images).compiled
+            return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted image costs, alone in its ciphertext."""
+        compiled = self._one.compiled
+        if not compiled.lookups:
+            return self._cost()
+        seconds = expected_seconds(self._session, compiled.lookups, compiled.complexity)
+        return replace(self._cost(), seconds=seconds)
+
+    def _cost(self) -> Cost:
+        """Return the cost without seconds, for which lookups would have to be timed on this machine."""
+        compiled, lowered = self._one.compiled, self._one.lowered
+        return Cost(
+            layers=lowered.layers,
+            lookups=compiled.lookups,
+            multiply_adds=sum(layer.multiply_adds for layer in lowered.layers),
+            complexity=compiled.complexity,
+            key_bytes=compiled.key_bytes,
+            input_bytes=compiled.input_bytes,
+            output_bytes=compiled.output_bytes,
+            p_error=compiled.p_error,
+            global_p_error=compiled.global_p_error,
+            accumulator_bits=max(layer.bits for layer in lowered.layers),
+            assigned_bits=compiled.output_bits,
+            lanes=self._lanes,
+            seconds=None,
+        )
+
+    def exported(self) -> Exported:
+        """Return all that files hold of it. The seconds of this machine are not among it.
+
+        Raises `InvalidArgumentError` for a circuit compiled with `CompileConfig.configuration`.
+        """
+        if self.config.configuration is not None:
+            raise InvalidArgumentError(
+                "A circuit compiled with CompileConfig.configuration cannot be saved: that is an object of "
+                "Concrete's. Use the other fields of CompileConfig."
+            )
+        specs, mlir = self._one.request("export")
+        return Exported(
+            interface=self._one.interface,
+            fingerprint=self._one.fingerprint,
+            specs=specs,
+            mlir=mlir,
+            cost=self._cost(),
+            config=self.config,
+        )
+
+    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
+        """Write `client.zip` and `server.zip` into a folder, made if need be; return their paths.
+
+        They hold the circuit of one image in each ciphertext, no key, and nothing of the calibration images.
+        `class_names` names the results, for those who read them.
+
+        Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with
+        `CompileConfig.configuration`, and for names that are not as many as results.
+        """
+        return save(self.exported(), folder, class_names=class_names)
+
+    def encrypt(self, x: Any) -> Ciphertext:
+        """Quantize and encrypt images (n, *input_shape), or one image without n.
+
+        Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
+        before `keygen`.
+        """
+        return self._encrypt(*self.network.quantize_input(x))
+
+    def _encrypt(self, q: Array, batched: bool) -> Ciphertext:
+        with self._lock:
+            self._one.require_keys("encrypt")
+            return self._program(len(q)).encrypt(q, batched)
+
+    def run(self, ciphertext: Ciphertext) -> Ciphertext:
+        """Evaluate the circuit on encrypted images.
+
+        Raises `ArtifactError` for a ciphertext of another circuit or key set.
+        """
+        with self._lock:
+            program = self._check(ciphertext, "input", "run")
+            values = track(ciphertext.values, "Running on encrypted images…")
+            return ciphertext.with_results(program.request("run", value) for value in values)
+
+    def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
+        """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
+
+        Raises `ArtifactError` like `run`.
+        """
+        with self._lock:
+            accumulators = self._check(ciphertext, "output", "decrypt").decrypt(ciphertext)
+        y = self.network.dequantize(accumulators) if dequantize else accumulators
+        return y if ciphertext.batched else y[0]
+
+    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+        """Return float outputs for float images, in torch's shape.
+
+        fhe="disable" runs the circuit's own function on clear integers, "simulate" Concrete's simulation,
+        "execute" encrypts, runs and decrypts. Raises like `encrypt`.
+        """
+        q, batched = self.network.quantize_input(x)
+        y = self.network.dequantize(self._integers(q, fhe))
+        return y if batched else y[0]
+
+    def _integers(self, q: Array, fhe: Fhe) -> Array:
+        """Return the integer outputs (N, K, *Out) of images that `quantize_input` made, as `predict` does."""
+        if fhe == "execute":
+            encrypted = self._encrypt(q, batched=True)
+            return self.decrypt(self.run(encrypted), dequantize=False)
+        if fhe == "simulate" and len(q):
+            with self._lock:
+                program = self._program(len(q))
+                results = program.request("simulate", program.interface.prepare(q))
+            return program.interface.accumulators(results, len(q))
+        if fhe not in ("disable", "simulate"):
+            raise InvalidArgumentError(f'fhe={fhe!r}; it must be "disable", "simulate" or "execute".')
+        lowered = self._one.lowered
+        results = lowered.function(lowered.interface.prepare(q))
+        return lowered.interface.accumulators(results, len(q))
+
+    def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
+        """Run images encrypted, `runs` times, and compare every result with the clear integers.
+
+        The report counts all differences, names the first `show`, and holds their rate against the failure
+        probability that the circuit was compiled for, or where lookups are rounded, against Concrete's
+        simulation. Raises like `encrypt`.
+        """
+        check_integer("runs", runs, 1)
+        check_integer("show", show, 0)
+        q, _ = self.network.quantize_input(x)
+        if not len(q):
+            raise InputRangeError("There is nothing to verify in an empty batch; give at least one image.")
+        expected = np.stack([self.network.accumulate(q)] * runs)
+        got = np.stack([self._integers(q, "execute") for _ in range(runs)])
+        looks_up = self._one.lowered.lookups > 0
+        promised = self._rounded_differently(q) if self._rounds else self._promised(len(q))
+        return compare(expected, got, promised, show, by_image=looks_up)
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether accumulators are rounded before some lookup."""
+        return any(0 < layer.lookup_bits < layer.bits for layer in self._one.lowered.layers)
+
+    def _rounded_differently(self, q: Array) -> float:
+        """Return for how many of some integer images Concrete's simulation gives other results."""
+        tried = np.repeat(q, -(-SIMULATED // len(q)), axis=0)
+        differ = self._integers(tried, "simulate") != self.network.accumulate(tried)
+        count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
+        return (count + 1) / (len(tried) + 1)  # never 0: what was not seen in some simulations may happen
+
+    def _check(self, ciphertext: Any, kind: str, step: str) -> _Program:
+        """Return the program a ciphertext belongs to, or refuse it."""
+        self._one.require_keys(step)
+        several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint
+        program = self._many if self._many is not None and several else self._one
+        program.check(ciphertext, kind, step)
+        if not self._is_current(program):
+            raise ArtifactError(OTHER_KEYS)
+        return program
+
+
+def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
+    """Compile a quantized network to an FHE circuit; no key is made yet.
+
+    Raises `AccumulatorOverflowError` for accumulators wider than Concrete holds, `CompilationError` if
+    Concrete cannot compile it.
+    """
+    if not isinstance(network, QuantizedNetwork):
+        raise InvalidArgumentError(
+            f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
+        )
+    return FheCircuit(network, CompileConfig() if config is None else config)
+
+
+def _lanes(one: Lowered, config: CompileConfig) -> int:
+    """Return how many images ride in a ciphertext, refusing widths on which the native compiler aborts."""
+    if one.lookups:
+        if config.lanes not in ("auto", 1):
+            raise InvalidArgumentError(
+                f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."
+            )
+        return 1
+    layer = one.network.last
+    norms = norm_bits(layer, one.network.shapes)
+    channel = int(np.argmax(norms))
+    width = max(one.bits, one.network.input.bits) + float(norms[channel])
+
+    def all_lanes(lanes: int) -> float:
+        return width + (lanes - 1) * one.interface.lanes.bits
+
+    if config.lanes == "auto":
+        lanes = max((n for n in range(1, MOST_LANES + 1) if all_lanes(n) <= SAFE_LIMIT), default=1)
+    else:
+        lanes = config.lanes
+    if all_lanes(lanes) > LINEAR_LIMIT:
+        remedy = "use fewer weight_bits or input_bits" + (", or fewer lanes" if lanes > 1 else "")
+        raise AccumulatorOverflowError(
+            f"Layer {layer.name!r} needs {one.bits} accumulator bits for each of {lanes} images in a "
+            f"ciphertext, and with weights of Euclidean norm 2^{norms[channel]:.1f} in channel {channel} "
+            f"that is {all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
+            layer=layer.name,
+            channel=channel,
+            value=math.ceil(all_lanes(lanes)),
+            limit=int(LINEAR_LIMIT),
+            remedy=remedy,
+        )
+    return lanes

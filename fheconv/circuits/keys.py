@@ -1,0 +1,157 @@
+"""Key files: secret and evaluation keys for their owner alone, evaluation keys for whoever computes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fheconv.basics.errors import ArtifactError
+from fheconv.basics.files import write_file
+from fheconv.circuits.files.envelope import Envelope, Incoming
+
+ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", names=("fingerprint", "key_id"))
+EVALUATION = Envelope(
+    magic=b"fheevalk", what="evaluation key file", maker="to_bytes()", names=("fingerprint", "key_id")
+)
+MAX_BYTES = 2**36
+PIECE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PublicKeys:
+    """The names of a key set: of its circuit and its own, in hexadecimal. `ArtifactError` for others."""
+
+    fingerprint: str
+    key_id: str
+
+    def __post_init__(self) -> None:
+        for name in ("fingerprint", "key_id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ArtifactError(f"The evaluation keys' {name} is {value!r:.50}, not a name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationKeys(_PublicKeys):
+    """What whoever runs a circuit needs of a key set: it computes on ciphertexts, and decrypts none.
+
+    `payload` is the keys as Concrete writes them.
+    """
+
+    payload: bytes = field(repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        """What tells these keys from all others: the SHA-256 at the end of `to_bytes`, in hexadecimal."""
+        *_, digest = self.chunks()
+        return digest.hex()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield `to_bytes` in pieces, without a copy of the keys."""
+        return EVALUATION.chunks({"fingerprint": self.fingerprint, "key_id": self.key_id}, [self.payload])
+
+    def to_bytes(self) -> bytes:
+        """Return everything as bytes, in the format of `fheconv.circuits.files.envelope`."""
+        return b"".join(self.chunks())
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_bytes` to a file. Raises `ArtifactError` if it cannot be written."""
+        write_file(Path(path), self.chunks())
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES
+    ) -> "EvaluationKeys":
+        """Return the keys that `to_bytes` turned into `data`, of at most `max_bytes` bytes.
+
+        Raises `ArtifactError` that says what is wrong with `data`.
+        """
+        fields, payload = EVALUATION.unpack(data, max_bytes)
+        return cls(**fields, payload=bytes(payload))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredKeys(_PublicKeys):
+    """Evaluation keys in a file of `EvaluationKeys.to_bytes`, which were checked and stay on the disk.
+
+    The keys begin at byte `start`, and are `size` bytes; `name` is that of `EvaluationKeys`.
+    """
+
+    path: Path
+    start: int
+    size: int
+    name: str
+
+    @classmethod
+    def of(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> "StoredKeys":
+        """Return the keys of a file of at most `max_bytes` bytes, reading it once, a piece at a time.
+
+        Raises `ArtifactError` that says what is wrong with it.
+        """
+        path, incoming = Path(path), Incoming(EVALUATION, max_bytes)
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    incoming.feed(piece)
+        except OSError as error:
+            raise ArtifactError(f"The evaluation keys cannot be read from {path}: {error}.") from error
+        return cls.arrived(path, incoming)
+
+    @classmethod
+    def arrived(cls, path: Path, incoming: Incoming) -> "StoredKeys":
+        """Return the keys in a file all of which went through `incoming`.
+
+        Raises `ArtifactError` that says what is wrong with it.
+        """
+        fields = incoming.close()
+        start = incoming.payload_start
+        path = path.absolute()  # the worker that reads it works in another folder
+        return cls(**fields, path=path, start=start, size=incoming.payload_size, name=incoming.digest)
+
+    def read(self) -> bytes:
+        """Return the keys as Concrete writes them."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+def write_keys(path: Path, fingerprint: str, key_id: str, keys: bytes, *, overwrite: bool) -> None:
+    """Write a key file that only its owner may read, whole or not at all.
+
+    Raises `ArtifactError` if the file exists and `overwrite` is False, or it cannot be written.
+    """
+    chunks = ENVELOPE.chunks({"fingerprint": fingerprint, "key_id": key_id}, [keys])
+    write_file(path, chunks, private=True, overwrite=overwrite)
+
+
+def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
+    """Return the key id and the keys of a file made for the circuit of that fingerprint.
+
+    Raises `ArtifactError` for a file that cannot be read, is damaged, or belongs to another circuit.
+    """
+    found, key_id, keys = read_key_file(path)
+    if found != fingerprint:
+        raise ArtifactError(
+            f"The keys of {path} belong to another circuit; compile the one they were made for."
+        )
+    return key_id, keys
+
+
+def read_key_file(path: Path) -> tuple[str, str, bytes]:
+    """Return the circuit's fingerprint, the key id and the keys, which are secret, of a file.
+
+    Raises `ArtifactError` for a file that cannot be read or is damaged.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size:,} bytes; no key file has more than {MAX_BYTES:,}."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"The keys cannot be read from {path}: {error}.") from error
+    fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
+    for name in ("fingerprint", "key_id"):
+        if not isinstance(fields[name], str) or not fields[name]:
+            raise ArtifactError(f"The key file {path} names no {name}.")
+    return fields["fingerprint"], fields["key_id"], bytes(payload)

@@ -1,0 +1,272 @@
+"""Calls Concrete: compiles circuits, makes keys, encrypts, runs and decrypts.
+
+Its users talk to it through `fheconv.circuits.native.worker`, because the native library may take the
+process down.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.config import SECURITY_LEVELS, CompileConfig, ParameterRange
+from fheconv.basics.errors import ArtifactError, CompilationError
+from fheconv.circuits.keys import StoredKeys
+from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
+from fheconv.lowering.lower import lower
+from fheconv.networks.integers import IntegerNetwork
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
+    from concrete import fhe
+    from concrete.compiler import RangeRestriction
+
+
+LINEAR_P_ERROR = 2.0**-64
+
+
+class NativeCircuits:
+    """Compiled circuits by number, each with the key set that was generated for or loaded into it.
+
+    Every call names the key set that it means. A circuit that has another, or none yet, counts as forgotten:
+    a caller that was interrupted in `keygen` does not have the keys which the worker may have made, and
+    Concrete would make new ones without a word.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, _Held] = {}
+        self._evaluation_keys: dict[str, Any] = {}
+
+    def compile(
+        self,
+        number: int,
+        network: IntegerNetwork,
+        config: CompileConfig,
+        lanes: int,
+        key_id: str = "",
+        keys: bytes | None = None,
+    ) -> Compiled:
+        """Compile `network`, with `lanes` images in one, as circuit `number`.
+
+        `keys` are what `keygen` returned for `key_id`.
+
+        Concrete would give each value the width that it sees on some inputs; here every width comes as a
+        hint, from the proof, and the inputs show no more than the sign.
+        """
+        lowered = lower(network, config.engine, lanes)
+        compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
+        names = ", ".join(repr(layer.name) for layer in lowered.layers)
+        try:
+            circuit = compiler.compile(
+                [x[None] for x in lowered.inputset()], _configuration(lowered.lookups > 0, config)
+            )
+        except RuntimeError as error:
+            widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
+            raise CompilationError(
+                f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
+                f"of layer {widest.name!r}, {widest.plane_bits} bits. Quantize with fewer accumulator_bits "
+                "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
+                "larger p_error."
+            ) from error
+        output = next(iter(circuit.graph.output_nodes.values())).output
+        if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
+            raise CompilationError(
+                f"Concrete gave the result of layer {lowered.layers[-1].name!r} {output.dtype.bit_width} "
+                f"bits, but {lowered.bits} are proved necessary; please report this network."
+            )
+        _load_keys(circuit.client, keys)
+        self._held[number] = _Held(
+            key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
+        )
+        return Compiled(
+            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir.encode()),
+            output_bits=output.dtype.bit_width,
+            lookups=circuit.programmable_bootstrap_count,
+            complexity=circuit.complexity,
+            key_bytes=circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys,
+            input_bytes=circuit.size_of_inputs,
+            output_bytes=circuit.size_of_outputs,
+            p_error=circuit.p_error,
+            # Concrete's own figure is not that of all lookups together.
+            global_p_error=-math.expm1(
+                max(circuit.programmable_bootstrap_count, 1) * math.log1p(-circuit.p_error)
+            ),
+        )
+
+    def export(self, number: int, key_id: str) -> tuple[bytes, str]:
+        """Return what a client has to know of the circuit's parameters, and what a server runs."""
+        circuit = self._named(number, key_id).circuit
+        return circuit.client.specs.serialize(), circuit.mlir
+
+    def open_client(
+        self, number: int, fingerprint: str, specs: bytes, key_id: str = "", keys: bytes | None = None
+    ) -> Opened:
+        """Make the client side of an exported circuit, as number `number`."""
+        client = fhe.Client(fhe.ClientSpecs.deserialize(specs))
+        _load_keys(client, keys)
+        self._held[number] = _Held(key_id=key_id, client=client)
+        return Opened(fingerprint=fingerprint)
+
+    def open_server(
+        self, number: int, fingerprint: str, specs: bytes, mlir: str, looks_up: bool, config: CompileConfig
+    ) -> Opened:
+        """Make the server side of an exported circuit, as number `number`.
+
+        It is compiled here, from text: a library from elsewhere could do anything.
+        """
+        tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
+        server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
+        if server.client_specs.serialize() != specs:
+            raise ArtifactError(
+                "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
+                "or from another version of Concrete. Compile and save it anew."
+            )
+        self._held[number] = _Held(server=server)
+        return Opened(fingerprint=fingerprint)
+
+    def run_for(
+        self, number: int, name: str, keys: bytes | StoredKeys | None, most: int, ciphertext: bytes
+    ) -> bytes:
+        """Evaluate a server's circuit with evaluation keys by that name, which are kept for the next time.
+
+        Of at most `most` sets, those used least recently go. Raises `KeysForgotten` without `keys`, if they
+        are not here.
+        """
+        server = self._named(number, "").server
+        if name in self._evaluation_keys:
+            found = self._evaluation_keys.pop(name)
+        elif keys is None:
+            raise KeysForgotten(f"The evaluation keys {name} are not here.")
+        else:
+            found = fhe.EvaluationKeys.deserialize(keys if isinstance(keys, bytes) else keys.read())
+        self._evaluation_keys[name] = found
+        while len(self._evaluation_keys) > most:
+            del self._evaluation_keys[next(iter(self._evaluation_keys))]
+        return server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=found).serialize()
+
+    def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
+        """Make new keys for the circuit, by the name `new_id`, and return them, secret keys included."""
+        held = self._named(number, key_id)
+        del self._held[number]  # if this fails, the circuit's keys are neither the old nor the new
+        held.client.keygen(force=True)
+        self._held[number] = replace(held, key_id=new_id)
+        return held.client.keys.serialize()
+
+    def evaluation_keys(self, number: int, key_id: str) -> bytes:
+        """Return the keys that whoever runs the circuit needs, no secret one among them."""
+        return self._named(number, key_id).client.evaluation_keys.serialize()
+
+    def encrypt(self, number: int, key_id: str, images: Array) -> list[bytes]:
+        """Return a ciphertext for each integer image of (N, C, *S)."""
+        client = self._named(number, key_id).client
+        return [client.encrypt(image).serialize() for image in _each(images)]
+
+    def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
+        """Evaluate the circuit on one encrypted image."""
+        held = self._named(number, key_id)
+        value = fhe.Value.deserialize(ciphertext)
+        return held.server.run(value, evaluation_keys=held.client.evaluation_keys).serialize()
+
+    def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
+        """Return the integer results (N, K, *Out) in offset form."""
+        client = self._named(number, key_id).client
+        return np.concatenate([client.decrypt(fhe.Value.deserialize(c)) for c in ciphertexts])
+
+    def simulate(self, number: int, key_id: str, images: Array) -> Array:
+        """Return the results (N, K, *Out) of Concrete's simulation, in offset form."""
+        circuit = self._named(number, key_id).circuit
+        circuit.enable_fhe_simulation()
+        return np.concatenate([circuit.simulate(image) for image in _each(images)])
+
+    def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
+        """Return the complexity and the seconds of a lookup of so many bits, of which some run at once."""
+        table = fhe.LookupTable(list(range(2**bits)))
+
+        def function(x: Any) -> Any:
+            return table[fhe.hint(x, bit_width=bits)]
+
+        configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
+        zeros = np.zeros(lookups, np.int64)
+        circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
+        circuit.keygen()
+        encrypted = circuit.encrypt(zeros)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            circuit.run(encrypted)
+            seconds.append(time.perf_counter() - started)
+        return circuit.complexity / lookups, min(seconds) / lookups
+
+    def release(self, numbers: list[int]) -> None:
+        """Forget circuits that nobody holds any longer."""
+        for number in numbers:
+            self._held.pop(number, None)
+
+    def _named(self, number: int, key_id: str) -> "_Held":
+        held = self._held.get(number)
+        if held is None or held.key_id != key_id:
+            raise CircuitForgotten(f"Circuit {number} is not here with these keys.")
+        return held
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """A circuit's two sides, of which a client holds only its own, and a server too; `circuit` simulates."""
+
+    key_id: str = ""
+    client: Any = None
+    server: Any = None
+    circuit: Any = None
+
+
+def _load_keys(client: Any, keys: bytes | None) -> None:
+    if keys is None:
+        return
+    try:
+        client.keys.load_from_bytes(keys)
+    except RuntimeError as error:
+        raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
+
+
+def _configuration(looks_up: bool, config: CompileConfig) -> Any:
+    """Return what Concrete is configured with."""
+    p_error = config.p_error
+    chosen = (p_error, config.global_p_error, config.configuration)
+    if not looks_up and all(choice is None for choice in chosen):
+        p_error = LINEAR_P_ERROR
+    base = fhe.Configuration() if config.configuration is None else config.configuration
+    changes: dict[str, Any] = {"dump_artifacts_on_unexpected_failures": False}
+    if config.configuration is None or config.compress_input is not None:
+        compress = looks_up if config.compress_input is None else config.compress_input
+        changes["compress_input_ciphertexts"] = compress
+    if config.configuration is None or not config.compress_evaluation_keys:
+        changes["compress_evaluation_keys"] = config.compress_evaluation_keys
+    for name, value in (("p_error", p_error), ("global_p_error", config.global_p_error)):
+        if value is not None:
+            changes[name] = value
+    if config.security_level != SECURITY_LEVELS[0]:
+        changes["security_level"] = type(base.security_level)(config.security_level)
+    if config.parameters is not None:
+        changes["range_restriction"] = _restriction(config.parameters)
+    return base.fork(**changes)
+
+
+def _restriction(parameters: ParameterRange) -> RangeRestriction:
+    """Return what Concrete's optimiser is told of a range of parameters."""
+    restriction = RangeRestriction()
+    for size in parameters.log2_polynomial_sizes:
+        restriction.add_available_glwe_log_polynomial_size(size)
+    for dimension in parameters.glwe_dimensions:
+        restriction.add_available_glwe_dimension(dimension)
+    for levels in parameters.keyswitch_levels:
+        restriction.add_available_ks_level_count(levels)
+    return restriction
+
+
+def _each(images: Array) -> list[Array]:
+    """Return the images one by one, in C order: Concrete reads their memory without a look at the strides."""
+    return [np.ascontiguousarray(image[None]) for image in images]

@@ -1,0 +1,65 @@
+"""Defines what the caller and the native library's process say to each other."""
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fheconv.basics.config import CompileConfig
+from fheconv.basics.errors import FheConvError
+
+UNLIMITED = CompileConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Which circuit the native library holds, in hexadecimal."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Opened):
+    """What is known of a circuit once it is compiled, before any key is made. Sizes in bytes."""
+
+    output_bits: int
+    lookups: int
+    complexity: float
+    key_bytes: int
+    input_bytes: int
+    output_bytes: int
+    p_error: float
+    global_p_error: float
+
+
+def fingerprint_of(specs: bytes, mlir: bytes) -> str:
+    """Return a circuit's name, in hexadecimal: of its parameters and of what it computes."""
+    return hashlib.sha256(specs + mlir).hexdigest()
+
+
+class CircuitForgotten(FheConvError):
+    """The circuit is not in this worker: it is a new one, and has to be given the circuit again."""
+
+
+class KeysForgotten(FheConvError):
+    """The evaluation keys are not in this worker, or no longer, and have to be given to it."""
+
+
+class Session(Protocol):
+    """A place where `NativeCircuits` lives.
+
+    `released` takes the numbers of circuits that were garbage collected, to be forgotten at the next request:
+    a finalizer runs at any moment, in the middle of a request too, and must not make one itself.
+    """
+
+    released: deque[int]
+
+    def request(
+        self, failure: type[FheConvError], method: str, *arguments: Any, limits: CompileConfig = UNLIMITED
+    ) -> Any:
+        """Call a method of `NativeCircuits`; raise `failure` if it or the place fails."""
+
+
+def drain(numbers: deque[int]) -> list[int]:
+    """Take out the numbers that are there, and return them."""
+    return [numbers.popleft() for _ in range(len(numbers))]

@@ -1,0 +1,157 @@
+"""Makes and keeps keys, encrypts and decrypts: what a client and a whole circuit share."""
+
+import secrets
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.config import CompileConfig
+from fheconv.basics.errors import ArtifactError, NotCompiledError
+from fheconv.basics.progress import status
+from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
+from fheconv.circuits.keys import EvaluationKeys, read_keys, write_keys
+from fheconv.circuits.native.handle import Program
+from fheconv.circuits.native.protocol import UNLIMITED, Session
+from fheconv.lowering.interface import Interface
+
+
+class KeyedProgram(Program):
+    """One compiled function and its keys.
+
+    The native library holds it with a key set, by the name `key_id`, which every request says: a worker that
+    has it with other keys, or with none, is given it again with these.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        opening: tuple[str, tuple[Any, ...]],
+        interface: Interface,
+        limits: CompileConfig = UNLIMITED,
+    ) -> None:
+        self.interface = interface
+        self.key_id = ""
+        self.keys: bytes | None = None
+        super().__init__(session, opening, limits)
+
+    def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return super()._request(method, (self.key_id, *arguments))
+
+    def _reopen(self, *more: Any) -> None:
+        super()._reopen(*(more or (self.key_id, self.keys)))
+
+    def keygen(self, key_id: str) -> None:
+        """Make new keys, by this name."""
+        keys = self.request("keygen", key_id)
+        self.keys, self.key_id = keys, key_id
+
+    def save_keys(self, path: Path, *, overwrite: bool) -> None:
+        """Write the keys to a file (see `KeyOwner.save_keys`)."""
+        self.require_keys("save_keys")
+        write_keys(path, self.fingerprint, self.key_id, self.keys or b"", overwrite=overwrite)
+
+    def load_keys(self, path: Path) -> None:
+        """Use the keys of a file (see `KeyOwner.load_keys`)."""
+        key_id, keys = read_keys(path, self.fingerprint)
+        self._reopen(key_id, keys)
+        self.key_id, self.keys = key_id, keys
+
+    def evaluation_keys(self) -> EvaluationKeys:
+        """Return the keys that a server needs, without the secret ones."""
+        self.require_keys("evaluation_keys")
+        payload = self.request("evaluation_keys")
+        return EvaluationKeys(fingerprint=self.fingerprint, key_id=self.key_id, payload=payload)
+
+    def encrypt(self, q: Array, batched: bool) -> Ciphertext:
+        """Encrypt integer images (N, C, *S)."""
+        self.require_keys("encrypt")
+        values = self.request("encrypt", self.interface.prepare(q)) if len(q) else []
+        return Ciphertext(
+            kind="input",
+            fingerprint=self.fingerprint,
+            key_id=self.key_id,
+            images=len(q),
+            batched=batched,
+            values=tuple(values),
+        )
+
+    def decrypt(self, ciphertext: Ciphertext) -> Array:
+        """Return the accumulators (N, K, *Out) of results that `check` has let pass."""
+        shape = (len(ciphertext.values), len(self.interface.outputs))
+        results = np.zeros(shape, np.int64)
+        if ciphertext.values:
+            results = self.request("decrypt", list(ciphertext.values))
+        if results.shape != shape:
+            raise ArtifactError(
+                f"The ciphertext holds results of shape {results.shape}, where this circuit has {shape}; "
+                "decrypt what its own run() returned."
+            )
+        return self.interface.accumulators(results, ciphertext.images)
+
+    def require_keys(self, step: str) -> None:
+        """Raise `NotCompiledError` before `keygen`."""
+        if self.keys is None:
+            raise NotCompiledError(f"{step} needs keys and there are none yet; call keygen() first.")
+
+    def check(self, ciphertext: Any, kind: str, step: str) -> None:
+        """Raise `ArtifactError` for a ciphertext of another kind, circuit or key set, or another shape."""
+        self.require_keys(step)
+        check_ciphertext(ciphertext, kind, step, self.fingerprint, self.key_id, self.interface.lanes.count)
+
+
+class KeyOwner:
+    """What has keys, and is asked to make, save and load them: a client, or a circuit that is both sides."""
+
+    _one: KeyedProgram
+
+    def __init__(self) -> None:
+        # Keys must not change between what is encrypted with them and the name it gets.
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            "It holds secret keys, and its worker is this process's own: it cannot be copied or pickled. "
+            "Copy circuit.network or client.zip, and make keys there."
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Which circuit it is, in hexadecimal."""
+        return self._one.fingerprint
+
+    @property
+    def evaluation_keys(self) -> EvaluationKeys:
+        """What a server needs of the keys: it computes with them, and decrypts nothing.
+
+        Raises `NotCompiledError` before `keygen`.
+        """
+        with self._lock:
+            return self._one.evaluation_keys()
+
+    def keygen(self) -> None:
+        """Generate new keys; ciphertexts of earlier keys can no longer be used.
+
+        Raises `ExecutionError` if the native library fails.
+        """
+        with self._lock, status("Generating keys…"):
+            self._one.keygen(secrets.token_hex(16))
+
+    def save_keys(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the keys, secret ones included, to a file that only its owner may read.
+
+        Raises `NotCompiledError` before `keygen`, `ArtifactError` if the file exists or cannot be written.
+        """
+        with self._lock:
+            self._one.save_keys(Path(path), overwrite=overwrite)
+
+    def load_keys(self, path: str | Path) -> None:
+        """Use the keys of a file that `save_keys` wrote for this very circuit, here or on its other side.
+
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        stay.
+        """
+        with self._lock:
+            self._one.load_keys(Path(path))

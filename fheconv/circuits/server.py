@@ -1,0 +1,127 @@
+"""Runs circuits on ciphertexts, without a key that could decrypt them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from fheconv.basics.errors import ArtifactError
+from fheconv.basics.progress import track
+from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
+from fheconv.circuits.cost import Cost
+from fheconv.circuits.files.archive import ServerParts, read_server
+from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.keys import EvaluationKeys, StoredKeys
+from fheconv.circuits.native.handle import Program
+from fheconv.circuits.native.protocol import KeysForgotten, Session
+from fheconv.circuits.native.worker import worker
+
+# Key sets that are kept in memory, those used last.
+KEYS_IN_MEMORY = 4
+# Serialized ciphertexts have so much around the numbers that Concrete counts.
+MARGIN = 2**16
+
+
+class Server:
+    """The server side of a saved circuit. Made by `fheconv.load_server`.
+
+    `manifest` says what the circuit is and what it costs. `config` is what it was compiled with.
+    `file` is the `server.zip` itself: it holds the network's weights, as far as the circuit needs them.
+    """
+
+    def __init__(
+        self, parts: ServerParts, *, session: Session | None = None, keys_in_memory: int = KEYS_IN_MEMORY
+    ) -> None:
+        self.manifest, self.config, self.file = parts.manifest, parts.config, parts.file
+        self._parts = parts
+        self._keys_in_memory = keys_in_memory
+        # Not `cost.lookups`: Concrete leaves out lookups on which no result depends.
+        looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
+        opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
+        self._program = Program(
+            worker() if session is None else session, ("open_server", opening), parts.config
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            "A server's worker is this process's own: it cannot be copied or pickled. Load server.zip again."
+        )
+
+    def beside(self, session: Session, keys_in_memory: int = KEYS_IN_MEMORY) -> "Server":
+        """Return the same server in another worker process."""
+        return Server(self._parts, session=session, keys_in_memory=keys_in_memory)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which circuit it is, in hexadecimal."""
+        return self.manifest.fingerprint
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted image costs."""
+        return self.manifest.cost
+
+    def run(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> Ciphertext:
+        """Evaluate the circuit on encrypted images, with their owner's evaluation keys.
+
+        Raises `ArtifactError`, before the native library sees a byte, for ciphertexts or keys of another
+        circuit, or of each other's key sets, `ExecutionError` if it fails.
+        """
+        self.check(ciphertext, evaluation_keys)
+        values = track(ciphertext.values, "Running on encrypted images…")
+        return ciphertext.with_results(self.run_value(value, evaluation_keys) for value in values)
+
+    def check(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> None:
+        """Raise `ArtifactError` unless the ciphertext can be run with these keys."""
+        check_keys(evaluation_keys, self.fingerprint)
+        check_input(ciphertext, self.manifest, evaluation_keys.key_id)
+
+    def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
+        """Evaluate the circuit on one value of a ciphertext, both of which `check` has let pass."""
+        most = self._keys_in_memory
+        try:
+            return bytes(self._program.request("run_for", keys.name, None, most, value))
+        except KeysForgotten:
+            given = keys.payload if isinstance(keys, EvaluationKeys) else keys
+            return bytes(self._program.request("run_for", keys.name, given, most, value))
+
+
+def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:
+    """Raise `ArtifactError` unless these are evaluation keys of that circuit."""
+    if not isinstance(keys, EvaluationKeys | StoredKeys):
+        raise ArtifactError(
+            f"run takes evaluation keys, not {type(keys).__name__}; give it client.evaluation_keys."
+        )
+    if keys.fingerprint != fingerprint:
+        raise ArtifactError(
+            "The evaluation keys belong to another circuit; make keys with this one's client."
+        )
+
+
+def check_input(ciphertext: Ciphertext, manifest: Manifest, key_id: str) -> None:
+    """Raise `ArtifactError` unless these are encrypted images of that circuit and key set, of their size."""
+    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, 1)
+    most = manifest.cost.input_bytes + MARGIN
+    for value in ciphertext.values:
+        if len(value) > most:
+            raise ArtifactError(
+                f"The ciphertext has a value of {len(value):,} bytes; an encrypted image of this circuit "
+                f"has at most {most:,}."
+            )
+
+
+def load_server(
+    file: str | Path | bytes,
+    *,
+    time_limit: float | None = None,
+    memory_limit: int | None = None,
+    session: Session | None = None,
+) -> Server:
+    """Return the server of a `server.zip`, or of its bytes, compiled.
+
+    The limits are those of `CompileConfig`, for each call of the native library, which lives in `session`, by
+    default the process that all circuits share. Raises `ArtifactError` for a file that is damaged, altered or
+    of another version, `CompilationError` if Concrete cannot compile it.
+    """
+    parts = read_server(file)
+    limited = replace(parts.config, time_limit=time_limit, memory_limit=memory_limit)
+    return Server(replace(parts, config=limited), session=session)

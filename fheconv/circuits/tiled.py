@@ -1,0 +1,196 @@
+"""Images of any size through one circuit of a tile.
+
+Neighbouring outputs read overlapping inputs (a halo), so tiles of the output, side by side, need tiles of
+the input that overlap. Padding is added in clear, before encryption: the tile's circuit then has none, and
+every tile is alike, whatever the stride, padding and dilation.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fheconv.arithmetic import expand
+from fheconv.arithmetic.geometry import PerAxis, per_axis
+from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.checks import check_integer
+from fheconv.basics.config import CompileConfig
+from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumentError
+from fheconv.basics.progress import track
+from fheconv.circuits.ciphertext import Ciphertext
+from fheconv.circuits.circuit import Fhe, FheCircuit
+from fheconv.circuits.cost import Cost
+from fheconv.circuits.verification import VerifyReport, compare
+from fheconv.networks.floats import Conv, Network
+from fheconv.networks.linear import Term
+from fheconv.quantized import QuantizedNetwork
+
+
+class TiledCircuit:
+    """A circuit for one tile, and what it takes to run images of any size through it.
+
+    Made by `fheconv.compile_tiled`. Memory is bounded by as many tiles as ride in one ciphertext. What was
+    finished when a call is interrupted is kept: the next call with the same image goes on from there.
+
+    The widths are those of the tile, `circuit.network.budget()`: in a tile no position misses a tap, and the
+    zeros that a transposed convolution inserts are encrypted like pixels, so they may be wider than
+    `network.budget()` proves for a whole image.
+    """
+
+    def __init__(self, network: QuantizedNetwork, tile: PerAxis, config: CompileConfig) -> None:
+        layer, kernel = network.last, network.last.convolution
+        if kernel is None or len(network.layers) > 1:
+            raise InvalidArgumentError(
+                "Tiles are for networks of a single convolution; compile this one whole."
+            )
+        self._kernel, geometry = kernel, kernel.geometry
+        axes = len(geometry.kernel)
+        self.network = network
+        self.tile = per_axis(tile, axes, "tile", 1)
+        self._window = tuple(
+            (size - 1) * step + extent
+            for size, step, extent in zip(self.tile, geometry.stride, geometry.extent, strict=True)
+        )
+        self._step = tuple(size * step for size, step in zip(self.tile, geometry.stride, strict=True))
+        plain = replace(geometry, padding=((0, 0),) * axes, padding_mode="zeros", input_dilation=(1,) * axes)
+        window = (network.input_shape[0], *self._window)
+        conv = Conv(name=layer.name, weight=kernel.weight, bias=None, geometry=plain)
+        term = Term(source=0, steps=(replace(kernel, geometry=plain),))
+        tile_layer = replace(layer, shape=(len(kernel.weight), *self.tile), terms=(term,))
+        self.circuit = FheCircuit(
+            replace(network, layers=(tile_layer,), observed=(None,), source=Network.of(conv, window)), config
+        )
+        self._unfinished: tuple[str, dict[int, Array]] = ("", {})
+
+    @property
+    def cost(self) -> Cost:
+        """What one encrypted tile costs."""
+        return self.circuit.cost
+
+    def tiles(self, spatial: Sequence[int]) -> int:
+        """Return the number of tiles of an image of sizes `spatial`."""
+        return math.prod(self._counts(spatial))
+
+    def keygen(self) -> None:
+        """Generate new keys. Raises `ExecutionError` if the native library fails."""
+        self.circuit.keygen()
+
+    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+        """Return the float outputs (K, *Out) of one float image (C, *S) of any size.
+
+        `fhe` is "disable", "simulate" or "execute", as for `FheCircuit.predict`. Raises
+        `InputRangeError` for an image that cannot be represented, `NotCompiledError` before `keygen`.
+        """
+        return self.network.dequantize(self._integers(self._quantize(x), fhe)[None])[0]
+
+    def verify(self, x: Any, *, show: int = 10) -> VerifyReport:
+        """Run an image encrypted, tile by tile, and compare every result with the clear integers."""
+        check_integer("show", show, 0)
+        q = self._quantize(x)
+        expected = self.network.accumulate(q[None])[0]
+        return compare(expected, self._integers(q, "execute"), self.circuit._promised(self.cost.lanes), show)
+
+    def encrypt(self, x: Any) -> Iterator[Ciphertext]:
+        """Encrypt one float image (C, *S) of any size; yield its tiles one by one, a ciphertext each.
+
+        They are for the circuit that `circuit.save` writes, which `fheconv.serving.distributed` runs on many
+        machines. Raises like `predict`.
+        """
+        q = self._quantize(x)
+        counts = self._counts(q.shape[1:])
+        windows = self._windows(q, counts)
+        return (self.circuit._encrypt(windows[at][None], batched=False) for at in np.ndindex(*counts))
+
+    def decrypt(self, results: Iterable[tuple[int, Ciphertext]], spatial: Sequence[int]) -> Array:
+        """Return the float outputs (K, *Out) of an image of sizes `spatial` from the results for its tiles.
+
+        `results` are (number, result) in any order, as `fheconv.distributed.stream` yields them; each is
+        decrypted as it comes. Raises `ArtifactError` like `FheCircuit.decrypt`, and unless there is one for
+        each of the tiles that `encrypt` yields.
+        """
+        counts = self._counts(spatial)
+        finished: dict[int, Array] = {}
+        for number, result in results:
+            if number in finished:
+                raise ArtifactError(f"There are two results for tile {number}; give one for each tile.")
+            finished[number] = self.circuit.decrypt(result, dequantize=False)
+        if set(finished) != set(range(math.prod(counts))):
+            raise ArtifactError(
+                f"There are results for {len(finished)} tiles, where an image of sizes {tuple(spatial)} has "
+                f"the tiles 0 to {math.prod(counts) - 1}; give the results for all that encrypt() yielded."
+            )
+        y = self._assemble(finished, counts, self._kernel.geometry.output_size(spatial))
+        return self.network.dequantize(y[None])[0]
+
+    def _quantize(self, x: Any) -> Array:
+        x = as_array(x, "The image")
+        if x.ndim != len(self.network.input_shape) or x.shape[0] != self.network.input_shape[0]:
+            channels, axes = self.network.input_shape[0], ", ".join("MND"[: len(self.tile)])
+            raise InputRangeError(
+                f"The image has shape {x.shape}; tiles are cut from one image ({channels}, {axes}) at a time."
+            )
+        return self.network.input.integers(x)
+
+    def _integers(self, q: Array, fhe: Fhe) -> Array:
+        output = self._kernel.geometry.output_size(q.shape[1:])
+        counts = self._counts(q.shape[1:])
+        windows = self._windows(q, counts)
+        name = hashlib.sha256(q.tobytes() + repr((q.shape, fhe)).encode()).hexdigest()
+        if self._unfinished[0] != name:
+            self._unfinished = (name, {})
+        finished = self._unfinished[1]
+        numbers = [number for number in range(math.prod(counts)) if number not in finished]
+        together = self.cost.lanes
+        for start in track(range(0, len(numbers), together), "Running tile by tile…"):
+            chunk = numbers[start : start + together]
+            tiles = np.stack([windows[np.unravel_index(number, counts)] for number in chunk])
+            finished.update(zip(chunk, self.circuit._integers(tiles, fhe), strict=True))
+        self._unfinished = ("", {})
+        return self._assemble(finished, counts, output)
+
+    def _counts(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        output = self._kernel.geometry.output_size(spatial)
+        return tuple(-(-size // tile) for size, tile in zip(output, self.tile, strict=True))
+
+    def _windows(self, q: Array, counts: Sequence[int]) -> Array:
+        """Return a view of the tiles of an integer image (C, *S): (*counts, C, *window)."""
+        zero = self.network.input.zero_point
+        expanded = expand(q[None], self._kernel.geometry, zero)[0]
+        ends = [(n - 1) * step + size for n, step, size in zip(counts, self._step, self._window, strict=True)]
+        # Cut what no output reads, fill up the last tiles.
+        cropped = expanded[(slice(None), *map(slice, ends))]
+        missing = [(0, end - size) for end, size in zip(ends, cropped.shape[1:], strict=True)]
+        full = np.pad(cropped, [(0, 0), *missing], constant_values=zero)
+        views: Array = np.lib.stride_tricks.sliding_window_view(  # type: ignore[call-overload]
+            full, self._window, axis=tuple(range(1, full.ndim))
+        )
+        views = views[(slice(None), *(slice(None, None, step) for step in self._step))]
+        return np.moveaxis(views, 0, len(counts))
+
+    def _assemble(self, tiles: dict[int, Array], counts: Sequence[int], output: Sequence[int]) -> Array:
+        y = np.empty((len(self._kernel.weight), *output), np.int64)
+        for number, tile in tiles.items():
+            at = np.unravel_index(number, counts)
+            where = tuple(
+                slice(int(n) * size, min((int(n) + 1) * size, end))
+                for n, size, end in zip(at, self.tile, output, strict=True)
+            )
+            y[(slice(None), *where)] = tile[(slice(None), *(slice(w.stop - w.start) for w in where))]
+        return y
+
+
+def compile_tiled(
+    network: QuantizedNetwork, tile: PerAxis = 64, config: CompileConfig | None = None
+) -> TiledCircuit:
+    """Compile the circuit of a tile of `tile` outputs along each axis, for images of any size.
+
+    The image size that `network` was calibrated on does not matter. Raises like `fheconv.compile`.
+    """
+    if not isinstance(network, QuantizedNetwork):
+        raise InvalidArgumentError(
+            f"compile_tiled takes what fheconv.quantize returned, not {type(network).__name__}."
+        )
+    return TiledCircuit(network, tile, CompileConfig() if config is None else config)

@@ -1,0 +1,102 @@
+"""Compares encrypted results with the clear integers."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.report import Report
+
+# Fewer than one honest circuit in a million is suspected of failing more often than promised.
+SIGNIFICANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """One wrong result: where (run, image, channel, position…), what was expected, what came."""
+
+    position: tuple[int, ...]
+    expected: int
+    got: int
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VerifyReport(Report):
+    """Encrypted results against the clear integers: how many were compared, and the first that differ.
+
+    `promised` is the probability of a wrong value or, where there are lookups, of an image with any, that the
+    circuit was compiled for: one lookup that fails can spoil every result of its image. Where lookups are
+    rounded, which is approximate by nature, it is how often Concrete's simulation of these images differs.
+    `greatest` is the greatest difference.
+    """
+
+    values: int
+    wrong: int
+    images: int
+    images_wrong: int
+    greatest: int
+    mismatches: tuple[Mismatch, ...]
+    promised: float
+    by_image: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether every value agreed."""
+        return self.wrong == 0
+
+    @property
+    def rate(self) -> float:
+        """The share of wrong values, or where there are lookups of images with any."""
+        return self.images_wrong / self.images if self.by_image else self.wrong / self.values
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether so many are plausible for a circuit that keeps its promise (binomial test)."""
+        if self.ok:
+            return True
+        from scipy.stats import binom  # slow to import, and seldom needed
+
+        wrong, tried = (self.images_wrong, self.images) if self.by_image else (self.wrong, self.values)
+        return float(binom.sf(wrong - 1, tried, self.promised)) >= SIGNIFICANCE
+
+    def __rich__(self) -> RenderableType:
+        lines = [
+            f"{self.values - self.wrong:,} of {self.values:,} encrypted results equal the clear integers."
+        ]
+        if not self.ok:
+            verdict = "no more than" if self.as_promised else "MORE than"
+            what = f"of {self.images} images have a wrong value" if self.by_image else "of them are wrong"
+            lines.append(
+                f"{self.rate:.2g} {what}, {verdict} the expected {self.promised:.2g} explains; the greatest "
+                f"difference is {self.greatest}."
+            )
+        lines += [f"At {m.position}: expected {m.expected}, got {m.got}." for m in self.mismatches]
+        return Group(*map(Text, lines))
+
+
+def compare(
+    expected: Array, got: Array, promised: float, show: int, *, by_image: bool = False
+) -> VerifyReport:
+    """Return the report on results `got` that should be `expected`, naming the first `show` differences.
+
+    With `by_image` both are (runs, images, …).
+    """
+    wrong = np.argwhere(got != expected)
+    mismatches = (
+        Mismatch(position=tuple(map(int, at)), expected=int(expected[tuple(at)]), got=int(got[tuple(at)]))
+        for at in wrong[:show]
+    )
+    images = (got != expected).reshape(math.prod(expected.shape[:2]), -1) if by_image else np.zeros((1, 0))
+    return VerifyReport(
+        values=expected.size,
+        wrong=len(wrong),
+        images=len(images),
+        images_wrong=int(images.any(axis=1).sum()),
+        greatest=int(np.abs(got - expected).max(initial=0)),
+        mismatches=tuple(mismatches),
+        promised=promised,
+        by_image=by_image,
+    )

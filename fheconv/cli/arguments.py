@@ -1,0 +1,113 @@
+"""What the commands share: where they print, and arguments and files as users give them."""
+
+import io
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
+from fheconv.basics.files import write_file
+
+out = Console()
+err = Console(stderr=True)
+
+
+def integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
+    """Turn "2" or "2,1" into an int or a list; leave None and `words` as they are."""
+    if text is None or text in words:
+        return text
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        also = "".join(f", or {word}" for word in words)
+        raise InvalidArgumentError(
+            f"{name}={text!r} must be integers with commas between them{also}."
+        ) from error
+    return values[0] if len(values) == 1 else values
+
+
+def print_error(message: str) -> None:
+    """Print a message in red on standard error, as it is."""
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_output(
+    output: Path, endings: Collection[str] = (), option: str = "--output", *, overwrite: bool = False
+) -> None:
+    """Raise `InvalidArgumentError` unless a file can be written, before any work is done for it.
+
+    With `endings` its name must have one of them. Without `overwrite` secret keys are not written over.
+    """
+    from fheconv.circuits.keys import ENVELOPE
+
+    if endings and output.suffix.removeprefix(".").lower() not in endings:
+        raise InvalidArgumentError(f"{option}={output} must end in {' or '.join(f'.{e}' for e in endings)}.")
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise InvalidArgumentError(f"{option}={output}: there is no folder {folder}; make it first.")
+    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        raise InvalidArgumentError(f"{option}={output} cannot be written; choose another file.")
+    if output.is_file() and os.access(output, os.R_OK) and not overwrite:
+        with output.open("rb") as file:
+            if file.read(len(ENVELOPE.magic)) == ENVELOPE.magic:
+                raise InvalidArgumentError(
+                    f"{option}={output} holds secret keys, perhaps the only copy; choose another file."
+                )
+
+
+def load_array(path: Path, option: str) -> Array:
+    """Return the array of a .npy file. Raises `InvalidArgumentError` if there is none in it."""
+    try:
+        array: Any = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is a zip archive (.npz), not one array")
+    except Exception as error:  # what numpy raises for broken files is not documented
+        raise _unreadable(path, option, error) from error
+    return array
+
+
+def load_image(path: Path, channels: int, axes: int) -> Array:
+    """Return --input, with `channels` and `axes` spatial axes: an image file as (C, M, N), a .npy as it is.
+
+    A .npy file may leave out the axis of a single channel. Raises `InvalidArgumentError` for what cannot be
+    read or has other channels, `MissingExtraError` if image files cannot be read.
+    """
+    if path.suffix == ".npy":
+        pixels = load_array(path, "--input")
+        return pixels[None] if pixels.ndim == axes else pixels
+    if channels not in (1, 3) or axes != 2:
+        raise InvalidArgumentError(
+            f"What is computed takes {channels} channels and {axes} spatial axes, an image file has 1 or 3 "
+            "channels and 2 axes; give --input as .npy."
+        )
+    try:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            grey = np.atleast_3d(np.asarray(picture.convert("L" if channels == 1 else "RGB")))
+        return np.moveaxis(grey, -1, 0)
+    except ImportError as error:
+        raise MissingExtraError(f'Image files need pillow: pip install "fheconv[demo]" ({error}).') from error
+    except Exception as error:  # what the readers of broken files raise is not documented
+        raise _unreadable(path, "--input", error) from error
+
+
+def token_of_environment() -> str | None:
+    """Return the token that servers ask for, of the environment variable FHECONV_TOKEN."""
+    return os.environ.get("FHECONV_TOKEN")
+
+
+def save_array(path: Path, array: Array) -> None:
+    """Write a .npy file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_file(path, [buffer.getvalue()])
+
+
+def _unreadable(path: Path, option: str, error: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{option}={path} cannot be read: {str(error) or repr(error)}.")

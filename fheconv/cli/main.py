@@ -1,0 +1,348 @@
+"""The `fheconv` command.
+
+Exit status: 0 done; 1 the answer is no (a budget that does not fit, a result that differs); 2 an error in
+what was asked; 3 an error inside fheconv, with its traceback; 130 interrupted.
+"""
+
+import json
+import math
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
+
+import numpy as np
+import typer
+
+from fheconv.arithmetic.geometry import PaddingMode
+from fheconv.basics.config import CompileConfig, Engine, QuantConfig
+from fheconv.basics.errors import FheConvError, InvalidArgumentError
+from fheconv.cli import circuits as cli_circuits
+from fheconv.cli.arguments import (
+    check_output,
+    integers,
+    load_image,
+    out,
+    print_error,
+    save_array,
+    token_of_environment,
+)
+from fheconv.networks.floats import Conv
+
+# The most values that `check` goes through in the image, the padded image or the result: a gigabyte of int64.
+MOST_VALUES = 2**27
+
+app = typer.Typer(
+    help="Trained convolutions on encrypted images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Model = Annotated[Path, typer.Argument(help="Weights: a .safetensors file, perhaps with its .json card.")]
+LayerName = Annotated[str, typer.Option("--layer", help="Layer name: LAYER.weight in the file.")]
+WeightBits = Annotated[int, typer.Option(help="Bits of a weight, 1 to 8.")]
+InputBits = Annotated[int, typer.Option(help="Bits of an image value, 1 to 16.")]
+Stride = Annotated[str | None, typer.Option(help="N or H,W. Default: the card's, else 1.")]
+Padding = Annotated[str | None, typer.Option(help="N or H,W, same or valid. Default: the card's, else 0.")]
+Dilation = Annotated[str | None, typer.Option(help="N or H,W. Default: the card's, else 1.")]
+Groups = Annotated[int | None, typer.Option(help="Groups. Default: the card's, else 1.")]
+PaddingModeName = Annotated[
+    str | None, typer.Option(help=f"{', '.join(get_args(PaddingMode))}. Default: the card's, else zeros.")
+]
+Transposed = Annotated[
+    bool | None,
+    typer.Option("--transposed/--direct", help="Which convolution. Default: the card's, else direct."),
+]
+OutputPadding = Annotated[
+    str | None, typer.Option(help="N or H,W, of a transposed convolution. Default: the card's, else 0.")
+]
+
+
+def _load_layer(
+    model: Path, layer: str, *, groups: int | None, transposed: bool | None, **texts: str | None
+) -> Conv:
+    """Load the layer with its options as they were typed."""
+    from fheconv.capture.checkpoint import load_layer
+
+    options: dict[str, Any] = {"padding_mode": texts.pop("padding_mode")}
+    for name, text in texts.items():
+        words = ("same", "valid") if name == "padding" else ()
+        options[name] = integers(text, f"--{name.replace('_', '-')}", words)
+    return load_layer(model, layer, groups=groups, transposed=transposed, **options)
+
+
+def _check_size(source: Conv, shape: list[int]) -> None:
+    """Raise `InvalidArgumentError` for images so large that going through them would exhaust the memory."""
+    sizes = {"the image": math.prod(shape)}
+    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses the others
+        sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
+        sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
+    what = max(sizes, key=lambda name: sizes[name])
+    if sizes[what] > MOST_VALUES:
+        raise InvalidArgumentError(
+            f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
+            f"most {MOST_VALUES:,} are checked; check a smaller image."
+        )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("fheconv-demo.png"),
+    size: Annotated[int, typer.Option(help="Side of the crop in pixels.", min=8, max=256)] = 96,
+) -> None:
+    """Run edge filters on an encrypted crop of a real photograph, and compare with torch."""
+    from fheconv.analysis.plots import picture_endings
+    from fheconv.cli.demo import run_demo
+
+    check_output(output, picture_endings())
+    raise typer.Exit(0 if run_demo(output, size, out) else 1)
+
+
+@app.command()
+def check(
+    model: Model,
+    layer: LayerName,
+    input_shape: Annotated[str, typer.Option(help="C,M,N of one image.")],
+    accumulator_bits: Annotated[int, typer.Option(help="The width to fit.", min=1, max=64)],
+    weight_bits: WeightBits = 4,
+    input_bits: InputBits = 4,
+    stride: Stride = None,
+    padding: Padding = None,
+    dilation: Dilation = None,
+    groups: Groups = None,
+    padding_mode: PaddingModeName = None,
+    transposed: Transposed = None,
+    output_padding: OutputPadding = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Prove the accumulator width of one layer. Exit status 1 when it does not fit.
+
+    Example: fheconv check models/tinycnn-digits.safetensors --layer conv1 --input-shape 1,28,28
+    --weight-bits 2 --input-bits 2 --accumulator-bits 7
+    """
+    from fheconv.quantized import quantize
+
+    shape = integers(input_shape, "--input-shape")
+    if not isinstance(shape, list) or min(shape) < 1:
+        raise InvalidArgumentError(f"--input-shape={input_shape!r} must be C,M,N, all positive.")
+    source = _load_layer(
+        model,
+        layer,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        transposed=transposed,
+        output_padding=output_padding,
+    )
+    _check_size(source, shape)
+    # Widths do not depend on the images, so that there are none to calibrate on is no loss.
+    config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
+    network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=(None,))
+    report = network.budget(accumulator_bits)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        out.print(report)
+    raise typer.Exit(0 if report.fits else 1)
+
+
+app.command("compile")(cli_circuits.compile_model)
+app.command()(cli_circuits.keygen)
+app.command()(cli_circuits.encrypt)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A server.zip; a client.zip with --url; or a .safetensors file with one --layer of it."
+        ),
+    ],
+    image: Annotated[
+        Path,
+        typer.Option("--input", help="A ciphertext; for a layer, an image file or .npy of shape (C, M, N)."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", help="The encrypted result; for a layer, .npy of shape (K, OutH, OutW)."),
+    ],
+    evaluation_keys: Annotated[
+        Path | None, typer.Option(help="Of whoever encrypted, for a server.zip.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Run there, where fheconv serve is. FHECONV_TOKEN may hold a token.")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="The secret keys, which stay here, for a client.zip and --url.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer name: LAYER.weight in the file.")] = None,
+    weight_bits: WeightBits = 4,
+    input_bits: InputBits = 4,
+    stride: Stride = None,
+    padding: Padding = None,
+    dilation: Dilation = None,
+    groups: Groups = None,
+    padding_mode: PaddingModeName = None,
+    transposed: Transposed = None,
+    output_padding: OutputPadding = None,
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Engine))}.")] = "auto",
+) -> None:
+    """Run a compiled circuit on a ciphertext, or one layer of a model on an image.
+
+    With a server.zip nothing is decrypted, and no secret key is needed:
+    fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct
+
+    With --url it runs at a server, which gets the evaluation keys, made from the secret ones, and no other:
+    fheconv run out/client.zip --url http://localhost:8000 --keys keys.secret --input digit.ct
+    --output result.ct
+
+    With a layer everything happens here: the image is encrypted, the result decrypted and checked against
+    the clear integers, exit status 1 if it differs. The input scale is chosen from the image itself. An image
+    file is read with its pixels 0..255, as grey or RGB, whichever the layer takes. Only this takes the
+    options from --layer on:
+    fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
+    """
+    if file.suffix.lower() == ".zip":
+        both = ("file", "image", "output", "evaluation_keys", "url", "keys")
+        sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
+        # By its name: typer has a click of its own, or not, depending on its version.
+        others = [
+            f"--{name.replace('_', '-')}"
+            for name, source in sources.items()
+            if source is not None and source.name == "COMMANDLINE"
+        ]
+        if others:
+            raise InvalidArgumentError(
+                f"{', '.join(others)}: a server.zip is compiled already; leave it out."
+            )
+        if url is not None and keys is not None and evaluation_keys is None:
+            cli_circuits.run_remotely(file, url, keys, image, output)
+        elif url is None and keys is None and evaluation_keys is not None:
+            cli_circuits.run_circuit(file, evaluation_keys, image, output)
+        else:
+            raise InvalidArgumentError(
+                f"{file} needs --evaluation-keys, which fheconv keygen makes, if it is a server.zip; if it "
+                "is a client.zip, --url and --keys."
+            )
+        return
+    if evaluation_keys is not None or url is not None or keys is not None or layer is None:
+        raise InvalidArgumentError(
+            f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
+        )
+    convolution = _load_layer(
+        file,
+        layer,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        transposed=transposed,
+        output_padding=output_padding,
+    )
+    config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
+    raise typer.Exit(0 if _run_layer(convolution, config, engine, image, output) else 1)
+
+
+app.command()(cli_circuits.decrypt)
+app.command()(cli_circuits.inspect)
+app.command()(cli_circuits.bench)
+
+
+def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
+    """Run a layer on an encrypted image, and return whether the result equals the clear one."""
+    from fheconv.circuits.circuit import compile as compile_circuit
+    from fheconv.quantized import quantize
+
+    check_output(output, ("npy",))
+    pixels = load_image(image, source.in_channels, len(source.geometry.kernel))
+    network = quantize(source, pixels, config)
+    out.print(network.budget())
+    circuit = compile_circuit(network, CompileConfig(engine=engine))  # type: ignore[arg-type]
+    out.print(circuit.cost)
+    circuit.keygen()
+    result = circuit.predict(pixels, fhe="execute")
+    save_array(output, result)
+    right = bool((result == network(pixels)).all())
+    out.print(
+        f"Wrote {output}, shape {result.shape}; {'equal to' if right else 'DIFFERENT from'} the clear result."
+    )
+    return right
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="The server.zip that circuit.save wrote.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with the token that clients must bear. Or set FHECONV_TOKEN.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Images that run at once.", min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 8,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where evaluation keys are stored. Default: the user's data folder.")
+    ] = None,
+    quota: Annotated[int, typer.Option(help="Gigabytes of keys to store at most.", min=1)] = 10,
+    expiry: Annotated[int, typer.Option(help="Days after which unused keys go.", min=1)] = 30,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
+    ] = False,
+) -> None:
+    """Serve a saved circuit over HTTP, for fheconv.RemoteCircuit; /docs describes the API.
+
+    Example: FHECONV_TOKEN=$(cat token) fheconv serve server.zip --workers 2
+    """
+    from platformdirs import user_data_path
+
+    from fheconv.circuits.native.worker import worker
+    from fheconv.circuits.server import load_server
+    from fheconv.serving.app import serve as serve_circuit
+
+    try:
+        token = token_of_environment() if token_file is None else token_file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
+    server = load_server(file)
+    worker().stop()  # the copies that serve have their own
+    serve_circuit(
+        server,
+        host=host,
+        port=port,
+        token=token,
+        allow_remote=allow_remote,
+        folder=folder or user_data_path("fheconv") / "keys",
+        workers=workers,
+        queue=queue,
+        quota=quota * 10**9,
+        expiry=expiry * 86_400,
+    )
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on standard error and exit status 2."""
+    try:
+        app()
+    except FheConvError as error:
+        _fail(f"{type(error).__name__}: {error}", 2)
+    except MemoryError as error:
+        _fail(f"Out of memory: {str(error) or 'no more to be had'}; take a smaller image or layer.", 2)
+    except KeyboardInterrupt:
+        _fail("Interrupted.", 130)
+    except Exception as error:
+        traceback.print_exc()
+        _fail(f"internal error: {type(error).__name__}: {error}, please report it with the lines above.", 3)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print_error(message)
+    raise SystemExit(status) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Spells what numpy and Concrete call differently: one function runs on both."""
+
+from typing import Any
+
+import numpy as np
+
+from fheconv.arithmetic import OUTSIDE, conv
+from fheconv.basics.arrays import Array
+from fheconv.networks.integers import Lookup
+
+
+def hint(x: Any, bits: int) -> Any:
+    """Tell Concrete the width of a value: it would only know what it sees at compilation."""
+    if isinstance(x, np.ndarray):
+        return x
+    from concrete import fhe
+
+    return fhe.hint(x, bit_width=max(bits, 1))
+
+
+def look_up(table: Lookup, which: Array, x: Any) -> Any:
+    """Return the activations for accumulators in offset form (N, m), which use rows `which` of the table."""
+    if isinstance(x, np.ndarray):
+        return table.rows(x, which)
+    from concrete import fhe
+
+    if table.dropped_bits:
+        x = fhe.round_bit_pattern(
+            x,
+            lsbs_to_remove=table.dropped_bits,
+            overflow_protection=False,
+            exactness=fhe.Exactness.APPROXIMATE,
+        )
+        # Without its own hint it would have the width seen at compilation, to which Concrete clips the table.
+        x = fhe.hint(x, bit_width=table.bits)
+    # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads
+    # one.
+    return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
+
+
+def _table(rows: Array, which: Array, x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return rows[which, x]
+    from concrete import fhe
+
+    used, at = np.unique(which, return_inverse=True)
+    tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
+    each: Any = tables[0]
+    if len(tables) > 1:
+        by_place = np.empty((1, len(which)), object)
+        for place, row in enumerate(at):
+            by_place[0, place] = tables[row]
+        each = fhe.LookupTable(by_place)
+    return hint(each[x], int(rows.max()).bit_length())
+
+
+def take(x: Any, index: Array, pad: int) -> Any:
+    """Return (N, *index.shape) of x (N, n): the values at `index`, and `pad` where it is `OUTSIDE`."""
+    places, width = index.ravel(), x.shape[1]
+    outside = places == OUTSIDE
+    if isinstance(x, np.ndarray):
+        values = x[:, places]
+        values[:, outside] = pad
+        return values.reshape(len(x), *index.shape)
+    from concrete import fhe
+
+    flat = x.reshape((width,))
+    if outside.any():
+        flat = np.concatenate((flat, fhe.zeros((1,)) if pad == 0 else pad * fhe.ones((1,))))
+        places = np.where(outside, width, places)
+    if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
+        flat = flat[places]
+    return flat.reshape((1, *index.shape))
+
+
+def convolve(
+    x: Any, weight: Array, bias: Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Any:
+    """Return the convolution (N, K, *Out) of x (N, C, *S), in one, two or three dimensions or none."""
+    images, channels, *sizes = x.shape
+    if not sizes:  # a linear layer, as an image of one pixel
+        x, weight = x.reshape((images, channels, 1)), weight[..., None]
+        return convolve(x, weight, bias, (1,), (1,), groups).reshape((images, len(weight)))
+    if isinstance(x, np.ndarray):
+        return conv(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
+    from concrete import fhe
+
+    if len(sizes) == 1:  # as an image of one row
+        y = fhe.conv(
+            x.reshape((images, channels, 1, *sizes)),
+            weight[:, :, None],
+            bias,
+            strides=(1, *stride),
+            dilations=(1, *dilation),
+            group=groups,
+        )
+        return y.reshape((images, len(weight), y.shape[-1]))
+    if len(sizes) == 2:
+        return fhe.conv(x, weight, bias, strides=stride, dilations=dilation, group=groups)
+    # The taps along the depth become channels, and the output's depth the batch: one 2-d convolution.
+    outputs = (sizes[0] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
+    taps = np.flatnonzero(weight.any(axis=(0, 1, 3, 4)))
+    flat = fhe.zeros((outputs, channels * len(taps), *sizes[1:]))
+    for number, tap in enumerate(taps.tolist()):
+        start = tap * dilation[0]
+        slab = x[0, :, start : start + (outputs - 1) * stride[0] + 1 : stride[0]]
+        flat[:, number :: len(taps)] = slab.transpose((1, 0, 2, 3))
+    y = fhe.conv(
+        flat,
+        weight[:, :, taps].reshape(len(weight), -1, *weight.shape[3:]),
+        bias,
+        strides=stride[1:],
+        dilations=dilation[1:],
+        group=groups,
+    )
+    return y.transpose((1, 0, 2, 3)).reshape((1, len(weight), outputs, *y.shape[2:]))

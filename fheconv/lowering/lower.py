@@ -1,0 +1,225 @@
+"""From the integer network to one function that numpy and Concrete both run."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fheconv.arithmetic import OUTSIDE
+from fheconv.basics.arrays import Array, along_channels
+from fheconv.basics.config import Engine
+from fheconv.lowering.dialect import hint, look_up, take
+from fheconv.lowering.interface import Interface
+from fheconv.lowering.lanes import Lanes
+from fheconv.lowering.plan import Plan, Program
+from fheconv.lowering.planes import Planes, in_planes
+from fheconv.networks.demand import demand
+from fheconv.networks.floats import Maximum
+from fheconv.networks.integers import IntegerNetwork, QuantizedLayer, blank_images, comparison
+from fheconv.networks.quantization import Quantization
+
+# From the tensors so far, each (N, values that are read), to the next.
+Function: TypeAlias = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredLayer:
+    """How a layer is computed: with which engine and why, for how many multiplications and lookups.
+
+    `bits` is the width of its accumulators, `lookup_bits` what rounding leaves of it for a lookup. The last
+    ones are computed in `planes` of `plane_bits` each (see `fheconv.lowering.planes`), all others in one.
+    """
+
+    name: str
+    engine: str
+    reason: str
+    multiply_adds: int
+    lookups: int
+    bits: int
+    lookup_bits: int
+    planes: int
+    plane_bits: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lowered:
+    """The circuit's function, and what it takes to feed it and to read its results.
+
+    `function` maps integers (1, n), numpy array or Concrete tracer, as `interface.prepare` makes them, to the
+    results (1, m) of which `interface.accumulators` makes accumulators: parts of the last accumulators'
+    `planes` in offset form, never negative, at most `bits` wide, by the proof in `planes.bounds` (which
+    leaves the bias out). Values that no result depends on are left out, and so are results that are constant.
+    """
+
+    function: Callable[[Any], Any]
+    network: IntegerNetwork
+    layers: tuple[LoweredLayer, ...]
+    planes: Planes
+    interface: Interface
+
+    @property
+    def bits(self) -> int:
+        """The proved width of the function's results, all lanes together."""
+        return self.interface.lanes.width(self.planes.bounds.offset_bits)
+
+    @property
+    def lookups(self) -> int:
+        """The number of lookups of one image."""
+        return sum(layer.lookups for layer in self.layers)
+
+    def inputset(self) -> Array:
+        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
+        blank = blank_images(self.network.input, self.network.input_shape)
+        return self.interface.prepare(np.repeat(blank, self.interface.lanes.count, axis=0))
+
+
+def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
+    """Return the function of a network, by the engine named or by the one that is predicted cheapest.
+
+    `lanes` images ride in one (see `Lanes`); the caller checks that so many bits can be held. Only networks
+    without lookups take several.
+
+    Raises `InvalidArgumentError` if the engine named cannot run a layer.
+    """
+    masks = demand(network)
+    steps = []
+    for layer, wanted in zip(network.layers, masks[1:], strict=True):
+        if isinstance(layer, Maximum):
+            steps.append(_maximum(layer, masks, wanted, network))
+        elif (table := layer.lookup) is not None:
+            steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
+    # A filter of rank one has digits that need not be.
+    lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
+    planes = in_planes(network.last, network.shapes, lookup_bits)
+    start, bounds = planes.bounds.channel_minimum, planes.bounds
+    changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
+    computed = changes if changes.any() else np.ones_like(changes)
+    riding = Lanes.of(lanes, bounds.offset_bits)
+    bits = riding.width(bounds.offset_bits)
+    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
+    last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
+    functions = [*(step[0] for step in steps), function]
+    image_bits = riding.width(_unsigned_bits(network.input))
+
+    def circuit(x: Any) -> Any:
+        tensors = [x if network.input.minimum < 0 else hint(x, image_bits)]
+        for function in functions:
+            tensors.append(function(tensors))
+        return tensors[-1]
+
+    return Lowered(
+        function=circuit,
+        network=network,
+        layers=(*(step[1] for step in steps), last),
+        planes=planes,
+        interface=Interface(
+            input=network.input,
+            input_shape=network.input_shape,
+            inputs=np.flatnonzero(masks[0]),
+            shape=network.accumulator_shape,
+            outputs=np.flatnonzero(computed),
+            start=start,
+            factors=planes.factors,
+            bias=network.last.bias,
+            scale=network.last.scale,
+            finish=network.source.finish,
+            lanes=riding,
+        ),
+    )
+
+
+def _layer(
+    layer: QuantizedLayer,
+    masks: list[Array],
+    wanted: Array,
+    engine: Engine,
+    start: Array,
+    bits: int,
+    every: int = 1,
+) -> tuple[Function, LoweredLayer]:
+    """Compute a layer's `wanted` accumulators, less `start` (C,) and so `bits` wide, and look them up.
+
+    `every` is what one step is worth.
+    """
+    table = layer.lookup
+    plans = [
+        Plan.of(layer.name, term, quantization.zero_point, masks[term.source], wanted, engine)
+        for term, quantization in zip(layer.terms, layer.inputs, strict=True)
+    ]
+
+    @cache
+    def made() -> tuple[list[Program], Array, Array]:
+        """Return the programs, the offset (1, m) that is left to add, and the rows of the table (m,)."""
+        outputs = np.flatnonzero(wanted)
+        channels = outputs // math.prod(layer.shape[1:])
+        programs = [plan.program() for plan in plans]
+        offset = sum((program.constant for program in programs), -start[channels])
+        if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
+            programs, offset = [with_offset], np.zeros_like(offset)
+        which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+        return programs, (offset * every)[None], which
+
+    def function(tensors: list[Any]) -> Any:
+        programs, offset, which = made()
+        total: Any = None
+        for program in programs:
+            summand = program(tensors[program.source], every)
+            total = summand if total is None else total + summand
+        total = hint(total + offset if offset.any() else total, bits)
+        return total if table is None else look_up(table, which, total)
+
+    return function, LoweredLayer(
+        name=layer.name,
+        engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
+        reason=plans[0].reason,
+        multiply_adds=sum(plan.multiply_adds for plan in plans),
+        lookups=0 if table is None else int(wanted.sum()),
+        bits=bits,
+        lookup_bits=0 if table is None else table.column_bits,
+        planes=1,
+        plane_bits=bits,
+    )
+
+
+def _maximum(
+    layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork
+) -> tuple[Function, LoweredLayer]:
+    """Take maxima of two at a time, one lookup each."""
+    places = np.full(masks[layer.source].size, OUTSIDE)
+    places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
+    candidates = places[layer.index[:, wanted]]
+    quantization = network.quantizations[layer.source]
+    table = comparison(quantization)
+    source, bits = layer.source, _unsigned_bits(quantization)
+
+    def function(tensors: list[Any]) -> Any:
+        x = tensors[source]
+        y = take(x, candidates[0], 0)
+        for rest in candidates[1:]:
+            other = take(x, rest, 0)
+            difference = hint(other - y - int(table.minimum[0]), table.bits)
+            y = y + look_up(table, np.zeros(candidates.shape[1], np.int64), difference)
+            y = y if quantization.minimum < 0 else hint(y, bits)
+        return y
+
+    return function, LoweredLayer(
+        name=layer.name,
+        engine="maximum",
+        reason="a lookup for each comparison of two",
+        multiply_adds=0,
+        lookups=(len(candidates) - 1) * candidates.shape[1],
+        bits=table.bits,
+        lookup_bits=table.column_bits,
+        planes=1,
+        plane_bits=table.bits,
+    )
+
+
+def _unsigned_bits(quantization: Quantization) -> int:
+    return quantization.maximum.bit_length()
+
+
+# The operations that numpy and Concrete spell differently.

@@ -1,0 +1,173 @@
+"""How one term of a layer is computed: what is chosen, and the program that does it.
+
+What is chosen is known from shapes and counts. The index arrays, of the size of an image, are made with the
+program, and only those who run it need them.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fheconv.arithmetic import OUTSIDE
+from fheconv.arithmetic.matrix import DENSE_LIMIT
+from fheconv.basics.arrays import Array
+from fheconv.basics.config import Engine
+from fheconv.basics.errors import InvalidArgumentError
+from fheconv.lowering import engines
+from fheconv.lowering.dialect import take
+from fheconv.lowering.engines import UNIT_COST, WHY
+from fheconv.lowering.pruning import Plain, prune
+from fheconv.networks.linear import Kernel, Select, Term
+
+# A convolution with its engine, or a selection.
+Stage: TypeAlias = tuple[str, Plain] | Select
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """How to compute the values `wanted` (K, *Out) of a term, from those that are read of its source.
+
+    `read` (C, *S) is the mask of these, `pad` what its tensor is padded with. `stages` are the term's steps,
+    with the engine of each convolution. With the engine "matrix" all of them are one product.
+    """
+
+    term: Term
+    read: Array
+    wanted: Array
+    pad: int
+    engine: str
+    reason: str
+    multiply_adds: int
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, name: str, term: Term, pad: int, read: Array, wanted: Array, engine: Engine) -> "Plan":
+        """Choose how to compute a term of the layer `name`.
+
+        Raises `InvalidArgumentError` if the engine named cannot.
+        """
+        kept: list[tuple[Plain, dict[str, int]] | Select] = []
+        around = pad
+        steps = zip(term.steps, term.shapes(read.shape)[:-1], term.masks(wanted, read.shape)[1:], strict=True)
+        for step, before, after in steps:
+            if isinstance(step, Kernel):
+                plain = prune(step, before, after, around)
+                kept.append((plain, plain.multiply_adds()))
+                around = 0
+            else:
+                kept.append(step)
+        counts = [one[1] for one in kept if not isinstance(one, Select)]
+        possible = {
+            one: sum(count.get(one, count.get("conv", 0)) for count in counts)
+            for one in ("conv", "separable", "shifts")
+            if any(one in count for count in counts)
+        }
+        if not all(counts):
+            possible = {}
+        products = int(read.sum()) * int(wanted.sum())
+        if 8 * products <= DENSE_LIMIT:
+            possible["matrix"] = products
+        chosen, reason = _choose(name, engine, possible)
+        return cls(
+            term=term,
+            read=read,
+            wanted=wanted,
+            pad=pad,
+            engine=chosen,
+            reason=reason,
+            multiply_adds=possible[chosen],
+            stages=tuple(
+                one if isinstance(one, Select) else (chosen if chosen in one[1] else "conv", one[0])
+                for one in kept
+            ),
+        )
+
+    def program(self) -> "Program":
+        """Return what computes the term."""
+        shape = self.read.shape
+        inputs, outputs = np.flatnonzero(self.read), np.flatnonzero(self.wanted)
+        if self.engine == "matrix":
+            none = np.zeros(0, np.int64)
+            # The matrix reads no padding: what a zero-point there adds is a constant.
+            constant = self.term.apply(np.zeros((1, *shape), np.int64), self.pad).ravel()[outputs]
+            matrix = self.term.matrix(shape)[inputs][:, outputs].toarray()
+            return Program(source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none)
+        places = np.full(self.read.size, OUTSIDE)
+        places[inputs] = np.arange(len(inputs))
+        pad, stages = self.pad, []
+        for stage in self.stages:
+            if isinstance(stage, Select):
+                places = np.where(stage.index == OUTSIDE, OUTSIDE, places[stage.index]).ravel()
+                continue
+            engine, plain = stage
+            index = plain.inputs.flat
+            stages.append((engine, plain, np.where(index == OUTSIDE, OUTSIDE, places[index]), pad))
+            places = np.full(math.prod(plain.outputs.within), OUTSIDE)
+            places[plain.outputs.flat.ravel()] = np.arange(math.prod(plain.outputs.shape))
+            pad = 0
+        constant = np.zeros(len(outputs), np.int64)
+        return Program(
+            source=self.term.source,
+            constant=constant,
+            matrix=None,
+            stages=tuple(stages),
+            places=places[outputs],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """What computes one term from the values that are read of its source, (N, n), to (N, m).
+
+    Either one product with `matrix` (n, m), or convolutions one after the other: `stages` holds each of them
+    with its engine and the places in the values before it that it reads; `places` is what is read at the end.
+    `constant` (m,) has to be added.
+    """
+
+    source: int
+    constant: Array
+    matrix: Array | None
+    stages: tuple[tuple[str, Plain, Array, int], ...]
+    places: Array
+
+    def __call__(self, x: Any, every: int) -> Any:
+        """Return the term (N, m) of the values x (N, n); a constant counts `every` times."""
+        if self.matrix is not None:
+            return x @ self.matrix
+        for engine, plain, places, pad in self.stages:
+            y = engines.run(engine, plain, take(x, places, pad * every), every)
+            x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
+        return take(x, self.places, 0)
+
+    def with_offset(self, offset: Array) -> "Program | None":
+        """Return a program whose last convolution adds the offset (m,), or None if it cannot.
+
+        An addition of its own would see sums with signs, for which Concrete may take a bit more.
+        """
+        if self.matrix is not None or (self.places == OUTSIDE).any():
+            return None
+        *before, (engine, plain, index, pad) = self.stages
+        filters = self.places // math.prod(plain.outputs.shape[1:])
+        bias = np.zeros(len(plain.weight), np.int64)
+        bias[filters] = offset
+        if (bias[filters] != offset).any():  # one filter's results belong to several channels
+            return None
+        plain = replace(plain, constant=plain.constant + bias)
+        return replace(self, stages=(*before, (engine, plain, index, pad)))
+
+
+def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
+    """Return the engine to run with, and why."""
+    if engine == "auto":
+        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
+        shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
+        return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
+    if engine not in possible:
+        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
+        raise InvalidArgumentError(
+            f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
+            + WHY.get(engine, too_large)
+        )
+    return engine, "asked for"

@@ -1,0 +1,155 @@
+"""What of a network has to be computed: not what nobody reads, and no weights that are zero."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fheconv.arithmetic import OUTSIDE
+from fheconv.basics.arrays import Array, Shape
+from fheconv.networks.linear import Kernel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """Positions in a tensor of shape `within`: all combinations of those of `axes`.
+
+    Those of an axis may be `OUTSIDE`, and then the position is.
+    """
+
+    axes: tuple[Array, ...]
+    within: Shape
+
+    @property
+    def shape(self) -> Shape:
+        """How many positions there are along each axis."""
+        return tuple(map(len, self.axes))
+
+    @property
+    def inside(self) -> bool:
+        """Whether any of them lies in the tensor."""
+        return all((axis != OUTSIDE).any() for axis in self.axes)
+
+    @cached_property
+    def flat(self) -> Array:
+        """The flat positions, an array of `shape`, `OUTSIDE` where an axis is. Made when first used."""
+        grids = np.meshgrid(*self.axes, indexing="ij")
+        outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
+        position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), self.within)
+        return np.where(outside, OUTSIDE, position)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plain:
+    """A convolution without padding, of what is left of a kernel: `weight` (K', C'/groups, *k').
+
+    `inputs` (C', *S') says which values of the kernel's input it runs over, `OUTSIDE` for the padding;
+    `outputs` (K', *Out') which values of the kernel's output it computes. `constant` (K',) is what those taps
+    add that read nothing but padding.
+    """
+
+    weight: Array
+    inputs: Grid
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    outputs: Grid
+    constant: Array
+
+    def multiply_adds(self) -> dict[str, int]:
+        """Return the number of multiplications of each engine that can run it."""
+        outputs = math.prod(self.outputs.shape[1:])
+        counts = {}
+        # Concrete builds no convolution from nothing but zeros.
+        if self.weight.any() and self.inputs.inside:
+            counts["conv"] = self.weight.size * outputs
+            counts["shifts"] = math.prod(self.weight.shape[:2]) * len(self.nonzero_taps()) * outputs
+            if self.separated() is not None:
+                height, width = self.weight.shape[2:]
+                half = self.outputs.shape[1] * self.inputs.shape[2]
+                counts["separable"] = len(self.weight) * (height * half + width * outputs)
+        return counts
+
+    def nonzero_taps(self) -> list[tuple[int, ...]]:
+        """Return the taps at which some filter has a weight."""
+        return [tuple(map(int, tap)) for tap in np.argwhere(self.weight.any(axis=(0, 1)))]
+
+    def separated(self) -> tuple[Array, Array] | None:
+        """Return integer columns (K', 1, Hf, 1) and rows (K', 1, 1, Wf) whose product is the weight, or None.
+
+        That is, if every filter reads one channel and has rank one.
+        """
+        weight = self.weight
+        if weight.ndim != 4 or weight.shape[1] != 1 or min(weight.shape[2:]) == 1:
+            return None
+        # The first row that is not zero, in lowest terms: the other rows must be integer multiples of it.
+        first = np.argmax(weight[:, 0].any(axis=2), axis=1)
+        row = weight[np.arange(len(weight)), 0, first]
+        row = row // np.maximum(np.gcd.reduce(row, axis=1), 1)[:, None]
+        pivot = np.argmax(row != 0, axis=1)
+        at = np.arange(len(weight))
+        unit = row[at, pivot]
+        column = weight[at, 0, :, pivot] // np.where(unit == 0, 1, unit)[:, None]
+        if (column[:, :, None] * row[:, None, :] != weight[:, 0]).any():
+            return None
+        return column[:, None, :, None], row[:, None, None, :]
+
+
+def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
+    """Return what has to be computed of a kernel on inputs of `shape`, padded with `pad`.
+
+    `wanted` is a mask (K, *Out) of its outputs. What is computed beyond them is what lies between them on a
+    grid.
+    """
+    geometry, weight = kernel.geometry, kernel.weight
+    grids, starts, steps, counts, outputs = [], [], [], [], []
+    for axis, size in enumerate(shape[1:]):
+        others = tuple(a for a in range(wanted.ndim) if a != 1 + axis)
+        read = np.flatnonzero(wanted.any(axis=others))
+        if not len(read):
+            read = np.zeros(1, np.int64)
+        step = int(np.gcd.reduce(np.diff(read))) or 1
+        outputs.append(np.arange(read[0], read[-1] + 1, step))
+        starts.append(int(read[0]) * geometry.stride[axis])
+        steps.append(step * geometry.stride[axis])
+        counts.append(len(outputs[-1]))
+        grids.append(geometry.grid(axis, size))
+    # Taps that read nothing but padding contribute a constant.
+    kept = weight
+    for axis, grid in enumerate(grids):
+        places = starts[axis] + np.arange(counts[axis])[:, None] * steps[axis]
+        taps = places + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+        reads = (grid[taps] != OUTSIDE).any(axis=0)
+        kept = kept * reads.reshape(-1, *[1] * (len(grids) - 1 - axis))
+    constant = (weight - kept).reshape(len(weight), -1).sum(axis=1) * pad
+    weight, groups = kept, geometry.groups
+    channels, filters = np.arange(shape[0]), np.arange(len(weight))
+    used = weight.reshape(len(weight), -1).any(axis=1) & wanted.reshape(len(weight), -1).any(axis=1)
+    if used.any():
+        # Whole groups, because those that stay must be alike; channels and filters if there is one group.
+        alive = np.flatnonzero(used.reshape(groups, -1).any(axis=1))
+        channels = channels.reshape(groups, -1)[alive].ravel()
+        filters = filters.reshape(groups, -1)[alive].ravel()
+        weight, groups = weight[filters], len(alive)
+        if groups == 1:
+            weight, filters = weight[used[filters]], filters[used[filters]]
+            read_channels = weight.any(axis=(0, *range(2, weight.ndim)))
+            channels, weight = channels[read_channels], weight[:, read_channels]
+    # Rows, columns… around the kernel in which no filter has a weight.
+    for axis, dilation in enumerate(geometry.dilation):
+        others = tuple(a for a in range(weight.ndim) if a != 2 + axis)
+        taps = np.flatnonzero(weight.any(axis=others)) if weight.any() else np.arange(weight.shape[2 + axis])
+        weight = np.take(weight, range(taps[0], taps[-1] + 1), axis=2 + axis)
+        begin = starts[axis] + int(taps[0]) * dilation
+        extent = (counts[axis] - 1) * steps[axis] + (weight.shape[2 + axis] - 1) * dilation + 1
+        grids[axis] = grids[axis][begin : begin + extent]
+    return Plain(
+        weight=weight,
+        inputs=Grid(axes=(channels, *grids), within=shape),
+        stride=tuple(steps),
+        dilation=geometry.dilation,
+        groups=groups,
+        outputs=Grid(axes=(filters, *outputs), within=wanted.shape),
+        constant=constant[filters],
+    )

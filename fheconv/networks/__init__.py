@@ -1,0 +1,14 @@
+"""Says what a network is, in floats and in integers, and what holds of it for every image.
+
+An *accumulator* is one sum of integer products, before an activation. A *lookup* turns accumulators into the
+integers of an activation, by a table. The *span* of an accumulator is its maximum minus its minimum over all
+images. Its *width* is the number of bits that hold the span.
+
+expression: functions of one variable: the activations.
+linear: linear steps between tensors, and chains of them.
+floats: networks in floats.
+quantization: which real number each integer stands for.
+integers: networks in exact integers.
+bounds: the exact range of every accumulator.
+demand: the values that a network's results depend on.
+"""

@@ -1,0 +1,248 @@
+"""A trained network in floats: layers between lookups, and how images are turned into integers.
+
+Tensors are numbered: 0 is the image, i the output of layer i − 1. Everything linear between two activations
+is one layer, so that each activation is one lookup.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fheconv.arithmetic import ConvGeometry
+from fheconv.arithmetic.geometry import Padding, PaddingMode, PerAxis, direct_form
+from fheconv.basics.arrays import (
+    Array,
+    Shape,
+    along_channels,
+    as_array,
+    channel_vector,
+    frozen,
+)
+from fheconv.basics.errors import InvalidArgumentError
+from fheconv.networks.expression import Expression
+from fheconv.networks.linear import Kernel, Select, Term
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conv:
+    """A convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
+
+    The weight of a transposed convolution is kept flipped and in this layout, for the plain convolution over
+    the expanded input that `geometry` describes.
+    """
+
+    name: str
+    weight: Array
+    bias: Array | None
+    geometry: ConvGeometry
+
+    @classmethod
+    def of(
+        cls,
+        weight: Any,
+        bias: Any = None,
+        *,
+        stride: PerAxis = 1,
+        padding: Padding = 0,
+        dilation: PerAxis = 1,
+        groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
+        transposed: bool = False,
+        output_padding: PerAxis = 0,
+        name: str = "conv",
+    ) -> "Conv":
+        """Make one from a weight (K, C/groups, *k), or a plain (Hf, Wf), and torch's arguments.
+
+        A transposed convolution's weight is (C, K/groups, *k), as torch keeps it.
+
+        Raises `InvalidArgumentError` for arguments that do not go together.
+        """
+        weight = as_array(weight, "weight")
+        if weight.ndim == 2:
+            weight = weight[None, None]
+        if weight.ndim < 3 or 0 in weight.shape:
+            raise InvalidArgumentError(
+                f"weight has shape {weight.shape}; it must be (out_channels, in_channels/groups, *kernel), "
+                "none of them 0, or a plain (Hf, Wf)."
+            )
+        weight, geometry = direct_form(
+            weight,
+            transposed=transposed,
+            padding_mode=padding_mode,
+            output_padding=output_padding,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        geometry.check_channels(weight.shape[1] * groups, weight.shape)
+        bias = None if bias is None else channel_vector(bias, len(weight))
+        return cls(
+            name=str(name),
+            weight=frozen(weight),
+            bias=None if bias is None else frozen(bias),
+            geometry=geometry,
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return int(self.weight.shape[1]) * self.geometry.groups
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """Everything linear up to an activation: Σ terms + `bias` (C, *S), and then the activation.
+
+    `activation` None is the last layer's: its sums are decrypted as they are.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    bias: Array
+    activation: Expression | None
+
+    @property
+    def shape(self) -> Shape:
+        """The shape (C, *S) of its output."""
+        return self.bias.shape
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The tensors that it reads."""
+        return tuple(term.source for term in self.terms)
+
+    def sums(self, tensors: Sequence[Array]) -> Array:
+        """Return what enters the activation, (N, C, *S)."""
+        y = self.bias[None]
+        for term in self.terms:
+            y = y + term.factor * term.apply(tensors[term.source])
+        return y
+
+    def output(self, tensors: Sequence[Array]) -> Array:
+        """Return the layer's output, (N, C, *S)."""
+        y = self.sums(tensors)
+        return y if self.activation is None else self.activation(y)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maximum:
+    """The greatest of some values of one tensor: outputs are max(x.flat[index[0]], x.flat[index[1]], …).
+
+    `index` is (n, C, *S). In floats and in integers it is the same.
+    """
+
+    name: str
+    source: int
+    index: Array
+
+    @property
+    def shape(self) -> Shape:
+        """The shape (C, *S) of its output."""
+        return self.index.shape[1:]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The tensor that it reads."""
+        return (self.source,)
+
+    def candidates(self, x: Array) -> Array:
+        """Return the values of which each output is the greatest, (n, N, C, *S), for the tensor it reads."""
+        return np.moveaxis(x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index], 1, 0)
+
+    def output(self, tensors: Sequence[Array]) -> Array:
+        """Return the layer's output, (N, C, *S)."""
+        return self.candidates(tensors[self.source]).max(axis=0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finish:
+    """What the client computes in clear of the decrypted results: an activation, a view of it, a softmax."""
+
+    activation: Expression
+    view: Select | None = None
+    last: Expression | None = None
+
+    def __call__(self, y: Array) -> Array:
+        """Return the model's outputs (N, …) for the last layer's, (N, C, *S)."""
+        y = self.activation(y)
+        if self.view is not None:
+            y = self.view.apply(y, 0)
+        return y if self.last is None else self.last(y)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A trained network in floats, from images of shape `input_shape` to the model's outputs."""
+
+    input_shape: Shape
+    layers: tuple[Layer | Maximum, ...]
+    finish: Finish | None = None
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of each tensor."""
+        return (self.input_shape, *(layer.shape for layer in self.layers))
+
+    @np.errstate(over="ignore", invalid="ignore")  # who needs them finite says what is wrong
+    def tensors(self, x: Array) -> list[Array]:
+        """Return every tensor for a batch of images, float64."""
+        tensors = [x.astype(np.float64)]
+        for layer in self.layers:
+            tensors.append(layer.output(tensors))
+        return tensors
+
+    def rescaled(self, number: int, factors: Array) -> "tuple[Network, dict[int, Array]] | None":
+        """Return the network whose weights expect tensor `number` divided by `factors` (C,), one a channel.
+
+        With it, the factors of each value of the tensors concerned: that one, and maxima of it. None if one
+        weight, or one maximum, would have to make up for several factors.
+        """
+        shape = self.shapes[number]
+        concerned = {number: np.broadcast_to(along_channels(factors, len(shape)), shape)}
+        layers = [*self.layers]
+        for place, reader in enumerate(layers):
+            if isinstance(reader, Maximum):
+                if reader.source in concerned:
+                    candidates = reader.candidates(concerned[reader.source][None])[:, 0]
+                    if (candidates != candidates[0]).any():
+                        return None
+                    concerned[place + 1] = candidates[0]
+            else:
+                terms = []
+                for term in reader.terms:
+                    own = concerned.get(term.source)
+                    absorbed = term if own is None else term.absorbed(own)
+                    if absorbed is None:
+                        return None
+                    terms.append(absorbed)
+                layers[place] = replace(reader, terms=tuple(terms))
+        return replace(self, layers=tuple(layers)), concerned
+
+    def __call__(self, x: Array) -> Array:
+        """Return the outputs for a batch (N, *input_shape): what torch computes, in float64."""
+        y = self.tensors(x)[-1]
+        return y if self.finish is None else self.finish(y)
+
+    @classmethod
+    def of(cls, conv: Conv, input_shape: Shape) -> "Network":
+        """Return the network of a single convolution."""
+        kernel = Kernel(weight=conv.weight, geometry=conv.geometry)
+        output = kernel.output_shape(input_shape)
+        bias = np.zeros(len(conv.weight)) if conv.bias is None else conv.bias.astype(np.float64)
+        full = np.broadcast_to(along_channels(bias, len(output)), output)
+        term = Term(source=0, steps=(kernel,))
+        return cls(
+            input_shape=input_shape,
+            layers=(Layer(name=conv.name, terms=(term,), bias=frozen(full), activation=None),),
+        )
+
+
+def real_results(accumulators: Array, scale: Array, finish: Finish | None) -> Array:
+    """Return the model's outputs (float64) that the last accumulators (N, K, *Out) stand for."""
+    y = accumulators * scale
+    return y if finish is None else finish(y)

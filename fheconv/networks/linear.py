@@ -1,0 +1,290 @@
+"""Linear steps between the tensors of a network: convolutions and selections, and chains of them.
+
+Whatever linear thing a network does to a tensor (C, *S) is a chain of these two. A linear layer is a
+convolution without spatial axes, average pooling one whose weights are all 1, and what moves values about
+(padding, slicing, reshaping, shuffling, concatenating) is a selection.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import scipy.sparse
+
+from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand
+from fheconv.arithmetic.matrix import csr_filter_matrix
+from fheconv.basics.arrays import Array, Shape, along_channels, frozen
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kernel:
+    """A convolution without bias: `weight` (K, C/groups, *k), floats or integers.
+
+    `exact` says that the weights are integers by nature, such as the ones of a pooling window, and are not
+    to be quantized. Without spatial axes it is a linear layer, (K, C).
+    """
+
+    weight: Array
+    geometry: ConvGeometry
+    exact: bool = False
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape (K, *Out) for inputs of shape (C, *S)."""
+        self.geometry.check_channels(shape[0], self.weight.shape)
+        return (len(self.weight), *self.geometry.output_size(shape[1:]))
+
+    def apply(self, x: Array, pad: int) -> Array:
+        """Return the outputs (N, K, *Out) of a batch, padded with `pad`; integers give exact int64."""
+        geometry, weight = self.geometry, self.weight
+        x = expand(x, geometry, pad)
+        if not geometry.kernel:  # `conv` wants a spatial axis
+            return conv(x[..., None], weight[..., None], groups=geometry.groups)[..., 0]
+        return conv(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
+
+    def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
+        """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""
+        return csr_filter_matrix(self.weight, self.geometry, shape[1:], self.output_shape(shape)[1:])
+
+    def read(self, wanted: Array, shape: Shape) -> Array:
+        """Return, as a mask (C, *S), the inputs that the outputs of a mask (K, *Out) depend on."""
+        geometry, groups = self.geometry, self.geometry.groups
+        by_group = wanted.reshape(groups, -1, *wanted.shape[1:])
+        used = (self.weight != 0).reshape(groups, -1, *self.weight.shape[1:])
+        expanded = np.zeros((shape[0], *geometry.expanded_size(shape[1:])), bool)
+        for tap in np.ndindex(*geometry.kernel):
+            window = tuple(
+                slice(t * d, t * d + (o - 1) * s + 1, s)
+                for t, d, s, o in zip(tap, geometry.dilation, geometry.stride, wanted.shape[1:], strict=True)
+            )
+            read = np.einsum("gkc,gk...->gc...", used[(..., *tap)], by_group)
+            expanded[(slice(None), *window)] |= read.reshape(shape[0], *wanted.shape[1:])
+        for axis, size in enumerate(shape[1:]):
+            grid = geometry.grid(axis, size)
+            moved = np.moveaxis(expanded, 1 + axis, 0)
+            held = np.zeros((size, *moved.shape[1:]), bool)
+            np.logical_or.at(held, grid[grid != OUTSIDE], moved[grid != OUTSIDE])
+            expanded = np.moveaxis(held, 0, 1 + axis)
+        return expanded
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Select:
+    """A selection: outputs hold the inputs at `index` (C', *S'), flat positions, and zero where `OUTSIDE`."""
+
+    index: Array
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of `index`, whatever the shape of the inputs."""
+        return self.index.shape
+
+    def apply(self, x: Array, pad: int) -> Array:
+        """Return the outputs (N, C', *S') of a batch, with `pad` for zeros."""
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index.ravel()]
+        flat[:, self.index.ravel() == OUTSIDE] = pad
+        return flat.reshape(len(x), *self.index.shape)
+
+    def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
+        """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""
+        (outputs,) = np.nonzero(self.index.ravel() != OUTSIDE)
+        entries = np.ones(len(outputs), np.int64), (self.index.ravel()[outputs], outputs)
+        return scipy.sparse.csr_array(entries, shape=(math.prod(shape), self.index.size))
+
+    def read(self, wanted: Array, shape: Shape) -> Array:
+        """Return, as a mask of `shape`, the inputs that the outputs of a mask depend on."""
+        mask = np.zeros(math.prod(shape), bool)
+        chosen = self.index[wanted]
+        mask[chosen[chosen != OUTSIDE]] = True
+        return mask.reshape(shape)
+
+    def is_identity(self, shape: Shape) -> bool:
+        """Whether it leaves a tensor of `shape` as it is."""
+        return self.index.shape == shape and bool((self.index.ravel() == np.arange(math.prod(shape))).all())
+
+
+Step: TypeAlias = Kernel | Select
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Term:
+    """One summand of a layer's accumulator: `factor` times a chain of steps from tensor number `source`."""
+
+    source: int
+    steps: tuple[Step, ...] = ()
+    factor: float = 1.0
+
+    def shapes(self, shape: Shape) -> list[Shape]:
+        """Return the shape before each step, from a source of `shape`, and after the last."""
+        shapes = [shape]
+        for step in self.steps:
+            shapes.append(step.output_shape(shapes[-1]))
+        return shapes
+
+    def apply(self, x: Array, pad: int = 0) -> Array:
+        """Return what the steps make of a batch, without the factor.
+
+        `pad` stands for zero until the first convolution; after it, 0 does.
+        """
+        for step in self.steps:
+            x = step.apply(x, pad)
+            if isinstance(step, Kernel):
+                pad = 0
+        return x
+
+    def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
+        """Return B with `x.reshape(N, -1) @ B` what the steps make of a batch that is padded with 0."""
+        product = scipy.sparse.eye_array(math.prod(shape), dtype=np.int64, format="csr")
+        for step, before in zip(self.steps, self.shapes(shape)[:-1], strict=True):
+            product = product @ step.matrix(before)
+        return product
+
+    def read(self, wanted: Array, shape: Shape) -> Array:
+        """Return, as a mask of `shape`, what of the source the outputs of a mask depend on."""
+        return self.masks(wanted, shape)[0]
+
+    def masks(self, wanted: Array, shape: Shape) -> list[Array]:
+        """Return what the outputs of a mask depend on before each step, as masks, and the mask itself."""
+        masks = [wanted]
+        for step, before in reversed(list(zip(self.steps, self.shapes(shape)[:-1], strict=True))):
+            masks.insert(0, step.read(masks[0], before))
+        return masks
+
+    def inexact(self) -> list[int]:
+        """Return the places of the convolutions whose weights are to be quantized."""
+        return [at for at, step in enumerate(self.steps) if isinstance(step, Kernel) and not step.exact]
+
+    def weighted(self) -> tuple[int, Kernel]:
+        """Return the place of the one convolution whose weights are to be quantized, and that convolution."""
+        (at,) = self.inexact()
+        kernel = self.steps[at]
+        if not isinstance(kernel, Kernel):
+            raise TypeError("A convolution was expected.")
+        return at, kernel
+
+    def with_weight(self, weight: Array) -> "Term":
+        """Return the term with another weight in that convolution."""
+        at, kernel = self.weighted()
+        steps = (*self.steps[:at], replace(kernel, weight=frozen(weight)), *self.steps[at + 1 :])
+        return replace(self, steps=steps)
+
+    def is_plain(self) -> bool:
+        """Whether values are only moved about, each with the same weight, 1 or −1."""
+        kernels = [step for step in self.steps if isinstance(step, Kernel)]
+        plain = all(_is_pointwise(kernel) and _is_depthwise(kernel) for kernel in kernels)
+        return plain and abs(self.factor) == 1 and all((kernel.weight == 1).all() for kernel in kernels)
+
+    def then(self, step: Step, shape: Shape, factor: float = 1.0) -> "Term":
+        """Return the term with one more step, merged with its neighbour if that can be had.
+
+        `shape` is the source's. Selections compose, and so do convolutions of which one has a single tap.
+        """
+        steps = list(self.steps)
+        if isinstance(step, Select) and step.is_identity(self.shapes(shape)[-1]):
+            return replace(self, factor=self.factor * factor)
+        merged = _merged(steps[-1], step) if steps else None
+        if merged is not None:
+            steps.pop()
+        return replace(self, steps=(*steps, merged or step), factor=self.factor * factor)
+
+    def scaled(self, factors: Array, axes: int) -> "Term":
+        """Return the term with each output channel multiplied by its own of `factors` (C,)."""
+        if (factors == factors[0]).all():
+            return replace(self, factor=self.factor * float(factors[0]))
+        scale = pointwise(factors[:, None], axes, groups=len(factors))
+        # Through a pooling, to weights that can take the factors up.
+        at = len(self.steps)
+        while at and is_pooling(self.steps[at - 1]):
+            at -= 1
+        merged = _merged(self.steps[at - 1], scale) if at else None
+        if merged is None:
+            return replace(self, steps=(*self.steps, scale))
+        return replace(self, steps=(*self.steps[: at - 1], merged, *self.steps[at:]))
+
+    def absorbed(self, factors: Array) -> "Term | None":
+        """Return the term for a source that was divided by `factors` (C, *S), made up for by the weights.
+
+        None if one weight would have to make up for several factors.
+        """
+        for at, step in enumerate(self.steps):
+            if isinstance(step, Select):
+                factors = np.where(step.index == OUTSIDE, np.nan, factors.ravel()[step.index])
+                continue
+            flat = factors.reshape(len(factors), -1)  # where all is padding, any factor will do
+            own = np.nan_to_num(np.fmax.reduce(flat, axis=1), nan=1.0)
+            if (own != np.nan_to_num(np.fmin.reduce(flat, axis=1), nan=1.0)).any():
+                return None
+            if not step.exact:
+                scale = pointwise(own[:, None], len(step.geometry.kernel), groups=len(own))
+                merged = _merged(scale, step)
+                steps = (*self.steps[:at], merged, *self.steps[at + 1 :]) if merged else ()
+                return replace(self, steps=steps) if merged else None
+            if not _is_depthwise(step):
+                return None
+            shape = step.output_shape(factors.shape)
+            factors = np.broadcast_to(along_channels(own, len(shape)), shape)
+        return None
+
+    def dense(self, shape: Shape) -> "Term":
+        """Return the term as one linear layer between flattened tensors."""
+        output = self.shapes(shape)[-1]
+        flatten = Select(index=frozen(np.arange(math.prod(shape))))
+        linear = pointwise(self.matrix(shape).toarray().T, 0)
+        unflatten = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
+        return replace(self, steps=(flatten, linear, unflatten))
+
+
+def pointwise(weight: Array, axes: int, groups: int = 1) -> Kernel:
+    """Return a convolution of one tap, `weight` (K, C/groups), over `axes` spatial axes."""
+    geometry = ConvGeometry.of((1,) * axes, groups=groups)
+    return Kernel(weight=frozen(weight.reshape(*weight.shape, *[1] * axes)), geometry=geometry)
+
+
+def _merged(a: Step, b: Step) -> Step | None:
+    """Return one step that does what the two do, or None."""
+    if isinstance(a, Select) and isinstance(b, Select):
+        return Select(index=frozen(np.where(b.index == OUTSIDE, OUTSIDE, a.index.ravel()[b.index])))
+    if not (isinstance(a, Kernel) and isinstance(b, Kernel)) or a.exact or b.exact:
+        return None
+    if _is_pointwise(b):
+        if _is_depthwise(b):
+            weight = a.weight * along_channels(b.weight.ravel(), a.weight.ndim)
+            return replace(a, weight=frozen(weight))
+        weight = np.tensordot(_ungrouped(b).reshape(len(b.weight), -1), _ungrouped(a), axes=1)
+        return Kernel(weight=frozen(weight), geometry=replace(a.geometry, groups=1))
+    if _is_pointwise(a):  # padding with zeros before or after it is the same
+        if _is_depthwise(a):
+            filters, per_group = b.weight.shape[:2]
+            first = np.arange(filters) // (filters // b.geometry.groups) * per_group
+            factors = a.weight.ravel()[first[:, None] + np.arange(per_group)]
+            weight = b.weight * factors.reshape(*factors.shape, *[1] * (b.weight.ndim - 2))
+            return replace(b, weight=frozen(weight))
+        weight = np.tensordot(_ungrouped(b), _ungrouped(a).reshape(len(a.weight), -1), axes=(1, 0))
+        return Kernel(weight=frozen(np.moveaxis(weight, -1, 1)), geometry=replace(b.geometry, groups=1))
+    return None
+
+
+def is_pooling(step: Step) -> bool:
+    """Whether a step sums windows of each channel on its own."""
+    return isinstance(step, Kernel) and step.exact and _is_depthwise(step)
+
+
+def _is_depthwise(kernel: Kernel) -> bool:
+    """Whether each output channel reads the input channel of its own number."""
+    return kernel.weight.shape[1] == 1 and len(kernel.weight) == kernel.geometry.groups
+
+
+def _is_pointwise(kernel: Kernel) -> bool:
+    geometry = kernel.geometry
+    plain = not geometry.expands and all(s == 1 for s in geometry.stride)
+    return plain and all(k == 1 for k in geometry.kernel)
+
+
+def _ungrouped(kernel: Kernel) -> Array:
+    """Return the weight (K, C, *k) of the same convolution with groups=1."""
+    weight, groups = kernel.weight, kernel.geometry.groups
+    filters, per_group = weight.shape[:2]
+    full = np.zeros((filters, groups * per_group, *weight.shape[2:]), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * filters // groups, (group + 1) * filters // groups)
+        full[rows, group * per_group : (group + 1) * per_group] = weight[rows]
+    return full

@@ -1,0 +1,101 @@
+"""Says which real number each integer of a tensor stands for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fheconv.basics.arrays import Array, Shape, as_array, first_position
+from fheconv.basics.errors import InputRangeError, InvalidArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedInput:
+    """What calibration showed of the images: all that their quantization depends on, and their number."""
+
+    minimum: float
+    maximum: float
+    integral: bool
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Which real number each integer stands for: real = scale · (integer − zero_point).
+
+    Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real
+    numbers are the integers themselves, so that a fraction among them is a mistake.
+    """
+
+    scale: float
+    zero_point: int
+    minimum: int
+    maximum: int
+    integral: bool = False
+
+    @property
+    def bits(self) -> int:
+        """The width that holds `maximum − minimum`."""
+        return (self.maximum - self.minimum).bit_length()
+
+    @property
+    def real_range(self) -> tuple[float, float]:
+        """The real numbers that the least and the greatest integer stand for."""
+        low, high = ((end - self.zero_point) * self.scale for end in (self.minimum, self.maximum))
+        return low, high
+
+    def nearest(self, x: Array) -> Array:
+        """Return the int64 integers nearest to the real numbers `x`, clipped to the range."""
+        return np.clip(np.rint(x / self.scale + self.zero_point), self.minimum, self.maximum).astype(np.int64)
+
+    def integers(self, x: Array) -> Array:
+        """Return the int64 integers nearest to the real numbers `x`.
+
+        Raises `InputRangeError` naming the first value that is not finite, is more than half a step
+        outside the range, or has a fraction where integers are asked.
+        """
+        finite = np.isfinite(x)
+        if not finite.all():
+            where = first_position(~finite)
+            raise InputRangeError(
+                f"The value at {where} is {x[where]}; only finite numbers can be encrypted."
+            )
+        steps = x.astype(np.float64) / self.scale + self.zero_point
+        # A zero-point is rounded, so an end of the calibrated range may lie half a step outside.
+        slack = 0.0 if self.integral else 0.5 + 1e-6
+        outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
+        if outside.any():
+            where = first_position(outside)
+            low, high = self.real_range
+            raise InputRangeError(
+                f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}]; clip the "
+                "images to it, or quantize again with calibration images (or QuantConfig.input_range) that "
+                "cover it."
+            )
+        nearest = np.rint(steps)
+        if self.integral and (nearest != steps).any():
+            where = first_position(nearest != steps)
+            raise InputRangeError(
+                f"The value {x[where]} at {where} has a fraction, and this network was calibrated on integer "
+                "images; round the images, or calibrate on floats."
+            )
+        return np.clip(nearest, self.minimum, self.maximum).astype(np.int64)
+
+
+def integer_images(x: Any, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
+    """Return images of such a shape as an int64 batch (N, *shape), and whether `x` was a batch.
+
+    Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
+    """
+    try:
+        x = as_array(x, "The image")
+    except InvalidArgumentError as error:
+        raise InputRangeError(str(error)) from error
+    batched = x.ndim == len(shape) + 1
+    if x.shape[int(batched) :] != shape:
+        raise InputRangeError(
+            f"The images have shape {x.shape}; this network takes (n, {', '.join(map(str, shape))}), or one "
+            "image without n. For another image size, quantize with calibration images of it."
+        )
+    q = quantization.integers(x)
+    return (q if batched else q[None]), batched

@@ -1,0 +1,108 @@
+"""Integer weights that compute nearly what the float weights do, under a budget for the accumulator.
+
+In offset form an accumulator with weights q and inputs of ranges r needs Σ|q_i|·r_i steps, so that a width of
+P bits is the budget Σ|q_i|·r_i ≤ 2^P − 1: the L1 bound of A2Q (Colbert et al. 2023), without the sign bit.
+"""
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.quantizer.rounding.base import IntegerWeight, best_scale, damped, greatest_integer
+from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
+
+# How often integers and scale are adapted to each other.
+ROUNDS = 3
+TINY = float(np.finfo(np.float64).tiny)
+
+
+def round_accumulator(
+    weight: Array, bits: int, moment: Array | None, ranges: Array, budget: int | None
+) -> IntegerWeight:
+    """Return integers of `bits` bits and scales of small output error, each filter within the budget.
+
+    A `Rounding`. For each scale of a grid: GPTQ, then, while over budget, the unit decrement of least harm
+    for what it saves. From the best: single moves and exchanges within the budget while they help, and the
+    best scale for what came out. One bit is {−1, 0, 1}.
+    """
+    weight = weight.astype(np.float64)
+    greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
+    if budget is None:
+        start = round_gptq(weight, bits, moment).values
+    else:
+        # Still finer integers would only be taken back again.
+        scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))
+        candidates = compensated(weight, scale, h, greatest)
+        _decrement(candidates, weight, scale, h, ranges, budget)
+        start = best_rows(weight, candidates, scale, h)
+    q = np.stack([_descend(w, q, h, ranges, greatest, budget) for w, q in zip(weight, start, strict=True)])
+    fitted = np.array([best_scale(w, row, h) for w, row in zip(weight, q, strict=True)])
+    return IntegerWeight(q, fitted, (-greatest, greatest))
+
+
+def _decrement(
+    candidates: Array, weight: Array, scale: Array, moment: Array, ranges: Array, budget: int
+) -> None:
+    """Take units off `candidates` (K, S, n), in place, until each is within the budget."""
+    q = candidates.reshape(-1, weight.shape[1])
+    used = np.abs(q) @ ranges
+    over = np.flatnonzero(used > budget)
+    s = scale.ravel()[over, None]
+    pull = (weight[over // scale.shape[1]] - s * q[over]) @ moment
+    while len(over):
+        unit = s * np.sign(q[over])
+        gain = (2 * unit * pull + unit**2 * np.diag(moment)) / ranges
+        gain[q[over] == 0] = np.inf
+        tap = gain.argmin(axis=1)
+        at = np.arange(len(over))
+        pull += unit[at, tap][:, None] * moment[tap]
+        q[over, tap] -= np.sign(q[over, tap])
+        used[over] = used[over] - ranges[tap]
+        still = used[over] > budget
+        over, pull, s = over[still], pull[still], s[still]
+
+
+def _descend(w: Array, q: Array, moment: Array, ranges: Array, greatest: int, budget: int | None) -> Array:
+    """Improve one row while a step of one tap, or of two, lessens the error within the budget."""
+    q = q.copy()
+    diagonal = np.diag(moment)
+    steps = np.array([1, -1])[:, None]
+    tolerance = 1e-9 * max(float(w @ moment @ w), TINY)
+    for _ in range(ROUNDS):
+        s = best_scale(w, q, moment)
+        if s == 0:
+            break
+        pull = (w - s * q) @ moment
+        for _ in range(20 * len(q)):
+            moved = q + steps
+            harm = -2 * s * steps * pull + s**2 * diagonal
+            harm[np.abs(moved) > greatest] = np.inf
+            price = (np.abs(moved) - np.abs(q)) * ranges
+            left = np.inf if budget is None else budget - int(np.abs(q) @ ranges)
+            single = np.where(price <= left, harm, np.inf)
+            best = np.unravel_index(int(single.argmin()), single.shape)
+            moves = [(int(best[0]), int(best[1]))]
+            if single[best] > -tolerance:
+                moves = _exchange(harm, price, left, s, moment, tolerance)
+            if not moves:
+                break
+            for direction, tap in moves:
+                q[tap] += int(steps[direction, 0])
+                pull -= s * int(steps[direction, 0]) * moment[tap]
+    return q
+
+
+def _exchange(
+    harm: Array, price: Array, left: float, s: float, moment: Array, tolerance: float
+) -> list[tuple[int, int]]:
+    """Return the best pair of steps of two taps that lessens the error within the budget, or nothing."""
+    taps = harm.shape[1]
+    sign = np.repeat([1, -1], taps)
+    harm, price = harm.ravel(), price.ravel()
+    both = harm[:, None] + harm + 2 * s**2 * sign[:, None] * sign * np.tile(moment, (2, 2))
+    both[price[:, None] + price > left] = np.inf
+    same = np.arange(2 * taps) % taps
+    both[same[:, None] == same] = np.inf
+    first, second = np.unravel_index(int(both.argmin()), both.shape)
+    if both[first, second] > -tolerance:
+        return []
+    return [(int(at) // taps, int(at) % taps) for at in (first, second)]

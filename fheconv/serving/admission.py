@@ -1,0 +1,237 @@
+"""What `fheconv.serving.app` does with requests: who may read a body, where it goes, who runs it.
+
+A body of ciphertexts is read into memory only by those who have a place, of which there are as many as
+workers and places in the queue. Keys go to the disk as they come.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from fheconv.basics.errors import ArtifactError, ExecutionError, FheConvError, RemoteError
+from fheconv.circuits.ciphertext import Ciphertext
+from fheconv.circuits.server import MARGIN, Server
+from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
+
+# A request's ciphertexts: at most so many images, and fewer where they are large or take more than about a
+# minute together (of Concrete's unit, two cores do 10^10 a second), but one in any case.
+MOST_IMAGES = 16
+MOST_BYTES = 2**25
+MOST_COMPLEXITY = 6e11
+# A body may take so long, and a second more for each so many bytes that came.
+PATIENCE = 30.0
+SLOWEST = 10_000
+PIECE = 2**20
+
+
+class Refused(Exception):
+    """An answer that is an error: its status, the class of error that a client raises, and headers."""
+
+    def __init__(self, status: int, error: type[FheConvError], message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.error, self.headers = status, error, headers
+
+
+STATUS: dict[type[FheConvError], int] = {
+    ArtifactError: 400,
+    UnknownKeys: 404,
+    ForeignKeys: 409,
+    KeysInUse: 409,
+    ExecutionError: 500,
+    StoreFull: 507,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may be: `images` in one ciphertext, and the bytes of its body, or of a set of keys."""
+
+    images: int
+    ciphertext_bytes: int
+    key_bytes: int
+
+    @classmethod
+    def of(cls, server: Server) -> "Limits":
+        """Return the limits that fit a circuit."""
+        cost = server.cost
+        fit = MOST_BYTES // (max(cost.input_bytes, cost.output_bytes) + MARGIN)
+        images = max(1, min(MOST_IMAGES, fit, int(MOST_COMPLEXITY / max(cost.complexity, 1))))
+        return cls(
+            images=images,
+            ciphertext_bytes=images * (cost.input_bytes + MARGIN) + MARGIN,
+            key_bytes=cost.key_bytes + MARGIN,
+        )
+
+
+class Pool:
+    """Copies of a server, each in its own worker, and the places of those who use or wait for one."""
+
+    def __init__(self, workers: int, queue: int) -> None:
+        self.places = workers + queue
+        self.taken = self.running = 0
+        self.workers, self._seconds = workers, 0.0
+        # The one that was used last: it has the keys in memory if any has.
+        self._idle: asyncio.Queue[Server] = asyncio.LifoQueue()
+        self._threads = ThreadPoolExecutor(workers, "fheconv run")
+
+    def add(self, server: Server) -> None:
+        """Let requests use this copy."""
+        self._idle.put_nowait(server)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Take a place while the block runs, before anything is read into memory."""
+        if self.taken >= self.places:
+            # As long as those who wait for one worker will take, if they are like the last one.
+            wait = math.ceil(self._seconds * self.places / self.workers)
+            raise Refused(
+                429,
+                RemoteError,
+                f"The server is busy: all its {self.places} places are taken. Try again.",
+                **{"Retry-After": str(min(max(wait, 1), 60))},
+            )
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+    async def run(self, request: Request, evaluate: Callable[[Server, Callable[[], bool]], bytes]) -> bytes:
+        """Call `evaluate` in a thread, with a server and whether the client has left.
+
+        Raises `ClientDisconnect` if the client leaves before its turn.
+        """
+        leaving = asyncio.ensure_future(request.receive())  # all there is to receive after the body
+        try:
+            server = await self._turn(leaving)
+            started = time.monotonic()
+            self.running += 1
+            try:
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._threads, evaluate, server, leaving.done)
+            finally:
+                self.running -= 1
+                self._seconds = time.monotonic() - started
+                self._idle.put_nowait(server)
+        finally:
+            leaving.cancel()
+
+    async def _turn(self, leaving: "asyncio.Future[Any]") -> Server:
+        turn = asyncio.ensure_future(self._idle.get())
+        try:
+            await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                raise ClientDisconnect
+            return turn.result()
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self._idle.put_nowait(turn.result())
+            turn.cancel()
+            raise
+
+    def close(self) -> None:
+        """Wait for the threads, whose workers have been stopped."""
+        self._threads.shutdown()
+
+
+async def _pieces(request: Request, most: int) -> AsyncIterator[bytes]:
+    """Yield a body of at most `most` bytes as it arrives, refusing one that comes too slowly."""
+    too_large = Refused(413, ArtifactError, f"The body has more bytes than the {most:,} that fit here.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and (len(declared) > len(str(most)) or int(declared) > most):
+        raise too_large
+    received, start = 0, time.monotonic()
+    stream = request.stream()
+    while True:
+        deadline = start + PATIENCE + received / SLOWEST
+        try:
+            piece = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
+        except TimeoutError:
+            raise Refused(
+                408, RemoteError, f"The body came too slowly: {received:,} bytes. Send it again."
+            ) from None
+        if not piece:
+            return
+        received += len(piece)
+        if received > most:
+            raise too_large
+        yield piece
+
+
+class Service:
+    """What the routes do."""
+
+    def __init__(self, fingerprint: str, store: KeyStore, limits: Limits, pool: Pool) -> None:
+        self.store, self.limits, self.pool = store, limits, pool
+        self._fingerprint = fingerprint
+        self._uploads = 0
+
+    async def receive_keys(self, request: Request, name: str) -> int:
+        """Store the keys of a body by their name, and return how many bytes they take."""
+        if self._uploads >= self.pool.places:
+            raise Refused(
+                429, RemoteError, "The server is busy with other uploads. Try again.", **{"Retry-After": "5"}
+            )
+        self._uploads += 1
+        try:
+            with self.store.receive() as upload:
+                async for piece in _gathered(_pieces(request, self.limits.key_bytes)):
+                    await asyncio.to_thread(upload.feed, piece)
+                await asyncio.to_thread(upload.keep, name)
+        finally:
+            self._uploads -= 1
+        return self.store.size_of(name)
+
+    async def run(self, request: Request, name: str) -> bytes:
+        """Run the ciphertext of a body with the keys of that name."""
+        with self.pool.place(), contextlib.ExitStack() as used:
+            keys = await asyncio.to_thread(used.enter_context, self.store.use(name))
+            body = b"".join([piece async for piece in _pieces(request, self.limits.ciphertext_bytes)])
+            ciphertext = await asyncio.to_thread(self._read, body)
+            del body
+
+            if keys.key_id != ciphertext.key_id:
+                raise Refused(
+                    409, ArtifactError, "The ciphertext was made with other keys than it comes for."
+                )
+
+            def evaluate(server: Server, left: Callable[[], bool]) -> bytes:
+                server.check(ciphertext, keys)
+                values = []
+                for value in ciphertext.values:
+                    if left():
+                        raise ClientDisconnect
+                    values.append(server.run_value(value, keys))
+                return ciphertext.with_results(values).to_bytes()
+
+            return await self.pool.run(request, evaluate)
+
+    def _read(self, body: bytes) -> Ciphertext:
+        ciphertext = Ciphertext.from_bytes(body, max_bytes=self.limits.ciphertext_bytes)
+        if ciphertext.fingerprint != self._fingerprint:
+            raise Refused(409, ArtifactError, "The ciphertext belongs to another circuit than the server's.")
+        if len(ciphertext.values) > self.limits.images:
+            raise Refused(
+                413,
+                ArtifactError,
+                f"The ciphertext has {len(ciphertext.values)} images; send at most {self.limits.images}.",
+            )
+        return ciphertext
+
+
+async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the same bytes in larger pieces."""
+    gathered = bytearray()
+    async for piece in pieces:
+        gathered += piece
+        if len(gathered) >= PIECE:
+            yield bytes(gathered)
+            gathered.clear()
+    yield bytes(gathered)

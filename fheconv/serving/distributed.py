@@ -1,0 +1,267 @@
+"""Encrypted images spread over the workers of a Dask cluster (the extra `distributed`).
+
+The circuit and the keys are one piece of Dask's data, which it copies from worker to worker, once to each,
+also to those that join later or replace a dead one, and forgets at the end of the call. A worker opens it
+when its first image comes: it compiles the circuit in a process of the native library of its own, and gives
+it the keys. Images travel with their tasks, so that another worker can take up what a dead one left.
+
+The members of a Dask cluster trust one another: whoever reaches its scheduler can run code there. They see
+ciphertexts and evaluation keys, with which nothing can be decrypted. The scheduler and the workers need the
+same version of fheconv.
+"""
+
+import contextlib
+import secrets
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from fheconv.basics.errors import (
+    ArtifactError,
+    ExecutionError,
+    FheConvError,
+    InvalidArgumentError,
+    MissingExtraError,
+)
+from fheconv.circuits.ciphertext import Ciphertext
+from fheconv.circuits.files.archive import read_server
+from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.keys import EvaluationKeys, StoredKeys
+from fheconv.circuits.native.worker import Worker
+from fheconv.circuits.server import Server, check_input, check_keys, load_server
+
+try:
+    import dask
+    from distributed import Client, Future, KilledWorker, as_completed, get_worker, wait
+except ImportError as error:
+    raise MissingExtraError(
+        f'fheconv.distributed needs Dask ({error}); install it with: pip install "fheconv[distributed]".'
+    ) from error
+
+# Under this topic of Dask's events each worker tells that it opened a circuit.
+TOPIC = "fheconv"
+# So many images are under way for each thread of the cluster, and so many at least: workers find the next one
+# there, and the scheduler does not hold a whole batch.
+AHEAD, LEAST_AHEAD = 3, 16
+# What failed is tried again, elsewhere if need be: the system may have ended the native library.
+RETRIES = 2
+
+
+@overload
+def run(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Ciphertext,
+    *,
+    client: Client,
+) -> Ciphertext: ...
+
+
+@overload
+def run(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Iterable[Ciphertext],
+    *,
+    client: Client,
+) -> list[Ciphertext]: ...
+
+
+def run(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Ciphertext | Iterable[Ciphertext],
+    *,
+    client: Client,
+) -> Ciphertext | list[Ciphertext]:
+    """Evaluate a saved circuit on encrypted images, on the workers of a Dask cluster.
+
+    The arguments are those of `stream`. The result for a ciphertext is a ciphertext, as of `Server.run`; for
+    several it is a list of theirs, in their order. Raises like `stream`.
+    """
+    results = dict(stream(server, keys, ciphertexts, client=client))
+    ordered = [results[index] for index in range(len(results))]
+    if not isinstance(ciphertexts, Ciphertext):
+        return ordered
+    return ciphertexts.with_results(value for result in ordered for value in result.values)
+
+
+def stream(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Ciphertext | Iterable[Ciphertext],
+    *,
+    client: Client,
+) -> Iterator[tuple[int, Ciphertext]]:
+    """Yield (index, result) as they finish on the workers of a Dask cluster, each index once.
+
+    server: a `server.zip`, or what `load_server` made of it, with whose limits the workers run.
+    ciphertexts: encrypted images, which are spread one by one and whose results are yielded so; or several
+    ciphertexts, each of which goes to one worker. If they are an iterator, it is read no further than the
+    workers need, so that they need not all be in memory.
+    client: Dask's client; a cluster without workers is waited for.
+
+    Where it is left early, or interrupted, what has not begun is cancelled. Raises `ArtifactError`, before
+    anything is sent, for files, keys and ciphertexts that do not belong together, `ExecutionError` if a
+    circuit fails on a worker, or too many workers die of it.
+    """
+    if not isinstance(client, Client) or client.asynchronous:
+        raise InvalidArgumentError(
+            f"client={client!r:.80}; it must be a dask.distributed.Client that is not asynchronous."
+        )
+    if isinstance(server, Server):
+        manifest, file, config = server.manifest, server.file, server.config
+        limits = {"time_limit": config.time_limit, "memory_limit": config.memory_limit}
+    else:
+        parts = read_server(server)
+        manifest, file, limits = parts.manifest, parts.file, {}
+    check_keys(keys, manifest.fingerprint)
+    if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
+        check_input(ciphertexts, manifest, keys.key_id)
+        ciphertexts = [replace(ciphertexts, images=1, values=(value,)) for value in ciphertexts.values]
+    elif isinstance(ciphertexts, Sequence):
+        for ciphertext in ciphertexts:
+            check_input(ciphertext, manifest, keys.key_id)
+    payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
+    fields = {"fingerprint": keys.fingerprint, "key_id": keys.key_id, "payload": payload}
+    return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
+
+
+class _Job:
+    """What every worker needs: the circuit and the keys, bytes where it travels, opened where it is used."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+        self._lock = threading.Lock()
+        self._opened: tuple[Server, EvaluationKeys] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _job, self._parts
+
+    def run(self, ciphertext: bytes) -> bytes:
+        """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._open(*self._parts)
+        server, keys = self._opened
+        return server.run(Ciphertext.from_bytes(ciphertext), keys).to_bytes()
+
+    def _open(
+        self, name: str, file: bytes, limits: dict[str, Any], keys: dict[str, Any], digest: str
+    ) -> tuple[Server, EvaluationKeys]:
+        evaluation_keys = EvaluationKeys(**keys)
+        if evaluation_keys.name != digest:
+            raise ArtifactError("The evaluation keys were damaged on their way; run it again.")
+        session = Worker()
+        weakref.finalize(self, session.stop)
+        server = load_server(file, session=session, **limits)
+        get_worker().log_event(TOPIC, {"opened": server.fingerprint, "call": name})
+        return server, evaluation_keys
+
+
+# Those of this process, by name.
+_jobs: weakref.WeakValueDictionary[str, _Job] = weakref.WeakValueDictionary()
+_jobs_lock = threading.Lock()
+
+
+def _job(name: str, *parts: Any) -> _Job:
+    """Return the job of that name: where Dask brings it again, it is the one that was opened."""
+    with _jobs_lock:
+        return _jobs.setdefault(name, _Job(name, *parts))
+
+
+def _hold(job: _Job) -> _Job:
+    return job
+
+
+def _run(job: _Job, ciphertext: bytes) -> bytes:
+    return job.run(ciphertext)
+
+
+@contextlib.contextmanager
+def _asking_dask() -> Iterator[None]:
+    """Turn what Dask, or a worker's Python, raises into the one tree of errors."""
+    try:
+        yield
+    except FheConvError:
+        raise
+    except KilledWorker as error:
+        raise ExecutionError(
+            f"{error.allowed_failures + 1} workers died, one after another, with the task {error.task}; "
+            "their logs may say why. Often it is memory: each needs room for the evaluation keys twice."
+        ) from error
+    except Exception as error:
+        raise ExecutionError(
+            f"Dask failed: {error!r:.500}. The cluster must be alive, and its scheduler and workers need the "
+            "same versions of fheconv and of what it depends on."
+        ) from error
+
+
+def _stream(
+    client: Client, parts: tuple[Any, ...], manifest: Manifest, key_id: str, given: Iterable[Ciphertext]
+) -> Iterator[tuple[int, Ciphertext]]:
+    name = f"fheconv-{secrets.token_hex(8)}"
+    job = _submit(client, _job, name, *parts, key=name)
+    holds: dict[str, Future] = {}
+    sent: dict[Future, tuple[int, Ciphertext]] = {}
+    completed = as_completed(loop=client.loop)
+    waiting = enumerate(given)
+
+    @_asking_dask()
+    def reach() -> int:
+        """Have every worker hold the job; return how many threads they have.
+
+        Dask takes copies of data away from workers that do not use them for seconds; a result of their own
+        they keep.
+        """
+        threads = client.nthreads()
+        for address in threads.keys() - holds.keys():
+            where = {"workers": [address], "allow_other_workers": True}
+            holds[address] = _submit(client, _hold, job, key=(f"{name}-hold", len(holds)), **where)
+        return sum(threads.values())
+
+    def send() -> None:
+        """Send what is to be under way beyond what is."""
+        ahead = max(LEAST_AHEAD, AHEAD * reach())
+        for index, ciphertext in islice(waiting, ahead - len(sent)):
+            check_input(ciphertext, manifest, key_id)
+            future = _submit(client, _run, job, ciphertext.to_bytes(), key=(f"{name}-run", index))
+            sent[future] = index, ciphertext
+            completed.add(future)
+
+    try:
+        with _asking_dask():
+            wait([job])
+            reach()
+            wait([*holds.values()])  # else the first images would all go where the job is
+        send()
+        while sent:
+            with _asking_dask():
+                future = next(completed)
+                data = future.result()
+            index, ciphertext = sent.pop(future)
+            result = _checked(data, index, ciphertext)
+            send()
+            yield index, result
+    finally:
+        with contextlib.suppress(Exception):  # a cluster that is gone has nothing to cancel
+            client.cancel([job, *holds.values(), *sent])
+
+
+@_asking_dask()
+def _submit(client: Client, function: Any, *arguments: Any, **options: Any) -> Future:
+    # Dask warns of megabytes in a task. Ciphertexts are, and there they survive the worker.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+        return client.submit(function, *arguments, retries=RETRIES, **options)
+
+
+def _checked(data: Any, index: int, ciphertext: Ciphertext) -> Ciphertext:
+    """Return the result for a ciphertext from its bytes. Raises `ArtifactError` for those of another."""
+    result = Ciphertext.from_bytes(data)
+    if not result.answers(ciphertext):
+        raise ArtifactError(f"A worker returned for ciphertext {index} what belongs to another.")
+    return result

@@ -1,0 +1,241 @@
+"""Runs a circuit behind a URL: the client side is here, `fheconv.serving.app` there."""
+
+import json
+import random
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.checks import check_integer, check_number, check_token
+from fheconv.basics.errors import (
+    ArtifactError,
+    ExecutionError,
+    FheConvError,
+    InvalidArgumentError,
+    MissingExtraError,
+    RemoteError,
+)
+from fheconv.basics.progress import track, track_bytes
+from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
+from fheconv.circuits.client import Client, load_client
+from fheconv.circuits.files.archive import MOST_BYTES
+from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.server import MARGIN
+
+try:
+    import httpx
+except ImportError as error:
+    raise MissingExtraError(
+        f'fheconv.RemoteCircuit needs httpx ({error}); install it with: pip install "fheconv[serve]".'
+    ) from error
+
+RETRIES = 8
+# Seconds without a sign of life from the server; an image of a large network takes minutes.
+TIMEOUT = 600.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+_MOST_JSON = 2**24
+
+
+class RemoteCircuit(Client):
+    """A circuit whose keys are here and which runs at `url`, where `fheconv serve` serves it.
+
+    `client` is the circuit's `client.zip`, or a `fheconv.Client`, whose keys it then shares. Without it
+    `client.zip` is fetched from the server: the server then chooses the parameters of the encryption, and
+    could choose some that protect nothing. Trust it with that, or get `client.zip` from whoever compiled it.
+
+    `token` is what the server asks for; send it to https only, unless the server is on this machine. A
+    request that finds no server, or a busy one, is repeated up to `retries` times, after as long as the
+    server says or longer each time; it is given up as lost after `timeout` seconds without a sign of life.
+
+    Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than
+    `client` is of, `InvalidArgumentError` for a URL, a token or a number that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: str | Path | Client | None = None,
+        *,
+        token: str | None = None,
+        retries: int = RETRIES,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        check_integer("retries", retries, 0)
+        check_number("timeout", timeout, 0)
+        self._retries = retries
+        self._uploaded: tuple[str, str] | None = None  # a key set and its name at the server
+        headers = {}
+        if token is not None:
+            check_token(token)
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            address = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            raise InvalidArgumentError(f"url={url!r:.200} is none: {error}.") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise InvalidArgumentError(f"url={url!r:.200} must be http://host:port, or https.")
+        self._http = httpx.Client(
+            base_url=address, headers=headers, timeout=httpx.Timeout(timeout, connect=10)
+        )
+        weakref.finalize(self, self._http.close)
+        manifest, self._images = self._circuit()
+        if client is None:
+            client = load_client(self._request("GET", "/client", most=MOST_BYTES))
+        elif not isinstance(client, Client):
+            client = load_client(client)
+        if client.fingerprint != manifest.fingerprint:
+            raise ArtifactError(
+                f"{url} serves the circuit {manifest.fingerprint}, and the client is of "
+                f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
+            )
+        # One set of keys, whichever of the two makes new ones.
+        self.manifest, self._one, self._lock = client.manifest, client._one, client._lock
+
+    def run(self, ciphertext: Ciphertext) -> Ciphertext:
+        """Evaluate the circuit on encrypted images, at the server, which gets the evaluation keys if need be.
+
+        Raises `ArtifactError` for a ciphertext of another circuit or key set, here or by the server's
+        judgement, and for results that are not those of these images, `ExecutionError` if the evaluation
+        fails, `RemoteError` if there is no answer after all retries.
+        """
+        with self._lock:
+            self._one.check(ciphertext, "input", "run")
+        values = ciphertext.values
+        if values:
+            self._name_at_server(ciphertext.key_id)  # not within the images' bar, because it has its own
+        parts = [values[start : start + self._images] for start in range(0, len(values), self._images)]
+        results: list[bytes] = []
+        for part in track(parts, "Running on encrypted images…"):
+            results += self._run(replace(ciphertext, images=len(part), values=part))
+        return ciphertext.with_results(results)
+
+    def predict(self, x: Any, fhe: str = "execute") -> Array:
+        """Return float outputs for float images, in torch's shape: encrypted here, run there, decrypted here.
+
+        Raises like `encrypt` and `run`, and `InvalidArgumentError` for another `fhe` than "execute".
+        """
+        if fhe != "execute":
+            raise InvalidArgumentError(
+                f'fhe={fhe!r}; a remote circuit knows "execute" only, because the network in clear is not '
+                "here. Use the circuit that was compiled from it."
+            )
+        return self.decrypt(self.run(self.encrypt(x)))
+
+    def _circuit(self) -> tuple[Manifest, int]:
+        """Return what the server says of its circuit, and how many images it takes at a time."""
+        answer = self._request("GET", "/circuit")
+        try:
+            read = json.loads(answer)
+            images = read["limits"]["images"]
+            if type(images) is not int or images < 1:
+                raise ValueError(f"it takes {images!r} images at a time")
+            return Manifest.from_dict(read["manifest"]), images
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise RemoteError(
+                f"{self._http.base_url} is no server of fheconv: {error!r:.200}. Check the URL."
+            ) from error
+
+    def _run(self, ciphertext: Ciphertext) -> tuple[bytes, ...]:
+        """Return the results of as many images as the server takes at a time."""
+        most = len(ciphertext.values) * (self.cost.output_bytes + MARGIN) + MARGIN
+        body = ciphertext.to_bytes()
+        for last in (False, True):
+            name = self._name_at_server(ciphertext.key_id)
+            try:
+                answer = self._request("POST", f"/run/{name}", content=body, most=most)
+                break
+            except _Unknown:  # they expired there in the meantime, or made room for others'
+                self._uploaded = None
+                if last:
+                    raise
+        results = Ciphertext.from_bytes(answer, max_bytes=most)
+        if not results.answers(ciphertext):
+            raise ArtifactError(
+                "The server's answer is not the results of the images that were sent: they have another "
+                "circuit, key set or number. Do not decrypt what it returns."
+            )
+        return results.values
+
+    def _name_at_server(self, key_id: str) -> str:
+        """Return the name by which the server has the evaluation keys, sending them if it has them not."""
+        uploaded = self._uploaded
+        if uploaded is not None and uploaded[0] == key_id:
+            return uploaded[1]
+        keys = self.evaluation_keys
+        if keys.key_id != key_id:
+            raise ArtifactError(OTHER_KEYS)
+        chunks = list(keys.chunks())
+        name = chunks[-1].hex()
+        try:
+            self._request("GET", f"/keys/{name}")
+        except _Unknown:
+            self._request("PUT", f"/keys/{name}", content=chunks)
+        self._uploaded = key_id, name
+        return name
+
+    def _request(
+        self, method: str, path: str, *, content: bytes | Sequence[bytes] = b"", most: int = _MOST_JSON
+    ) -> bytes:
+        """Return the answer to a request, of at most `most` bytes; repeat it as long as that may help.
+
+        Chunks of `content` are sent with a bar. Raises the error that the server names, or `RemoteError`.
+        """
+        for attempt in range(self._retries + 1):
+            body: bytes | Iterable[bytes] = content
+            headers = {}
+            if not isinstance(content, bytes):
+                body = track_bytes(content, "Sending evaluation keys…")
+                headers = {"Content-Length": str(sum(map(len, content)))}
+            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1)  # noqa: S311
+            try:
+                with self._http.stream(method, path, content=body, headers=headers) as response:
+                    answer = self._read(response, most)
+                if response.is_success:
+                    return answer
+                problem = _problem(response, answer)
+                if response.status_code not in (408, 429, 503):
+                    raise problem
+                after = response.headers.get("Retry-After", "")
+                if after.isascii() and after.isdigit():
+                    wait = min(float(after), _LONGEST_WAIT)
+            except httpx.RequestError as error:
+                said = str(error) or type(error).__name__
+                problem = RemoteError(f"{method} {path} at {self._http.base_url} has no answer: {said}.")
+                problem.__cause__ = error
+            if attempt < self._retries:
+                time.sleep(wait)
+        raise RemoteError(
+            f"{problem} Given up after {self._retries + 1} attempts; check the URL and that the server runs."
+        ) from problem
+
+    def _read(self, response: httpx.Response, most: int) -> bytes:
+        answer = bytearray()
+        for piece in response.iter_bytes():
+            answer += piece
+            if len(answer) > most:
+                raise ArtifactError(
+                    f"The server's answer has more than the {most:,} bytes that it could have; it is not one "
+                    "of this circuit's."
+                )
+        return bytes(answer)
+
+
+class _Unknown(ArtifactError):
+    """The server has no keys of that name."""
+
+
+def _problem(response: httpx.Response, answer: bytes) -> FheConvError:
+    """Return the error of an answer that is one."""
+    try:
+        read = json.loads(answer)
+        name, message = str(read["error"]), str(read["message"])[:2000]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        name, message = "", f"it answered {response.status_code} to {response.request.method}"
+    message = f"The server says: {message}"
+    if response.status_code == 404 and name == ArtifactError.__name__:
+        return _Unknown(message)
+    return {kind.__name__: kind for kind in (ArtifactError, ExecutionError)}.get(name, RemoteError)(message)

@@ -1,0 +1,271 @@
+"""Training a quantized network on, within the budgets of its accumulators."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.checks import check_integer, check_number
+from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.progress import track
+from fheconv.networks.floats import Network
+from fheconv.networks.integers import IntegerNetwork
+from fheconv.quantizer.layerwise import quantize_network
+from fheconv.training.thinning import thinned
+from fheconv.training.trainable import TrainableNetwork
+
+# Images (N, C, *S), alone or with what is right for them (N, …).
+Data: TypeAlias = Any
+N = TypeVar("N", bound=IntegerNetwork)
+Augment: TypeAlias = Callable[[Tensor], Tensor]
+
+# Of so much of the data nothing is learned: it decides what is kept.
+HELD_OUT = 0.2
+# Weights are trained between these shares of the epochs; scales and biases before and after get used to them.
+FROM, TO = 0.1, 0.8
+# The share of its time in which a learning rate rises, before it falls to 0.
+RISE = 0.1
+# How often the held-out loss is measured.
+MEASURED = 40
+# The float network's answers are learned at this temperature (Hinton et al. 2015).
+TEMPERATURE = 2.0
+# On so many images, at most, the ranges of accumulators are observed.
+MOST_OBSERVED = 1000
+
+
+class Examples(NamedTuple):
+    """Images (N, C, *S), the right classes (N, …) if they are known, and the float network's sums.
+
+    `spread` is the variance of all its sums, in which errors are counted.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    meant: Tensor
+    spread: Tensor
+
+    def of(self, where: Tensor) -> "Examples":
+        """Return some of them."""
+        labels = None if self.labels is None else self.labels[where]
+        return Examples(self.images[where], labels, self.meant[where], self.spread)
+
+
+class _Schedule(NamedTuple):
+    """How long and how fast to train: it ends after `patience` epochs without a smaller held-out loss."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    patience: int
+
+
+def finetune(
+    network: N,
+    data: Data,
+    *,
+    epochs: int = 200,
+    validation: Data = None,
+    augment: Augment | None = None,
+    learning_rate: float = 0.04,
+    batch_size: int = 64,
+    patience: int | None = None,
+    lookup_budget: int | None = None,
+    seed: int = 0,
+) -> N:
+    """Return the network trained on, with the same widths, which stay proved.
+
+    `data` are images (N, C, *S), or a pair of them and their classes (N,). Without classes the network learns
+    the float network's results (mean squared error), with classes these too (cross-entropy, and the float
+    network's answers by distillation). A fifth of it is held out, or `validation` is given; what is returned
+    is the network with the least held-out loss of all that were measured, the first one included. Scales and
+    biases are trained all the time, weights from the first tenth of the epochs to the last fifth, by Adam;
+    learning rates fall to 0, and most of the gain comes at the end.
+
+    `augment` maps a batch of images to changed ones, each epoch anew. `patience` stops the training after so
+    many epochs without a better held-out loss. `lookup_budget` lets an image take so many lookups at most:
+    channels that hardly matter are taken out first, and average poolings moved before their activations (see
+    `fheconv.training.thinning`). The same `seed` gives the same network on one machine.
+
+    Accumulators keep to the widths that the network's config asks for. Where it asks for none, no filter of a
+    layer may span more than the widest one did.
+
+    Raises `InputRangeError` for images that the network does not take, `AccumulatorOverflowError` where a
+    pooling before its activation leaves room for no weight, `InvalidArgumentError` for anything else that
+    does not fit.
+    """
+    if not isinstance(network, IntegerNetwork):
+        raise InvalidArgumentError(
+            f"network is a {type(network).__name__}; only what fheconv.quantize returns can be fine-tuned."
+        )
+    if augment is not None and not callable(augment):
+        raise InvalidArgumentError(f"augment={augment!r} must be a function of a batch of images.")
+    check_integer("epochs", epochs, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("seed", seed, 0, 2**63 - 1)
+    check_number("learning_rate", learning_rate, 0.0)
+    for name, value in (("patience", patience), ("lookup_budget", lookup_budget)):
+        if value is not None:
+            check_integer(name, value, 1)
+    examples = _examples(network, data, "data")
+    generator = torch.Generator().manual_seed(int(seed))
+    if validation is None:
+        examples, held_out = _split(examples, generator)
+    else:
+        held_out = _examples(network, validation, "validation")
+        if (held_out.labels is None) != (examples.labels is None):
+            raise InvalidArgumentError("Give classes with both data and validation, or with neither.")
+    with torch.random.fork_rng(devices=[]):  # noise and augmentations draw from torch's own generator
+        torch.manual_seed(int(seed))
+        teacher = network.source
+        trained: IntegerNetwork = network
+        if lookup_budget is not None:
+            observed = examples.images[:MOST_OBSERVED].double().numpy()
+            source = thinned(teacher, observed, lookup_budget)
+            if source is not teacher:
+                trained = quantize_network(source, observed, network.calibrated, network.config)
+        schedule = _Schedule(epochs, learning_rate, batch_size, patience or epochs)
+        return type(network).of(_train(trained, teacher, examples, held_out, augment, schedule))
+
+
+def _train(
+    network: IntegerNetwork,
+    teacher: Network,
+    examples: Examples,
+    held_out: Examples,
+    augment: Augment | None,
+    schedule: "_Schedule",
+) -> IntegerNetwork:
+    """Return the network with the least held-out loss of all that training goes through."""
+    epochs, batch_size = schedule.epochs, schedule.batch_size
+    module = TrainableNetwork(network).train()
+    parameters = list(module.named_parameters())
+    weights = [parameter for name, parameter in parameters if ".weights." in name]
+    others = [parameter for name, parameter in parameters if ".weights." not in name]
+    batches = -(-len(examples.images) // batch_size)
+    start, end = math.ceil(FROM * epochs), math.ceil(TO * epochs)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": weights, "lr": schedule.learning_rate},
+            {"params": others, "lr": schedule.learning_rate / 2},
+        ]
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        [
+            lambda step: _rate(step, start * batches, end * batches),
+            lambda step: _rate(step, 0, epochs * batches),
+        ],
+    )
+    observed = examples.images[:MOST_OBSERVED].double().numpy()
+    best, least, best_at = network, _held_out_loss(network, held_out), 0
+    every = -(-epochs // MEASURED)
+    for epoch in track(range(1, epochs + 1), "Fine-tuning…"):
+        for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
+            some = examples.of(batch)
+            if augment is not None:
+                images = _augmented(augment, some.images)
+                some = some._replace(images=images, meant=_meant(teacher, images))
+            optimizer.zero_grad()
+            torch.autograd.backward(_loss(module(some.images), some))
+            optimizer.step()
+            rates.step()
+            module.draw_in()
+        if epoch % every == 0 or epoch in (start, end, epochs):
+            try:
+                now = module.quantized(observed)
+            except CalibrationError:  # training has diverged, and nothing good comes of it any more
+                break
+            loss = _held_out_loss(now, held_out)
+            if loss < least:
+                best, least, best_at = now, loss, epoch
+            if epoch - best_at >= schedule.patience:
+                break
+    return best
+
+
+def _augmented(augment: Augment, images: Tensor) -> Tensor:
+    """Return what `augment` makes of a batch."""
+    changed = augment(images)
+    if not isinstance(changed, Tensor) or changed.shape != images.shape:
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise InvalidArgumentError(
+            f"augment returned {got} for images of shape {tuple(images.shape)}; it must return a tensor of "
+            "the same shape."
+        )
+    return changed.to(images)
+
+
+def _rate(step: int, start: int, end: int) -> float:
+    """Return the share of the learning rate at a step: 0 outside, a short rise and a long fall between."""
+    at = (step - start) / max(end - start, 1)
+    if not 0 <= at < 1:
+        return 0.0
+    return at / RISE if at < RISE else (1 + math.cos(math.pi * (at - RISE) / (1 - RISE))) / 2
+
+
+def _examples(network: IntegerNetwork, data: Data, name: str) -> Examples:
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    given = as_array(data[0] if pair else data, f"The images of {name}")
+    network.quantize_input(given)
+    if given.ndim != len(network.input_shape) + 1 or len(given) < 2:
+        raise InvalidArgumentError(
+            f"{name} has images of shape {given.shape}; give a batch of two or more, (n, "
+            f"{', '.join(map(str, network.input_shape))})."
+        )
+    images = torch.tensor(given, dtype=torch.float32)
+    meant = _meant(network.source, images)
+    variance = meant.var()
+    spread = torch.where(variance > 0, variance, 1.0)
+    if not pair:
+        return Examples(images, None, meant, spread)
+    labels = as_array(data[1], f"The classes of {name}")
+    classes, shape = meant.shape[1], (len(images), *meant.shape[2:])
+    if (
+        labels.dtype.kind not in "iu"
+        or labels.shape != shape
+        or not (0 <= labels.min() <= labels.max() < classes)
+    ):
+        raise InvalidArgumentError(
+            f"The classes of {name} are {labels.dtype} of shape {labels.shape}{_ends(labels)}; this network "
+            f"needs integers from 0 to {classes - 1} of shape {shape}."
+        )
+    return Examples(images, torch.tensor(labels.astype(np.int64)), meant, spread)
+
+
+def _ends(values: Array) -> str:
+    return f", from {values.min()} to {values.max()}" if values.size else ""
+
+
+def _split(examples: Examples, generator: torch.Generator) -> tuple[Examples, Examples]:
+    order = torch.randperm(len(examples.images), generator=generator)
+    count = math.ceil(HELD_OUT * len(order))
+    return examples.of(order[count:]), examples.of(order[:count])
+
+
+def _meant(teacher: Network, images: Tensor) -> Tensor:
+    """Return the sums (N, K, *Out) of the float network's last layer."""
+    return torch.as_tensor(teacher.tensors(images.double().numpy())[-1], dtype=torch.float32)
+
+
+def _loss(sums: Tensor, examples: Examples) -> Tensor:
+    if examples.labels is None:
+        return functional.mse_loss(sums, examples.meant) / examples.spread
+    distilled = functional.kl_div(
+        functional.log_softmax(sums / TEMPERATURE, dim=1),
+        functional.log_softmax(examples.meant / TEMPERATURE, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return functional.cross_entropy(sums, examples.labels) + TEMPERATURE**2 * distilled
+
+
+def _held_out_loss(network: IntegerNetwork, held_out: Examples) -> float:
+    """Return the loss of the integer network itself."""
+    accumulators = network.accumulate(network.quantize_input(held_out.images)[0])
+    sums = torch.as_tensor(accumulators * network.last.scale, dtype=torch.float32)
+    return float(_loss(sums, held_out))

@@ -1,0 +1,202 @@
+"""Networks with fewer lookups: what hardly matters is taken out of a trained network.
+
+The price of an encrypted image is that of its lookups, one for each value of an activation. Two changes save
+them by the dozen: a channel is replaced by its mean, which the biases of its readers take up (structured
+pruning), and an average pooling moves before the activation that it follows, where it costs nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fheconv.basics.arrays import Array, along_channels, channel_means, frozen
+from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.progress import status
+from fheconv.networks.demand import demand
+from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.linear import Kernel, is_pooling
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.weights import Rows, least_squares
+
+# On so many images, at most, changes are compared.
+MOST_IMAGES = 200
+# Real numbers as they are, for `Rows`.
+UNIT = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=1)
+
+
+def lookups(network: Network) -> int:
+    """Return how many lookups an image takes."""
+    masks = demand(network)
+    count = 0
+    for layer, mask in zip(network.layers, masks[1:], strict=True):
+        if isinstance(layer, Maximum):
+            count += (len(layer.index) - 1) * int(mask.sum())
+        elif layer.activation is not None:
+            count += int(mask.sum())
+    return count
+
+
+def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
+    """Return the network with the changes that matter least, and at most `lookup_budget` lookups.
+
+    Changes are made one at a time: the one that changes the results on `images` (N, C, *S) the least, by mean
+    square, for each lookup that it saves. After each, the weights are fitted again, layer by layer, to
+    compute from what is left what the trained network did (He et al. 2017). Training makes up for much of
+    the rest.
+
+    Raises `InvalidArgumentError`, with the least number that it comes to, if that is more than the budget.
+    """
+    now, meant = _Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
+    some = slice(None, None, -(-len(images) // MOST_IMAGES))
+
+    def price(changed: Network) -> float:
+        saved = needed - lookups(changed)
+        error = np.square(changed.tensors(images[some])[-1] - meant[some]).mean()
+        return float(error) / saved if saved > 0 else np.inf
+
+    with status("Looking for lookups that hardly matter…"):
+        while (needed := lookups(now.network)) > lookup_budget:
+            priced = [(price(changed.network), changed) for changed in _changes(now, images[some])]
+            least, now = min(priced, key=lambda one: one[0], default=(np.inf, now))
+            if least == np.inf:
+                raise InvalidArgumentError(
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
+                    f"channel left of each activation, this network still needs {needed} lookups; allow as "
+                    "many, or train a smaller network."
+                )
+            now = replace(now, network=_fitted(now, images))
+    return now.network
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Thinned:
+    """A network on its way: what is left of it, and what that is to compute.
+
+    `original` is the trained network, with the poolings moved that were. `means` has, by the number of a
+    tensor, a number for each channel (C,): the mean that its readers' biases hold instead of it, or 0.
+    """
+
+    network: Network
+    original: Network
+    means: dict[int, Array]
+
+
+def _fitted(now: _Thinned, images: Array) -> Network:
+    """Return the network with weights and biases that best give what the original's layers sum.
+
+    What no filter of the network reads stays unread.
+    """
+    network, original = now.network, now.original
+    meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
+    # What the biases hold already is no longer the weights' business.
+    beyond = [
+        x - along_channels(now.means[n], x.ndim - 1) if n in now.means else x for n, x in enumerate(meant)
+    ]
+    for number, (layer, trained) in enumerate(zip(network.layers, original.layers, strict=True)):
+        if isinstance(layer, Layer) and isinstance(trained, Layer):
+            inputs = [UNIT] * len(layer.terms)
+            rows, before = (Rows(one, inputs, network.shapes) for one in (layer, trained))
+            none = [1.0] * len(inputs), [0] * len(inputs)
+            delivered, wanted = rows.windows(tensors, *none), before.windows(beyond, *none)
+            weights = [rows.weights(row) for row in rows.rows]
+            for numbers in rows.alike():
+                row = rows.rows[numbers[0]]
+                held = np.stack([weights[n] for n in numbers])
+                then = np.stack([before.weights(before.rows[n]) for n in numbers])
+                read = rows.read(row)
+                moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
+                target = rows.covariance(row, delivered, wanted)[read] @ then.T
+                held[:, read] = least_squares(moment, target, held[:, read])
+                for n, values in zip(numbers, held, strict=True):
+                    weights[n] = values
+            layer = replace(layer, terms=rows.terms(weights))
+            mean = channel_means(trained.sums(meant) - layer.sums(tensors))
+            layers[number] = replace(layer, bias=frozen(layer.bias + mean))
+        tensors.append(layers[number].output(tensors))
+    return replace(network, layers=tuple(layers))
+
+
+def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
+    """Yield what each of the changes that can be made leads to."""
+    network = now.network
+    masks, tensors = demand(network), network.tensors(images)
+    for number, layer in enumerate(network.layers, 1):
+        if isinstance(layer, Layer) and layer.activation is not None:
+            read = np.flatnonzero(masks[number].reshape(layer.shape[0], -1).any(axis=1))
+            for channel in read if len(read) > 1 else []:
+                changed = _without(now, number, int(channel), float(tensors[number][:, channel].mean()))
+                if changed is not None:
+                    yield changed
+            pooled, both = _pooled_before(network, number), _pooled_before(now.original, number)
+            if pooled is not None and both is not None:
+                yield replace(now, network=pooled, original=both)
+
+
+def _without(now: _Thinned, number: int, channel: int, mean: float) -> _Thinned | None:
+    """Replace a channel of tensor `number` by its mean; None if that cannot be done."""
+    kept = np.ones(now.network.shapes[number][0])
+    kept[channel] = 0
+    rescaled = now.network.rescaled(number, kept)
+    if rescaled is None:
+        return None
+    alone = {source: np.where(factors == 0, mean, 0.0) for source, factors in rescaled[1].items()}
+    layers = []
+    for before, after in zip(now.network.layers, rescaled[0].layers, strict=True):
+        if isinstance(before, Layer) and isinstance(after, Layer):
+            bias = after.bias
+            for term in before.terms:
+                if term.source in alone:
+                    bias = bias + term.factor * term.apply(alone[term.source][None])[0]
+            after = replace(after, bias=frozen(bias))
+        layers.append(after)
+    means = dict(now.means)
+    for source, value in alone.items():
+        means[source] = means.get(source, 0.0) + value.reshape(len(value), -1)[:, 0]
+    return replace(now, network=replace(now.network, layers=tuple(layers)), means=means)
+
+
+def _pooled_before(network: Network, number: int) -> Network | None:
+    """Return the network with the average pooling that reads activation `number` before it, or None.
+
+    All that reads the activation must start with the same pooling, of windows without padding.
+    """
+    layer = network.layers[number - 1]
+    readers = [
+        term
+        for reader in network.layers
+        for term in (reader.terms if isinstance(reader, Layer) else ())
+        if term.source == number
+    ]
+    firsts = [term.steps[0] if term.steps else None for term in readers]
+    pool = firsts[0] if firsts else None
+    if (
+        not isinstance(layer, Layer)
+        or not isinstance(pool, Kernel)
+        or not is_pooling(pool)
+        or pool.geometry.expands
+        or any(isinstance(one, Maximum) and one.source == number for one in network.layers)
+        or not all(
+            isinstance(one, Kernel) and is_pooling(one) and one.geometry == pool.geometry for one in firsts
+        )
+    ):
+        return None
+    window = int(np.prod(pool.geometry.kernel))
+    layers = []
+    for place, one in enumerate(network.layers, 1):
+        if isinstance(one, Layer):
+            terms, bias = one.terms, one.bias
+            if place == number:
+                terms = tuple(
+                    replace(term, steps=(*term.steps, pool), factor=term.factor / window) for term in terms
+                )
+                bias = frozen(pool.apply(bias[None], 0)[0] / window)
+            terms = tuple(
+                replace(term, steps=term.steps[1:], factor=term.factor * window)
+                if term.source == number
+                else term
+                for term in terms
+            )
+            one = replace(one, terms=terms, bias=bias)
+        layers.append(one)
+    return replace(network, layers=tuple(layers))

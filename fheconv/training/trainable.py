@@ -1,0 +1,324 @@
+"""A quantized network as a torch module whose integer weights can be trained, under their budgets.
+
+Forward, it computes with the very integers that the circuit computes with; backward, roundings pass
+gradients through (straight-through estimator, Bengio et al. 2013) and a lookup has the slope of its
+activation. Weights are trained as latent reals, in units of one integer step. What they are rounded to always
+keeps to the budgets of the accumulators, so that their proof holds after each step of training; the latent
+weights stay near the L1 ball that a budget is (A2Q, Colbert et al. 2023), where rounding changes little.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fheconv.arithmetic import OUTSIDE, expand
+from fheconv.basics.arrays import Array, Shape
+from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
+from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
+from fheconv.networks.linear import Kernel, Select
+from fheconv.quantizer.building import Building
+from fheconv.quantizer.weights import IntegerTerms, Rows, read_taps
+from fheconv.training.straight_through import StraightThroughLookup
+
+# How far the latent weights of a filter may lie outside the ball of its budget, as a multiple of its radius:
+# on the ball itself, many small weights would hold each other below what rounds to 1.
+BALL = 1.5
+# The standard deviation of the noise of approximate rounding, in its steps, that training gets used to.
+ROUNDING_NOISE = 0.25
+CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class TrainableNetwork(nn.Module):
+    """What `IntegerNetwork.to_torch` returns: images (N, C, *S) in, the last layer's sums (N, K, *Out) out.
+
+    Its parameters are, for each layer, the latent weights, the logarithm of how much the real size of an
+    accumulator step of each filter grew, and a shift of the bias of each channel, in such steps. Call
+    `draw_in` after each step of an optimizer; `quantized` returns the integer network that it has become.
+
+    In training mode, noise stands for the approximate rounding before lookups; in evaluation mode rounding is
+    left out.
+    """
+
+    def __init__(self, network: IntegerNetwork) -> None:
+        super().__init__()
+        self.network = network
+        building = self._building(np.zeros((0, *network.input_shape)))
+        layers: list[nn.Module] = []
+        for layer, source in zip(network.layers, network.source.layers, strict=True):
+            if isinstance(layer, Maximum):
+                layers.append(_Maximum(layer))
+            elif isinstance(source, Layer):
+                layers.append(_Layer(layer, source, network, building))
+        self.layers: Any = nn.ModuleList(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the real numbers that the last accumulators stand for; images are clipped to the range."""
+        image = self.network.input
+        integers = (images / image.scale + image.zero_point).round().clamp(image.minimum, image.maximum)
+        # Tensors count from their zero-point, so that padding is with zeros.
+        tensors = [integers - image.zero_point]
+        for layer in self.layers:
+            tensors.append(layer(tensors))
+        return tensors[-1]
+
+    @torch.no_grad()
+    def draw_in(self) -> None:
+        """Draw the latent weights to where they are rounded from, after a step of training."""
+        for layer in self.layers:
+            layer.draw_in()
+
+    @torch.no_grad()
+    def quantized(self, calibration: Array) -> IntegerNetwork:
+        """Return the integer network, with what it observes on calibration images (N, C, *S).
+
+        Raises `CalibrationError` where training has diverged: parameters that are not finite, or steps in
+        which nothing can be counted.
+        """
+        for name, parameter in self.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise CalibrationError(
+                    f"The parameter {name} is not finite: training has diverged; lower the learning rate."
+                )
+        building = self._building(calibration)
+        for layer, source in zip(self.layers, self.network.source.layers, strict=True):
+            if isinstance(source, Maximum):
+                building.add_maximum(source)
+            else:
+                building.add(source, *layer.rounded())
+        return building.network()
+
+    def _building(self, images: Array) -> Building:
+        network = self.network
+        quantizations = [*network.quantizations, None]
+        return Building(network.source, network.config, quantizations, network.calibrated, images)
+
+
+class _Gather(nn.Module):
+    """A selection: outputs (N, *shape of index) of inputs (N, …), zero where `OUTSIDE`."""
+
+    index: Tensor
+
+    def __init__(self, index: Array) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor(index), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The index of what is outside, −1, is that of a zero put last.
+        return functional.pad(x.flatten(1), (0, 1))[:, self.index]
+
+
+class _Convolution(nn.Module):
+    """A convolution of inputs (N, C, *S), with the kernel's weights unless others are given."""
+
+    weight: Tensor
+
+    def __init__(self, kernel: Kernel, shape: Shape) -> None:
+        super().__init__()
+        self.geometry = geometry = kernel.geometry
+        if len(geometry.kernel) > max(CONVOLUTIONS):
+            raise UnsupportedLayerError(
+                f"A convolution over {len(geometry.kernel)} axes cannot be trained; torch has them over "
+                f"{max(CONVOLUTIONS)} at most."
+            )
+        places = np.arange(math.prod(shape)).reshape(1, *shape)
+        expanded = expand(places, geometry, OUTSIDE)[0]
+        self.expansion = _Gather(expanded) if geometry.expands else nn.Identity()
+        self.register_buffer("weight", torch.tensor(kernel.weight, dtype=torch.float32), persistent=False)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        geometry, x = self.geometry, self.expansion(x)
+        if not geometry.kernel:
+            return functional.conv1d(x[..., None], weight[..., None], groups=geometry.groups)[..., 0]
+        convolution = CONVOLUTIONS[len(geometry.kernel)]
+        return convolution(
+            x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+        )
+
+
+class _Maximum(nn.Module):
+    def __init__(self, layer: Maximum) -> None:
+        super().__init__()
+        self.source = layer.source
+        self.gather = _Gather(layer.index)
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.gather(tensors[self.source]).amax(dim=1)
+
+    def draw_in(self) -> None:
+        """There is nothing to draw in."""
+
+
+class _Layer(nn.Module):
+    """Σ terms with integer weights, times the steps, plus the bias; then the integers of its activation.
+
+    Filters that share a scale and a budget are one row. `index` (rows, n) tells where the weights of a row
+    are among all of the layer's, flattened, and `prices` (rows, n) by how much a unit of each widens the
+    accumulator's range. `alive` (rows, n) is 0 for what no filter of its group reads: what is pruned stays
+    pruned.
+    """
+
+    index: Tensor
+    alive: Tensor
+    prices: Tensor
+    of_value: Tensor
+    scale: Tensor
+    bias: Tensor
+    unit: Tensor
+
+    def __init__(
+        self, layer: QuantizedLayer, source: Layer, network: IntegerNetwork, building: Building
+    ) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, source.activation
+        self.dropped = _dropped(layer, network)
+        rows = Rows(source, layer.inputs, network.shapes)
+        self.places = [part.at for part in rows.parts]
+        kernels = [term.weighted()[1] for term in layer.terms]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.tensor(kernel.weight, dtype=torch.float32)) for kernel in kernels
+        )
+        index, prices = _packed(rows)
+        self._buffer("index", index)
+        self._buffer("prices", prices)
+        # Weights of one bit have no zero: they read what no trained filter does.
+        read = [
+            read_taps(part.kernel) | read_taps(kernel)
+            for part, kernel in zip(rows.parts, kernels, strict=True)
+        ]
+        alive = np.concatenate([*map(np.ravel, read), [False]])
+        self._buffer("alive", alive[index].astype(np.float32))
+        own = (self._by_row().detach().abs().long() * self.prices).sum(dim=1)
+        limit = building.budget(source)
+        # Where no width was asked for, no filter may span more than the widest does.
+        self.budget = int(own.max()) if limit is None else limit.steps
+        self._buffer("of_value", rows.of_value)
+        self._buffer("scale", np.broadcast_to(layer.scale, layer.shape).astype(np.float32))
+        self.growth = nn.Parameter(torch.zeros(len(rows.rows)))
+        self._buffer("bias", np.broadcast_to(layer.real_bias, layer.shape).astype(np.float32))
+        unit = self.scale.abs().reshape(len(self.scale), -1)[:, 0].reshape(-1, *[1] * (len(layer.shape) - 1))
+        self.register_buffer("unit", unit, persistent=False)
+        self.shift = nn.Parameter(torch.zeros(unit.shape))
+        self.terms: Any = nn.ModuleList(
+            nn.ModuleList(
+                _Gather(step.index) if isinstance(step, Select) else _Convolution(step, before)
+                for step, before in zip(
+                    term.steps, term.shapes(network.shapes[term.source])[:-1], strict=True
+                )
+            )
+            for term in layer.terms
+        )
+
+    def _buffer(self, name: str, values: Array) -> None:
+        self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        sums: Tensor | float = 0.0
+        for steps, at, source, latent, integers in zip(
+            self.terms, self.places, self.layer.sources, self.weights, self.integers(), strict=True
+        ):
+            x = tensors[source]
+            for place, step in enumerate(steps):
+                # Exactly the integers, with the gradient of the latent weights.
+                x = step(x, integers + (latent - latent.detach())) if place == at else step(x)
+            sums = sums + x
+        if self.training and self.dropped and isinstance(sums, Tensor):
+            noise = torch.rand_like(sums) - 0.5 + ROUNDING_NOISE * torch.randn_like(sums)
+            sums = sums + noise * 2.0**self.dropped
+        step = self.scale * self.growth.exp()[self.of_value]
+        real = step * sums + self.bias + self.unit * self.shift
+        if self.activation is None or self.layer.lookup is None:
+            return real
+        looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, self.layer.lookup.output)  # type: ignore[no-untyped-call]
+        return looked_up
+
+    @torch.no_grad()
+    def integers(self) -> list[Tensor]:
+        """Return the integers to which the latent weights are rounded, of their data type, within the budget.
+
+        A latent of size v exceeds by v − (k − ½) what rounds to its k-th unit. Of all units, those that are
+        exceeded the most for their price are taken while the budget lasts.
+        """
+        latent = self._by_row().nan_to_num().clamp(*self.layer.weight_range)
+        sizes = latent.abs()
+        units = sizes.round()
+        if most := int(units.max()):
+            exceeds = sizes[:, :, None] - (torch.arange(most) + 0.5)
+            gain = (exceeds / self.prices[:, :, None]).flatten(1)
+            gain, order = gain.sort(dim=1, descending=True, stable=True)
+            price = self.prices.gather(1, order // most)
+            taken = (gain >= 0) & (price.cumsum(1) <= self.budget)
+            units = torch.zeros_like(gain).scatter(1, order, taken.to(gain)).reshape(exceeds.shape).sum(2)
+        return self._unpacked(units * torch.sign(latent))
+
+    def draw_in(self) -> None:
+        """Draw the latent weights of each row into the ball of its budget: the nearest point of it.
+
+        The projection on a weighted L1 ball by sorting (Duchi et al. 2008).
+        """
+        least, greatest = self.layer.weight_range
+        latent = self._by_row().clamp(least - 0.5, greatest + 0.5)
+        sizes = latent.abs()
+        order = (sizes / self.prices).argsort(dim=1, descending=True)
+        price = self.prices.gather(1, order)
+        excess = (price * sizes.gather(1, order)).cumsum(1) - BALL * self.budget
+        pull = (excess / price.square().cumsum(1)).amax(1, keepdim=True).clamp(min=0)
+        sizes = (sizes - pull * self.prices).clamp(min=0)
+        for weight, drawn in zip(self.weights, self._unpacked(sizes * torch.sign(latent)), strict=True):
+            weight.copy_(drawn)
+
+    def rounded(self) -> tuple[IntegerTerms, Array]:
+        """Return the terms with integer weights, and the bias (C, *S)."""
+        terms = tuple(
+            term.with_weight(weight.numpy().astype(np.int64))
+            for term, weight in zip(self.layer.terms, self.integers(), strict=True)
+        )
+        # From the layer's own numbers, so that what was not trained on stays the same to the last bit.
+        step = self.layer.scale * self.growth.double().exp()[self.of_value].numpy()
+        bias = self.layer.real_bias + (self.unit * self.shift).double().numpy()
+        rounded = IntegerTerms(terms, step, self.layer.weight_range)
+        return rounded, np.broadcast_to(bias, self.layer.shape)
+
+    def _by_row(self) -> Tensor:
+        """Return the latent weights (rows, n), filled up with zeros."""
+        flat = torch.cat([weight.flatten() for weight in self.weights])
+        return functional.pad(flat, (0, 1))[self.index] * self.alive
+
+    def _unpacked(self, by_row: Tensor) -> list[Tensor]:
+        """Return weights that were packed by row, in their own shapes."""
+        counts = [weight.numel() for weight in self.weights]
+        flat = by_row.new_zeros(sum(counts) + 1)
+        flat[self.index] = by_row
+        parts = torch.split(flat[:-1], counts)
+        return [part.reshape(weight.shape) for part, weight in zip(parts, self.weights, strict=True)]
+
+
+def _dropped(layer: QuantizedLayer, network: IntegerNetwork) -> int:
+    """Return how many bits are rounded away before the layer's lookups."""
+    rounding = network.config.of_layer("rounding_bits", layer.name)
+    if layer.lookup is None or rounding is None:
+        return 0
+    limit = network.config.accumulator_bits_of(layer.name, looks_up=True)
+    return max((layer.lookup.bits if limit is None else limit) - rounding, 0)
+
+
+def _packed(rows: Rows) -> tuple[Array, Array]:
+    """Return `index` and `prices` of the rows; what fills short ones up is at the end, for a price of 1."""
+    filters = [part.kernel.weight[0].size for part in rows.parts]
+    counts = [part.kernel.weight.size for part in rows.parts]
+    first = np.concatenate([[0], np.cumsum(counts)])
+    own = [
+        np.concatenate([first[p] + c * filters[p] + np.arange(filters[p]) for p, c in row])
+        for row in rows.rows
+    ]
+    index = np.full((len(own), max(map(len, own))), first[-1])
+    for row, places in zip(index, own, strict=True):
+        row[: len(places)] = places
+    prices = [part.range for part in rows.parts]
+    return index, np.append(np.repeat(prices, counts), 1)[index]

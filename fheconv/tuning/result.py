@@ -1,0 +1,166 @@
+"""What `fheconv.tune` finds: circuits, how accurate and how dear they are, and which are worth having."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+
+from fheconv.basics.config import CompileConfig
+from fheconv.basics.errors import InvalidArgumentError, TuningError
+from fheconv.basics.report import Report
+from fheconv.circuits.circuit import FheCircuit
+from fheconv.circuits.cost import Cost
+from fheconv.quantized import QuantizedNetwork
+
+Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a network was made: what was asked for, and whether it was fine-tuned."""
+
+    accumulator_bits: int
+    rounding_bits: int | None = None
+    lookup_budget: int | None = None
+    fine_tuned: bool = False
+
+    def __str__(self) -> str:
+        kept = "" if self.rounding_bits is None else f", rounded to {self.rounding_bits}"
+        fewer = "" if self.lookup_budget is None else f", {self.lookup_budget} lookups at most"
+        trained = ", fine-tuned" if self.fine_tuned else ""
+        return f"{self.accumulator_bits} bits{kept}{fewer}{trained}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TunePoint:
+    """One circuit: `compile` makes it as it is.
+
+    `accuracy` is predicted with the failures of its lookups, `clear_accuracy` is that of the exact integers,
+    both on the evaluation images. `cost` is as Concrete tells it; `seconds` is its estimate, or the median
+    of encrypted runs if `measured`.
+    """
+
+    setting: Setting
+    network: QuantizedNetwork = field(repr=False)
+    config: CompileConfig
+    accuracy: float
+    clear_accuracy: float
+    cost: Cost = field(repr=False)
+    seconds: float
+    measured: bool = False
+
+    def compile(self) -> FheCircuit:
+        """Return the circuit, without keys."""
+        return FheCircuit(self.network, self.config)
+
+    def value(self, objective: Objective) -> float:
+        """Return what the objective makes small: seconds, complexity or bytes of keys."""
+        if objective == "latency":
+            return self.seconds
+        return self.cost.complexity if objective == "complexity" else float(self.cost.key_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TuneResult(Report):
+    """What `fheconv.tune` found: every point, and the front of those that no other beats.
+
+    `reason` says why the search ended, `limits` what stands in the way of cheaper circuits. `networks` are
+    those of each setting, and those that were fine-tuned as they were before; give the result to `tune` as
+    `previous`, and none of them is made again.
+    """
+
+    objective: Objective
+    float_accuracy: float
+    points: tuple[TunePoint, ...]
+    networks: Mapping[Setting, QuantizedNetwork] = field(repr=False)
+    reason: str
+
+    @property
+    def front(self) -> tuple[TunePoint, ...]:
+        """The points that are cheaper than all that are as accurate, the cheapest first."""
+        return front_of(self.points, self.objective)
+
+    @property
+    def limits(self) -> str:
+        """What the cheapest point pays for."""
+        if not self.points:
+            return "Nothing was found."
+        layers = self.front[0].cost.layers
+        total = max(sum(layer.lookups for layer in layers), 1)
+        most = max(layers, key=lambda layer: layer.lookups)
+        widest = max(layers, key=lambda layer: layer.lookup_bits)
+        return (
+            f"Of the cheapest circuit's {total} lookups {most.name!r} makes {most.lookups}: fewer channels "
+            "there (lookup_budgets), a larger stride or smaller images save the most. The widest lookups, of "
+            f"{widest.lookup_bits} bits, are those of {widest.name!r}."
+        )
+
+    def best(self, *, max_drop: float | None = None, max_seconds: float | None = None) -> TunePoint:
+        """Return the cheapest point that loses at most `max_drop` (0.01 is a point) of the float accuracy.
+
+        With `max_seconds` alone, the most accurate of those that are as fast; with both, what keeps to both.
+        Raises `TuningError` if there is none, naming the nearest, `InvalidArgumentError` without a limit.
+        """
+        if max_drop is None and max_seconds is None:
+            raise InvalidArgumentError("Say what is best: give max_drop, max_seconds or both.")
+        least = -np.inf if max_drop is None else self.float_accuracy - max_drop
+        most = np.inf if max_seconds is None else max_seconds
+        # Shares of images are multiples of one over their number: an exact tie must count.
+        able = [p for p in self.points if p.accuracy >= least - 1e-9 and p.seconds <= most]
+        if not able:
+            raise TuningError(self._nearest(max_drop, max_seconds))
+        if max_drop is None:
+            return max(able, key=lambda point: (point.accuracy, -point.value(self.objective)))
+        return min(able, key=lambda point: (point.value(self.objective), -point.accuracy))
+
+    def _nearest(self, max_drop: float | None, max_seconds: float | None) -> str:
+        limits = [] if max_drop is None else [f"loses at most {max_drop:.1%} of {self.float_accuracy:.1%}"]
+        limits += [] if max_seconds is None else [f"takes at most {max_seconds:g} s"]
+        said = f"No circuit that was tried {' and '.join(limits)}"
+        if not self.points:
+            return f"{said}: there are none. {self.reason}"
+        accurate = max(self.points, key=lambda point: point.accuracy)
+        fast = min(self.points, key=lambda point: point.seconds)
+        return (
+            f"{said}. The most accurate is right for {accurate.accuracy:.1%} in {accurate.seconds:.2g} s "
+            f"({accurate.setting}), the fastest for {fast.accuracy:.1%} in {fast.seconds:.2g} s. Give tune "
+            "training data, which it fine-tunes on, or allow more."
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the points and the front, with matplotlib (the extra `plots`); return the axes."""
+        from fheconv.analysis import plots
+
+        return plots.front(self, ax)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title="Cheapest circuits by accuracy", title_justify="left")
+        headings = "widths", "p_error", "accuracy", "drop", "lookups", "complexity", "keys", "seconds"
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "widths" else "right")
+        for point in self.front:
+            table.add_row(
+                str(point.setting),
+                f"{point.cost.p_error:.2g}",
+                f"{point.accuracy:.1%}",
+                f"{100 * (self.float_accuracy - point.accuracy):.1f}",
+                f"{point.cost.lookups:,}",
+                f"{point.cost.complexity:.2e}",
+                decimal(point.cost.key_bytes),
+                f"{point.seconds:.2g}" + ("" if point.measured else " expected"),
+            )
+        words = f"{self.float_accuracy:.1%} of the evaluation images are right in float."
+        return Group(table, words, self.reason, self.limits)
+
+
+def front_of(points: Sequence[TunePoint], objective: Objective) -> tuple[TunePoint, ...]:
+    """Return the points that are cheaper than all that are as accurate, the cheapest first."""
+    front: list[TunePoint] = []
+    for point in sorted(points, key=lambda point: (point.value(objective), -point.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return tuple(front)

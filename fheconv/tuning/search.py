@@ -1,0 +1,309 @@
+"""The search for the cheapest circuit that is still accurate."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+
+from fheconv.analysis.failures import accuracies
+from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.checks import check_integer, check_number
+from fheconv.basics.config import CompileConfig, QuantConfig
+from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
+from fheconv.basics.progress import track
+from fheconv.capture.model import capture
+from fheconv.circuits.circuit import FheCircuit
+from fheconv.networks.floats import Layer
+from fheconv.quantized import QuantizedNetwork, quantize
+from fheconv.training.finetuning import finetune
+from fheconv.tuning.parameters import measure as timed
+from fheconv.tuning.parameters import parameter_choices
+from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
+
+# Widths of accumulators, and what rounding leaves of them (None: all), the most generous first. Exact lookups
+# of 7 bits cost four times those of 6, which 9 bits rounded to 6 are as good as.
+WIDTHS: tuple[tuple[int, int | None], ...] = (
+    (9, 6), (8, 5), (7, 4), (6, None), (5, None), (4, None), (3, None)
+)  # fmt: skip
+# Failure probabilities of a lookup. More makes keys larger and nothing faster.
+P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
+# Bits of weights before lookups, where the width of accumulators limits them anyway, and of the last layer's,
+# whose width costs little (see `fheconv.lowering.planes`).
+WEIGHT_BITS, LAST_WEIGHT_BITS = 4, 6
+# So often the evaluation images go through the failure model.
+DRAWS = 8
+# What loses so much more than it may is not followed to narrower widths.
+HOPELESS = 0.02
+# So many points of the front, at most, are timed.
+MOST_MEASURED = 4
+
+
+def tune(
+    model: Any,
+    calibration: Any,
+    *,
+    evaluation: tuple[Any, Any],
+    objective: Objective = "latency",
+    training: tuple[Any, Any] | None = None,
+    augment: Callable[[Any], Any] | None = None,
+    epochs: int = 200,
+    lookup_budgets: Sequence[int] = (),
+    widths: Sequence[tuple[int, int | None]] = WIDTHS,
+    p_errors: Sequence[float] = P_ERRORS,
+    max_drop: float = 0.05,
+    measure: bool = False,
+    config: QuantConfig | None = None,
+    compile_config: CompileConfig | None = None,
+    previous: TuneResult | None = None,
+    seed: int = 0,
+) -> TuneResult:
+    """Search the circuits of a trained classifier for the cheapest at each accuracy.
+
+    model, calibration: as for `fheconv.quantize`.
+    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide what is
+        chosen, so measure what you choose on other images.
+    objective: what is to be small: "latency" (seconds of one encrypted image on this machine), "complexity"
+        (Concrete's count of operations) or "key_bytes".
+    training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`), each
+        setting for about as long as a training. Without it, quantization alone.
+    lookup_budgets: numbers of lookups that are tried too, by fine-tuning a network with fewer channels.
+    widths, p_errors: what is tried: widths of accumulators with what rounding leaves of them (None: all), the
+        most generous first, and failure probabilities of a lookup, the least first.
+    max_drop: what loses more accuracy than this is no point.
+    measure: time points of the front encrypted, four at most, with the optimiser's parameters and with others
+        of the same security that may be faster here; each takes a minute or two. Without it, seconds are
+        expected ones.
+    config, compile_config: with what else to quantize and to compile. The search sets the numbers of bits,
+        and p_error. `QuantConfig(weight_bits="auto", accumulator_bits="auto")` has it search those of weights
+        too, layer by layer, which takes longer and gains little where accumulators are narrow.
+    previous: an earlier result for the same model and data, whose networks are used again.
+
+    From each width on, narrower ones are left out once accuracy is lost; image and activation bits follow by
+    held-out calibration loss ("auto" in `QuantConfig`), layer by layer; weights have 4 bits, those of the
+    last layer 6. All lookups of a circuit have one width, so that Concrete's strategies for parameters of
+    several widths come to the same.
+    Accuracy comes from the integer network and the failure model of lookups (`fheconv.failures`), cost from
+    compiling without keys. An interruption returns what was found so far.
+
+    Raises `InvalidArgumentError` for arguments that do not go together, else like `quantize`.
+    """
+    settings = _settings(objective, training, lookup_budgets, widths)
+    check_number("max_drop", max_drop, 0.0, 1.0)
+    compile_config = CompileConfig() if compile_config is None else compile_config
+    if measure and compile_config.parameters is not None:
+        raise InvalidArgumentError(
+            f"measure=True tries parameters, and compile_config.parameters={compile_config.parameters} fixes "
+            "them; leave one of the two."
+        )
+    images, labels = _evaluation(evaluation)
+    network = capture(model, images.shape[1:])
+    outputs = network(images.astype(np.float64))
+    if outputs.ndim != 2:
+        raise InvalidArgumentError(
+            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
+        )
+    right = float((outputs.argmax(axis=1) == labels).mean())
+    layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
+    if not layers:
+        raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
+    search = _Search(
+        model=model,
+        calibration=calibration,
+        images=images,
+        labels=labels,
+        training=training,
+        augment=augment,
+        epochs=epochs,
+        config=QuantConfig() if config is None else config,
+        compile_config=compile_config,
+        networks=dict(previous.networks) if previous else {},
+        seed=seed,
+        p_errors=p_errors,
+        layers=layers,
+        last=network.layers[-1].name,
+    )
+    found: list[TunePoint] = []
+    reason = "The given widths were tried, from the first to where accuracy is lost."
+    try:
+        for point in search.points(settings, right - max_drop - HOPELESS):
+            if point.accuracy >= right - max_drop - 1e-9:
+                found.append(point)
+        if not found:
+            reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
+        for point in _spread(front_of(found, objective)) if measure else ():
+            found.extend(_timed(point))
+            found.remove(point)
+    except KeyboardInterrupt:
+        reason = "Interrupted: not every width was tried."
+    return TuneResult(
+        objective=objective,
+        float_accuracy=right,
+        points=tuple(found),
+        networks=search.networks,
+        reason=reason,
+    )
+
+
+def _settings(
+    objective: str,
+    training: Any,
+    lookup_budgets: Sequence[int],
+    widths: Sequence[tuple[int, int | None]],
+) -> list[Setting]:
+    """Return what is tried, in order. Raises `InvalidArgumentError` for arguments that do not go together."""
+    if objective not in get_args(Objective):
+        raise InvalidArgumentError(
+            f"objective={objective!r}; it must be one of {', '.join(get_args(Objective))}."
+        )
+    if lookup_budgets and training is None:
+        raise InvalidArgumentError("lookup_budgets need training data: without, too much accuracy is lost.")
+    for budget in lookup_budgets:
+        check_integer("lookup_budgets", budget, 1)
+    return [
+        Setting(
+            accumulator_bits=bits,
+            rounding_bits=kept,
+            lookup_budget=budget,
+            fine_tuned=training is not None,
+        )
+        for budget in (None, *lookup_budgets)
+        for bits, kept in widths
+    ]
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """What stays the same while settings change, and the networks made so far."""
+
+    model: Any
+    calibration: Any
+    images: Array
+    labels: Array
+    training: Any
+    augment: Callable[[Any], Any] | None
+    epochs: int
+    config: QuantConfig
+    compile_config: CompileConfig
+    networks: dict[Setting, QuantizedNetwork]
+    seed: int
+    p_errors: Sequence[float]
+    layers: list[str]
+    last: str
+
+    def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
+        """Yield the points of all settings but those narrower than one below the `least` accuracy."""
+        hopeless: set[tuple[int | None, bool]] = set()
+        for setting in track(settings, "Tuning…"):
+            family = setting.lookup_budget, setting.rounding_bits is None
+            if family in hopeless:
+                continue
+            try:
+                network = self._network(setting)
+            except AccumulatorOverflowError:  # not even one weight fits
+                hopeless.add(family)
+                continue
+            clear = float(accuracies(network, self.images, self.labels, 0.0, draws=1)[0])
+            if clear < least:
+                hopeless.add(family)
+            else:
+                yield from self._compiled(setting, network, clear)
+
+    def _network(self, setting: Setting) -> QuantizedNetwork:
+        if setting not in self.networks:
+            self.networks[setting] = (
+                self._trained(setting)
+                if setting.fine_tuned
+                else self._quantized(setting.accumulator_bits, setting.rounding_bits)
+            )
+        return self.networks[setting]
+
+    def _trained(self, setting: Setting) -> QuantizedNetwork:
+        return finetune(
+            self._network(replace(setting, lookup_budget=None, fine_tuned=False)),
+            self.training,
+            epochs=self.epochs,
+            augment=self.augment,
+            lookup_budget=setting.lookup_budget,
+            seed=self.seed,
+        )
+
+    def _quantized(self, bits: int, kept: int | None) -> QuantizedNetwork:
+        config = replace(
+            self.config,
+            method="auto",
+            accumulator_bits=dict.fromkeys(self.layers, bits),
+            rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
+            weight_bits="auto"
+            if self.config.asks("weight_bits")
+            else dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
+            activation_bits="auto",
+            input_bits="auto",
+        )
+        return quantize(self.model, self.calibration, config)
+
+    def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
+        cheapest = math.inf
+        for p_error in self.p_errors:
+            config = replace(self.compile_config, p_error=p_error)
+            try:
+                cost = FheCircuit(network, config).cost
+            except CompilationError:
+                continue
+            if cost.complexity >= cheapest:  # more failures for nothing
+                continue
+            cheapest = cost.complexity
+            predicted = accuracies(
+                network, self.images, self.labels, cost.p_error, draws=DRAWS, seed=self.seed
+            )
+            yield TunePoint(
+                setting=setting,
+                network=network,
+                config=config,
+                accuracy=float(predicted.mean()),
+                clear_accuracy=clear,
+                cost=cost,
+                seconds=math.inf if cost.seconds is None else cost.seconds,
+            )
+
+
+def _evaluation(evaluation: Any) -> tuple[Array, Array]:
+    try:
+        images, labels = evaluation
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            "evaluation must be a pair: images (n, C, *S) and classes (n,)."
+        ) from error
+    images, labels = (
+        as_array(images, "The images of evaluation"),
+        as_array(labels, "The classes of evaluation"),
+    )
+    if images.ndim < 2 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
+        raise InvalidArgumentError(
+            f"evaluation has images of shape {images.shape} and classes of shape {labels.shape} and type "
+            f"{labels.dtype}; give (n, C, *S) and integers (n,)."
+        )
+    return images, labels
+
+
+def _spread(front: Sequence[TunePoint]) -> list[TunePoint]:
+    """Return as many points of the front as are timed, from its cheapest to its most accurate."""
+    places = np.linspace(0, len(front) - 1, min(len(front), MOST_MEASURED)).round().astype(int)
+    return [front[place] for place in places]
+
+
+def _timed(point: TunePoint) -> list[TunePoint]:
+    """Return the point timed, with each of the parameters that may be worth having."""
+    choices = timed(point.network, parameter_choices(point.network, point.config))
+    return [
+        replace(
+            point,
+            config=choice.config,
+            cost=FheCircuit(point.network, choice.config).cost,
+            seconds=choice.seconds,
+            measured=True,
+        )
+        for choice in choices
+        if choice.seconds is not None
+    ]
