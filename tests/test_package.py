@@ -41,7 +41,7 @@ import json, fheconv
 import types
 found = {name: getattr(fheconv, name) for name in fheconv.__all__ if name != "__version__"}
 modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]
-names = {name: getattr(value, "__module__", value.__name__ if name in modules else "") for name, value in found.items()}
+names = {name: found[name].__name__ if name in modules else found[name].__module__ for name in found}
 print(json.dumps({"names": names, "dir": dir(fheconv), "all": fheconv.__all__}))
 """
     seen = fresh(code)
@@ -92,7 +92,7 @@ before = {name: getattr(fheconv, name) for name in fheconv.__all__}
 for module in pkgutil.walk_packages(fheconv.__path__, "fheconv."):
     if module.name not in ("fheconv.circuits.native.library", "fheconv.__main__"):
         importlib.import_module(module.name)
-print(json.dumps([name for name in before if getattr(fheconv, name) is not before[name]]))
+print(json.dumps([name for name in before if getattr(fheconv, name) != before[name]]))
 """
     assert fresh(code) == []
 
