@@ -1,4 +1,4 @@
-"""What users pass as images and weights, as numpy arrays, and what is often done with arrays."""
+"""Turns images and weights that users pass into numpy arrays, and holds common operations on arrays."""
 
 from typing import Any, TypeAlias
 
@@ -41,7 +41,7 @@ def first_position(mask: Array) -> tuple[int, ...]:
 
 
 def channel_vector(value: Any, channels: int) -> Array:
-    """Return a bias as an array (channels,). Raises `InvalidArgumentError` if it is none."""
+    """Return a bias as an array (channels,). Raises `InvalidArgumentError` for another shape."""
     bias = as_array(value, "bias")
     if bias.shape != (channels,):
         raise InvalidArgumentError(f"bias has shape {bias.shape}, out_channels is {channels}.")
@@ -49,18 +49,18 @@ def channel_vector(value: Any, channels: int) -> Array:
 
 
 def along_channels(values: Array, axes: int) -> Array:
-    """Return `values` (C,) as (C, 1, …) of so many axes, to go with a tensor (C, *S)."""
+    """Return `values` (C,) as (C, 1, …) with `axes` axes, to broadcast with a tensor (C, *S)."""
     return values.reshape(-1, *[1] * (axes - 1))
 
 
 def channel_means(values: Array) -> Array:
-    """Return the mean of each channel of a batch (N, C, *S), (C, *1)."""
+    """Return the mean of each channel of a batch (N, C, *S), as (C, *1)."""
     means: Array = values.mean(axis=(0, *range(2, values.ndim)))
     return along_channels(means, values.ndim - 1)
 
 
 def frozen(array: Array) -> Array:
-    """Return a copy of `array` that nobody can change."""
+    """Return a read-only copy of `array`."""
     copy = array.copy()
     copy.setflags(write=False)
     return copy

@@ -6,12 +6,15 @@ import numpy as np
 
 from fheconv.basics.errors import InvalidArgumentError
 
-# What calibration images decide.
+# The value is chosen from calibration images.
 Auto: TypeAlias = Literal["auto"]
 
 
 def _number(name: str, value: Any, least: int, greatest: int, *, auto: bool) -> int | Auto:
-    """Return `value` as an int, or "auto" where that is allowed; raise `InvalidArgumentError` for others."""
+    """Return `value` as an int, or "auto" if `auto` allows it.
+
+    Raises `InvalidArgumentError` for other values.
+    """
     if auto and isinstance(value, str) and value == "auto":
         return "auto"
     check_integer(name, value, least, greatest)
@@ -23,7 +26,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, least: float, greatest: float = np.inf) -> None:
-    """Raise `InvalidArgumentError` unless `value` is a number between `least` and `greatest`, not at them."""
+    """Raise `InvalidArgumentError` unless `value` is a number strictly between `least` and `greatest`."""
     if not _is_number(value) or not least < value < greatest:
         limits = f"above {least:g}" if greatest == np.inf else f"between {least:g} and {greatest:g}"
         raise InvalidArgumentError(f"{name}={value!r} must be a number {limits}.")
@@ -38,6 +41,9 @@ def check_integer(name: str, value: Any, least: int, greatest: int | None = None
 
 
 def check_token(token: str) -> None:
-    """Raise `InvalidArgumentError`, which does not quote it, unless `token` can stand in a header."""
+    """Raise `InvalidArgumentError` unless `token` can stand in a header.
+
+    The message does not quote the token.
+    """
     if not token.isascii() or not token.isprintable() or len(token.split()) != 1 or token != token.strip():
         raise InvalidArgumentError("The token must be one word of printable ASCII characters.")

@@ -1,4 +1,4 @@
-"""What users choose: how to quantize, and how to compile."""
+"""Holds what users choose: how to quantize, and how to compile."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ from fheconv.basics.errors import InvalidArgumentError
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 
-# What holds for every layer, or for each by its name.
+# One number for every layer, or one number for each layer by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
 PerLayerOrAuto: TypeAlias = int | Auto | Mapping[str, int | Auto]
 Overflow: TypeAlias = Literal["proved", "calibrated"]
@@ -22,46 +22,51 @@ Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How to quantize.
+    """Holds the choices for quantization.
 
-    weight_bits: 1 to 8. Symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, 0, +1}.
-    activation_bits: 1 to 8. How many bits the output of a lookup gets. None: 4, or half of accumulator_bits
-        if that is less, so that an accumulator holds some products.
-    activation_levels: 2 to 256. How many integers the output of a lookup can be, instead of
-        activation_bits: it need not be a power of two, and where accumulators are narrow each one counts.
-    accumulator_bits: 1 to 16, the width that every accumulator is guaranteed to have at most, in offset
-        form; None: whatever the weights need, or, before a rounded lookup, 4 more than rounding_bits:
-        rounding loses what weights gain from more.
-    rounding_bits: 2 to 8. How many bits are left of an accumulator that enters a lookup; the others are
-        rounded away, approximately, which makes the lookup cheaper. None: all. (Of one bit nothing would be
-        left: rounding needs a step free at both ends.)
-    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": as wide as what
-        calibration observed, and `margin` more at both ends; values outside give wrong results.
-    margin: of "calibrated", as a share of the observed range.
-    method: how weights are rounded. "minmax": to the nearest integers, where a filter's greatest weight
-        becomes the greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to
-        those that change what the layer computes on the calibration images least. "accumulator": the same,
-        under the budget of `accumulator_bits`, to which no other method keeps. "auto": "accumulator", but
-        "mse" for a single convolution without `accumulator_bits`, which then does not depend on the images.
-    input_bits: 1 to 16. How many bits an image value gets.
-    input_levels: 2 to 65536. How many integers an image value can be, instead of input_bits.
-    per_channel: one weight scale for each output channel (True), or for the whole tensor, which "minmax" and
-        "mse" can do.
-    input_signed: image integers in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0, instead of
-        [0, 2^bits − 1] with the zero-point that calibration asks for.
-    input_range: the (smallest, greatest) image value, instead of what calibration shows.
+    weight_bits: 1 to 8. Weights are symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, 0, +1}.
+    activation_bits: 1 to 8. The width of a lookup's output. None: 4, or half of accumulator_bits if that is
+        less. Then an accumulator can hold several products.
+    activation_levels: 2 to 256. The number of integers that a lookup's output can be. It replaces
+        activation_bits and need not be a power of two. With narrow accumulators each level counts.
+    accumulator_bits: 1 to 16. No accumulator is wider than this, in offset form; this is guaranteed. None: as
+        wide as the weights need. Before a rounded lookup, None means rounding_bits + 4: with more, rounding
+        loses more than the weights gain.
+    rounding_bits: 2 to 8. The width to which an accumulator is rounded before its lookup. The rounding is
+        approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
+        free step at both ends.)
+    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": they are as wide as
+        calibration observed, plus `margin` at both ends. Values outside then give wrong results.
+    margin: for "calibrated", as a share of the observed range.
+    method: how weights are rounded. "minmax": to the nearest integers; a filter's greatest weight becomes the
+        greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to the integers
+        that change the layer's sums on the calibration images least. "accumulator": like "gptq", and it keeps
+        to `accumulator_bits`; no other method does. "auto": "accumulator"; but for a single convolution
+        without `accumulator_bits` it is "mse", so that the result does not depend on the images.
+    input_bits: 1 to 16. The width of an image value.
+    input_levels: 2 to 65536. The number of integers that an image value can be. It replaces input_bits.
+    per_channel: True: each output channel has its own weight scale. False: the whole tensor has one scale;
+        only "minmax" and "mse" can do this.
+    input_signed: image integers lie in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0. Otherwise they lie in
+        [0, 2^bits − 1], and calibration gives the zero-point.
+    input_range: the (smallest, greatest) image value. None: calibration decides.
 
-    What layers have is one number for all of them, or a number for each by its name, such as {"conv1": 3};
-    layers that are not named get the default.
+    A setting of layers is one number for all of them, or a dict from layer names to numbers, such as
+    {"conv1": 3}. Layers without a name in the dict get the default.
 
-    weight_bits, activation_bits, accumulator_bits and input_bits can be "auto", the first three also for a
-    layer by its name: `fheconv.quantize` then chooses them on calibration images, every fifth of which it
-    holds out (of fewer than 20 images all serve for both). Weights of 2 to 6 bits, 2 to 28 integers for each
-    activation and for image values are balanced against the accumulators, so that accumulator_bits, or
-    rounding_bits, have to be given too. Of accumulators only those that enter lookups are "auto": they get
-    one width, the least up to 8 (with rounding_bits, up to 4 more than those) at which the network's results
-    differ from the float network's by at most 6 % of their variance, or else the one of least difference.
-    The network's own `config` has the numbers that were chosen.
+    weight_bits, activation_bits, accumulator_bits and input_bits can be "auto"; the first three also for one
+    layer by its name. `fheconv.quantize` then chooses them on calibration images. It holds out every fifth
+    image. If there are fewer than 20 images, all serve for both. It tries weights of 2 to 6 bits and 2 to 28
+    integers for activations and image values, and balances them against the accumulators. So accumulator_bits
+    or rounding_bits must be given too. "auto" accumulators are those that enter lookups. They share one
+    width, at most 8 (with rounding_bits: at most 4 more than those). It is the least width at which the
+    network's results differ from the float network's by at most 6 % of their variance. If no width reaches
+    that, it is the width of least difference. The network's own `config` has the chosen numbers.
+
+    Example:
+        >>> config = QuantConfig(weight_bits={"conv1": 3}, input_bits=8)
+        >>> config.of_layer("weight_bits", "conv1"), config.of_layer("weight_bits", "conv2")
+        (3, 4)
     """
 
     weight_bits: PerLayerOrAuto = 4
@@ -125,21 +130,21 @@ class QuantConfig:
 
     @property
     def is_auto(self) -> bool:
-        """Whether there are numbers to choose."""
+        """Return whether any number is "auto"."""
         return any(map(self.asks, _AUTO))
 
     def asks(self, name: str) -> bool:
-        """Whether some number of this name, such as "weight_bits", is "auto"."""
+        """Return whether the setting `name`, such as "weight_bits", is "auto" for any layer."""
         value = getattr(self, name)
         return "auto" in (value.values() if isinstance(value, Mapping) else (value,))
 
     @property
     def _keeps_widths(self) -> bool:
-        """Whether weights are chosen to keep accumulators to widths."""
+        """Return whether the method chooses weights that keep accumulators to their widths."""
         return self.method in ("auto", "accumulator")
 
     def of_layer(self, name: str, layer: str) -> Any:
-        """Return what was chosen for a layer, of what layers have, such as "weight_bits"."""
+        """Return the choice for one layer in the setting `name`, such as "weight_bits"."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             return value
@@ -159,14 +164,14 @@ class QuantConfig:
         return (-(levels // 2), levels - 1 - levels // 2) if self.input_signed else (0, levels - 1)
 
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
-        """Return the width that a layer's accumulators have to keep to, None for any."""
+        """Return the width that a layer's accumulators must not exceed; None for no limit."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
         if limit is None and rounding is not None and looks_up and self._keeps_widths:
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 
     def check_layers(self, layers: Collection[str]) -> None:
-        """Raise `InvalidArgumentError` for numbers of a layer that there is not."""
+        """Raise `InvalidArgumentError` if a setting names a layer that does not exist."""
         for name in _LAYER_NUMBERS:
             value = getattr(self, name)
             unknown = [layer for layer in value if layer not in layers] if isinstance(value, Mapping) else []
@@ -177,7 +182,7 @@ class QuantConfig:
                 )
 
     def __str__(self) -> str:
-        """Show the call that makes it, widths always and the rest where it is not the default."""
+        """Show the call that makes this configuration: widths always, the rest if it is not the default."""
         always = ("weight_bits", "input_bits")
         shown = (
             f"{field.name}={getattr(self, field.name)!r}"
@@ -187,9 +192,9 @@ class QuantConfig:
         return f"QuantConfig({', '.join(shown)})"
 
 
-# How many bits of an accumulator are rounded away, unless its width was chosen.
+# The number of bits that are rounded away from an accumulator, unless its width was chosen.
 ROUNDED_AWAY = 4
-# The least and the most.
+# The smallest and the greatest allowed number.
 _LAYER_NUMBERS = {
     "weight_bits": (1, 8),
     "activation_bits": (1, 8),
@@ -197,7 +202,7 @@ _LAYER_NUMBERS = {
     "accumulator_bits": (1, 16),
     "rounding_bits": (2, 8),
 }
-# What can be left to `fheconv.quantize`.
+# The settings that `fheconv.quantize` can choose.
 _AUTO = ("weight_bits", "activation_bits", "accumulator_bits", "input_bits")
 
 
@@ -206,14 +211,18 @@ SECURITY_LEVELS = (128, 132)
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterRange:
-    """The parameters of TFHE that Concrete may choose from; () leaves it all that it knows.
+    """Limits the TFHE parameters that Concrete may choose from; () allows all that it knows.
 
-    log2_polynomial_sizes and glwe_dimensions shape what a lookup computes with, and the bootstrapping key;
-    keyswitch_levels the key switch before each lookup. Security is not among them: the noise of keys follows
-    from these dimensions and the security level.
+    log2_polynomial_sizes and glwe_dimensions set the shape of what a lookup computes with, and of the
+    bootstrapping key. keyswitch_levels sets the key switch before each lookup. Security is not a choice here:
+    the noise of keys follows from these dimensions and the security level.
 
-    Where no parameters of the range do, Concrete takes others without a word, or finds none.
-    Raises `InvalidArgumentError` for numbers that no parameters have.
+    If no parameters in the range work, Concrete silently takes others, or finds none. Raises
+    `InvalidArgumentError` for numbers that no parameters have.
+
+    Example:
+        >>> ParameterRange(glwe_dimensions=(1, 2)).keyswitch_levels
+        ()
     """
 
     log2_polynomial_sizes: tuple[int, ...] = ()
@@ -226,40 +235,47 @@ class ParameterRange:
                 check_integer(name, number, least, greatest)
 
 
-# The least and the most of what Concrete's optimiser tries.
+# The smallest and the greatest number that Concrete's optimiser tries.
 _PARAMETERS = {"log2_polynomial_sizes": (8, 18), "glwe_dimensions": (1, 6), "keyswitch_levels": (1, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """How to compile and run.
+    """Holds the choices for compiling and running.
 
     engine: "conv" (Concrete's convolution), "separable" (two passes, for filters of rank one), "shifts" (the
-        sum of shifted images, which leaves out zero weights), "matrix" (the dense product x·B), or "auto":
-        the one that is predicted to be cheapest.
-    p_error: probability that a lookup goes wrong, or, in a network without lookups, a result. None: where
-        there are lookups, `global_p_error`; where there are none, 2^−64, at the price of ciphertexts some 4 %
-        larger than with Concrete's own default.
-    global_p_error: probability that anything goes wrong in one image. None, and no p_error: 10^−5, Concrete's
-        default. Lookups get cheaper with more, and what a failed one returns is mostly a neighbouring entry.
+        sum of shifted images, without zero weights), "matrix" (the dense product x·B), or "auto": the one
+        with the lowest predicted cost.
+    p_error: the probability that a lookup goes wrong, or a result in a network without lookups. None: with
+        lookups, `global_p_error` decides; without, 2^−64, and ciphertexts are some 4 % larger than with
+        Concrete's own default.
+    global_p_error: the probability that anything goes wrong in one image. None, and no p_error: 10^−5,
+        Concrete's default. A greater number makes lookups cheaper. A failed lookup mostly returns a
+        neighbouring entry.
     security_level: bits, 128 or 132.
-    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: where there
-        are lookups; a network without runs slower on them.
+    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: only in
+        networks with lookups; a network without lookups runs slower with it.
     compress_evaluation_keys: smaller evaluation keys.
-    parameters: the range from which Concrete chooses them. None: all, or what `configuration` says.
-    configuration: a `concrete.fhe.Configuration` with which everything else starts: strategies, say.
-    lanes: how many images of a batch ride in one ciphertext of a network without lookups. "auto" takes as
-        many as fit beside each other, 4 at most (more is no faster); 1 is none.
-    in_process: run the native library in this process, for debugging. It then takes the process with
-        it when it crashes, and makes it exit with status 0 whatever happened.
-    time_limit: seconds for one call of the native library: to compile, make keys, encrypt or decrypt a
-        batch, run one image. Starting the worker does not count.
-    memory_limit: bytes of memory that the native library's process may hold, during a call of this circuit,
-        beyond what it has after its imports; checked every 20 ms. If other circuits have filled that
-        process to the limit before the call, a new one is started for it. On Linux only.
+    parameters: the range from which Concrete chooses its parameters. None: all, or as `configuration` says.
+    configuration: a `concrete.fhe.Configuration` that gives all other settings, such as strategies.
+    lanes: how many images of a batch share one ciphertext in a network without lookups. "auto": as many as
+        fit, at most 4 (more is no faster). 1: no sharing.
+    in_process: run the native library in this process, for debugging. A crash of the library then ends this
+        process too, and the process then exits with status 0 in every case.
+    time_limit: seconds for one call of the native library: to compile, make keys, encrypt or decrypt a batch,
+        or run one image. Starting the worker does not count.
+    memory_limit: bytes of memory that the native library's process may hold during a call of this circuit,
+        beyond what it has after its imports. Checked every 20 ms, on Linux only. If other circuits have
+        filled the process to the limit before the call, a new process starts.
 
     A call that exceeds a limit ends with `CompilationError` or `ExecutionError`; the circuit stays usable.
-    Raises `InvalidArgumentError`, for limits with `in_process` too: nothing could enforce them there.
+    Raises `InvalidArgumentError`, also for limits together with `in_process`: there, nothing could enforce
+    them.
+
+    Example:
+        >>> config = CompileConfig(engine="shifts", p_error=1e-6)
+        >>> config.engine, config.security_level
+        ('shifts', 128)
     """
 
     engine: Engine = "auto"
@@ -308,7 +324,7 @@ class CompileConfig:
         for name in ("p_error", "global_p_error"):
             value = getattr(self, name)
             if value is not None:
-                # Concrete's optimiser dies of numbers that are hardly more than 0.
+                # Concrete's optimiser crashes on numbers that are hardly above 0.
                 if not (_is_number(value) and 1e-300 <= value < 1):
                     raise InvalidArgumentError(f"{name}={value!r} must lie between 1e-300 and 1.")
                 object.__setattr__(self, name, float(value))

@@ -1,4 +1,4 @@
-"""Every exception fheconv raises on purpose.
+"""Defines every exception that fheconv raises on purpose.
 
 FheConvError
 ├── InvalidArgumentError      an argument that has no meaning (stride 0, groups that do not divide…)
@@ -9,7 +9,7 @@ FheConvError
 ├── CompilationError          Concrete cannot compile the circuit
 ├── ExecutionError            key generation, encryption, evaluation or decryption failed
 ├── NotCompiledError          calls in the wrong order
-├── TuningError               no circuit that was tried keeps to what was asked
+├── TuningError               no circuit that was tried meets the requirements
 ├── ArtifactError             a ciphertext, key or file that is damaged or belongs elsewhere
 ├── RemoteError               a server that cannot be reached, is busy or full, or refuses the token
 └── MissingExtraError         a package of an optional extra that is not installed
@@ -37,8 +37,8 @@ class CalibrationError(FheConvError, ValueError):
 class AccumulatorOverflowError(FheConvError, OverflowError):
     """A proved accumulator range does not fit its width.
 
-    Attributes: `layer` and `channel` where it happens, `value` (what is needed), `limit` (what there
-    is) and `remedy` (what to change), each None where it does not apply.
+    Attributes: `layer` and `channel` (where it happens), `value` (what is needed), `limit` (what is
+    available) and `remedy` (what to change). Each is None if it does not apply.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class NotCompiledError(FheConvError):
 
 
 class TuningError(FheConvError):
-    """No circuit that was tried is as accurate, or as cheap, as it was asked to be."""
+    """No circuit that was tried is accurate enough, or cheap enough."""
 
 
 class ArtifactError(FheConvError):
@@ -88,4 +88,4 @@ class RemoteError(FheConvError):
 
 
 class MissingExtraError(FheConvError, ImportError):
-    """A package that comes with one of fheconv's optional extras is not installed."""
+    """A package from one of fheconv's optional extras is not installed."""

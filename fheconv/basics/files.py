@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files whole or not at all."""
 
 import os
 import secrets
@@ -9,9 +9,9 @@ from fheconv.basics.errors import ArtifactError
 
 
 def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, overwrite: bool = True) -> None:
-    """Write a file beside its place and move it there; `private` ones only their owner may read.
+    """Write a file beside `path` and then move it there; only the owner can read `private` files.
 
-    Raises `ArtifactError` if it exists and `overwrite` is False, or it cannot be written.
+    Raises `ArtifactError` if the file exists and `overwrite` is False, or if it cannot be written.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -25,7 +25,7 @@ def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, ov
             if overwrite:
                 os.replace(beside, path)
             else:
-                os.link(beside, path)  # fails if the file exists, as no check beforehand could
+                os.link(beside, path)  # fails if the file exists; an earlier check could not be sure
         finally:
             beside.unlink(missing_ok=True)
     except FileExistsError as error:

@@ -1,4 +1,4 @@
-"""Signs of life during long work, on a terminal only."""
+"""Shows progress during long work, on a terminal only."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +12,13 @@ PIECE = 2**18
 
 
 def status(message: str) -> AbstractContextManager[Any]:
-    """Show `message` with a spinner on standard error while the block runs; nothing if it is no terminal."""
+    """Show `message` with a spinner on standard error while the block runs, on a terminal only."""
     console = Console(stderr=True)
     return console.status(message) if console.is_terminal else nullcontext()
 
 
 def track(items: Sequence[T], message: str) -> Iterable[T]:
-    """Go through `items` with a bar on standard error that ends with them; none if it is no terminal."""
+    """Yield `items` and show a bar on standard error until they end. Without a terminal, show no bar."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
@@ -28,7 +28,7 @@ def track(items: Sequence[T], message: str) -> Iterable[T]:
 
 
 def track_bytes(chunks: Sequence[bytes], message: str) -> Iterator[bytes]:
-    """Yield the bytes of `chunks` in pieces, with a bar on standard error; none if it is no terminal."""
+    """Yield the bytes of `chunks` in pieces. Show a bar on standard error, on a terminal only."""
     columns = (SpinnerColumn(), *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""Reports that print as a table in a terminal and render in a notebook."""
+"""Prints reports as tables in a terminal and renders them in a notebook."""
 
 import io
 from abc import ABC, abstractmethod
@@ -7,13 +7,13 @@ from rich.console import Console, RenderableType
 
 
 class Report(ABC):
-    """Something with a rich rendering; its text and HTML forms follow from that one."""
+    """A report with a rich rendering; its text and HTML forms are made from that rendering."""
 
     @abstractmethod
     def __rich__(self) -> RenderableType: ...
 
     def __repr__(self) -> str:
-        return str(self)  # at a prompt, where what is not a notebook shows the repr
+        return str(self)  # Python's prompt shows the repr; notebooks use HTML
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, force_jupyter=False, color_system=None)
