@@ -1,7 +1,7 @@
 """Computes convolutions with numpy and scipy alone.
 
-Every function is N-d: `*S` stands for the spatial sizes (M, N for an image), `*k` for the kernel's
-(Hf, Wf). "Convolution" is cross-correlation, as torch and TensorFlow compute it.
+Every function is N-d: `*S` stands for the spatial sizes (M, N for an image), `*k` for the kernel's sizes (Hf,
+Wf). "Convolution" means cross-correlation, as torch and TensorFlow compute it.
 
 exact: the float types in which integer sums stay exact.
 geometry: shapes, strides, paddings, and which tap reads which pixel.

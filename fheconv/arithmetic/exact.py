@@ -1,4 +1,4 @@
-"""In which dtype a sum of products is exact."""
+"""Finds the dtype in which a sum of products is exact."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ def _max_abs(x: Array) -> int:
 
 
 def exact_dtypes(a: Array, b: Array, terms: int, bias: Array | None) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Return the dtype to compute sums of `terms` products in, and the dtype of their result.
+    """Return two dtypes: one in which sums of `terms` products are computed, and one for their result.
 
-    Integers go through floating-point BLAS where terms · max|a| · max|b| + max|bias| is proved to be
-    below 2²⁴ (float32) or 2⁵³ (float64): every partial sum is then exact, in whatever order BLAS adds
-    (numpy's integer product has no BLAS and is some fifty times slower). Above, int64; past that,
+    Integers use floating-point BLAS if terms · max|a| · max|b| + max|bias| is proved to be below 2²⁴
+    (float32) or 2⁵³ (float64). Then every partial sum is exact, in any order of addition. (numpy's integer
+    product has no BLAS and is some fifty times slower.) Larger sums use int64. Sums that may pass int64 raise
     `AccumulatorOverflowError`.
     """
     operands = [a, b] if bias is None else [a, b, bias]
     if any(operand.dtype.kind == "f" for operand in operands):
         dtype = np.result_type(*operands)
-        # Half precision holds few sums, and scipy.sparse not at all.
+        # Half precision is exact for few sums only, and scipy.sparse does not support it.
         working = np.result_type(dtype, np.float32)
         return working, dtype if "f" in (a.dtype.kind, b.dtype.kind) else working
     bound = terms * _max_abs(a) * _max_abs(b) + (0 if bias is None else _max_abs(bias))

@@ -1,4 +1,4 @@
-"""The classic formulations of convolution side by side, its gradients and its transpose."""
+"""Computes convolutions by the classic formulations, with gradients and the transposed convolution."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,25 +40,31 @@ def conv(
     layout: Layout = "NCHW",
     flip_kernel: bool = False,
 ) -> Array:
-    """Return the convolution of a batch, by the formulation named.
+    """Return the convolution of a batch, computed by `method`.
 
     Layout NCHW: `x` (N, C, *S), `weight` (K, C/groups, *k), result (N, K, *Out).
     Layout NHWC: `x` (N, *S, C), `weight` (*k, C/groups, K), result (N, *Out, K).
-    `bias` is (K,). `flip_kernel=True` turns the filter by 180° first: convolution in the
-    mathematician's sense.
+    `bias` is (K,). `flip_kernel=True` first turns the filter by 180°: this is convolution as mathematicians
+    define it.
 
-    Integers in, exact int64 out: see `exact_dtypes`.
+    Integers give exact int64 results: see `exact_dtypes`.
 
     | method | where it comes from |
     |---|---|
     | `"loops"` | the definition, seven nested loops for an image; the oracle of small sizes |
     | `"shifts"` | one matrix product a tap over the shifted image (Vasudevan et al. 2017, "kn2row") |
     | `"im2col"` | all windows unrolled into rows, one GEMM (Chellapilla et al. 2006); the fastest here |
-    | `"tensordot"` | the same contraction, left to numpy |
+    | `"tensordot"` | the same contraction, computed by numpy |
     | `"matrix"` | the sparse `filter_matrix`, x·B |
 
-    Raises `InvalidArgumentError` for arguments that do not go together and `AccumulatorOverflowError`
-    for integers whose sums may pass 2⁶³.
+    Raises `InvalidArgumentError` for arguments that do not fit together and `AccumulatorOverflowError` for
+    integers whose sums may pass 2⁶³.
+
+    Example:
+        >>> image = np.arange(9).reshape(1, 1, 3, 3)
+        >>> conv(image, np.ones((1, 1, 2, 2), int))
+        array([[[[ 8, 12],
+                 [20, 24]]]])
     """
     x, weight = as_array(x, "x"), as_array(weight, "weight")
     if x.ndim != weight.ndim or x.ndim < 3:
@@ -103,11 +109,16 @@ def conv_gradients(
     dilation: PerAxis = 1,
     groups: int = 1,
 ) -> tuple[Array, Array, Array]:
-    """Return the gradients of a convolution: of its input, its weight and its bias.
+    """Return the gradients of a convolution for its input, its weight and its bias.
 
-    `grad_output` is (N, K, *Out), `x` (N, C, *S), `weight` (K, C/groups, *k). The input's gradient is
-    `grad_output · Bᵀ` (col2im); the weight's is the GEMM of the gradient with the im2col rows.
+    `grad_output` is (N, K, *Out), `x` (N, C, *S), `weight` (K, C/groups, *k). The gradient of the input is
+    `grad_output · Bᵀ` (col2im). The gradient of the weight is the GEMM of `grad_output` with the im2col rows.
     Raises like `conv`.
+
+    Example:
+        >>> x, weight = np.array([[[1, 2, 3]]]), np.array([[[1, -1]]])
+        >>> conv_gradients(np.ones((1, 1, 2), int), x, weight)
+        (array([[[ 1,  0, -1]]]), array([[[3, 5]]]), array([2]))
     """
     x, weight = as_array(x, "x"), as_array(weight, "weight")
     grad = as_array(grad_output, "grad_output")
@@ -149,11 +160,15 @@ def conv_transpose(
     dilation: PerAxis = 1,
     groups: int = 1,
 ) -> Array:
-    """Return the transposed convolution of a batch: the product with the transpose of the direct one's B.
+    """Return the transposed convolution of a batch: the product with Bᵀ, where B belongs to the direct one.
 
-    `x` is (N, C, *S), `weight` (C, K/groups, *k) as torch keeps it, the result (N, K, *Out) with
-    Out = (S − 1)·stride − 2·padding + dilation·(k − 1) + output_padding + 1. `padding` may also be
-    (before, after) pairs, as ONNX has them: 2·padding is then their sum. Raises like `conv`.
+    `x` is (N, C, *S), `weight` (C, K/groups, *k) in torch's layout. The result is (N, K, *Out) with Out = (S
+    − 1)·stride − 2·padding + dilation·(k − 1) + output_padding + 1. `padding` may also be (before, after)
+    pairs, as in ONNX; their sum then replaces 2·padding. Raises like `conv`.
+
+    Example:
+        >>> conv_transpose(np.array([[[1, 2]]]), np.array([[[1, 1]]]), stride=2)
+        array([[[1, 1, 2, 2]]])
     """
     x, weight = as_array(x, "x"), as_array(weight, "weight")
     if x.ndim != weight.ndim or x.ndim < 3 or x.shape[1] != len(weight):
@@ -180,7 +195,7 @@ def conv_transpose(
     return y.astype(result, copy=False)
 
 
-# The formulations: x (N, C, *S) and weight (K, C/groups, *k) of one working dtype.
+# The formulations. They take x (N, C, *S) and weight (K, C/groups, *k) in one working dtype.
 
 
 def _loops(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
@@ -265,8 +280,8 @@ def _windows(x: Array, geometry: ConvGeometry) -> Array:
 def im2col(x: Array, geometry: ConvGeometry) -> Array:
     """Return the windows as rows, (groups, N·ΠOut, Πk·C/groups).
 
-    Channels come last, in the memory too: their runs are what is copied, four times faster on
-    10×32×32×8 with 3×3 than single pixels.
+    Channels come last, in memory too. So whole runs of channels are copied. On 10×32×32×8 with 3×3 this is
+    four times faster than copying single pixels.
     """
     x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     windows = _windows(x, geometry)
@@ -286,12 +301,12 @@ def _channels_first(y: Array) -> Array:
 
 
 def _flat(x: Array) -> Array:
-    """Return one row an image; the width is counted out, since -1 has no meaning in an empty batch."""
+    """Return one row for each image. The width is computed, because -1 has no meaning in an empty batch."""
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _tap_slices(tap: Sequence[int], output: Sequence[int], geometry: ConvGeometry) -> tuple[slice, ...]:
-    """Return, for one tap, the slice an axis of the padded input that all outputs read."""
+    """Return, for one tap, the slice of each axis of the padded input that all outputs read."""
     return tuple(
         slice(t * d, t * d + (o - 1) * s + 1, s)
         for t, o, s, d in zip(tap, output, geometry.stride, geometry.dilation, strict=True)

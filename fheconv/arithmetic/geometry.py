@@ -1,10 +1,10 @@
-"""How a kernel moves over an input: shapes, options, and which input each tap reads.
+"""Describes how a kernel moves over an input: shapes, options, and which input each tap reads.
 
-The arithmetic of strides, padding and dilation follows Dumoulin & Visin, "A guide to convolution
-arithmetic for deep learning" (2016). Every convolution here, transposed ones included, is a plain one over
-an *expanded* input: zeros inserted between its values (`input_dilation`), then padding around it, which may
-be negative and then crops. That is the form of XLA's `ConvGeneralDilated`. `grid` tabulates the expansion of
-one axis, `tap_sources` which input each (output, tap) reads; matrix, bounds and circuits come from them.
+The arithmetic of strides, padding and dilation follows Dumoulin & Visin, "A guide to convolution arithmetic
+for deep learning" (2016). Every convolution here, also a transposed one, is a plain one over an *expanded*
+input: zeros are inserted between its values (`input_dilation`), then padding is added around it. Negative
+padding crops. XLA's `ConvGeneralDilated` has the same form. `grid` tabulates the expansion of one axis.
+`tap_sources` tabulates which input each (output, tap) reads; matrix, bounds and circuits use it.
 """
 
 import math
@@ -29,9 +29,13 @@ _NUMPY_MODES: dict[str, Any] = {"reflect": "reflect", "replicate": "edge", "circ
 
 @dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
-    """How a kernel moves over an input: one entry an axis, `padding` as (before, after).
+    """Describes how a kernel moves over an input: one entry an axis, `padding` as (before, after).
 
     `input_dilation` − 1 zeros are inserted between neighbouring inputs.
+
+    Example:
+        >>> ConvGeometry.of((3, 3), padding=1, stride=2).output_size((8, 8))
+        (4, 4)
     """
 
     kernel: tuple[int, ...]
@@ -86,12 +90,11 @@ class ConvGeometry:
         dilation: PerAxis = 1,
         groups: int = 1,
     ) -> "ConvGeometry":
-        """Return the geometry of torch's transposed convolution, to be used with a flipped kernel.
+        """Return the geometry of torch's transposed convolution, for use with a flipped kernel.
 
-        It reads the input with stride − 1 zeros between its values, padded by
-        dilation·(k − 1) − padding on both sides and `output_padding` more at the end. Beyond torch,
-        `padding` may be (before, after) pairs, which cut the two ends differently; words have no meaning.
-        Raises like `of`.
+        It reads the input with stride − 1 zeros between its values. The padding is dilation·(k − 1) − padding
+        on both sides, and `output_padding` more at the end. Beyond torch, `padding` may be (before, after)
+        pairs, which cut the two ends differently; words have no meaning. Raises like `of`.
         """
         axes = len(kernel)
         direct = cls.of(kernel, dilation=dilation, groups=groups)
@@ -119,12 +122,12 @@ class ConvGeometry:
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """The kernel's size with its dilation, (k − 1)·dilation + 1 an axis."""
+        """Return the kernel's size with its dilation, (k − 1)·dilation + 1 an axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
 
     @property
     def expands(self) -> bool:
-        """Whether the expanded input differs from the input."""
+        """Return whether the expanded input differs from the input."""
         return any(map(any, self.padding)) or any(step > 1 for step in self.input_dilation)
 
     def expanded_size(self, spatial: Sequence[int]) -> tuple[int, ...]:
@@ -137,8 +140,8 @@ class ConvGeometry:
     def output_size(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Return the spatial output sizes for an input of sizes `spatial`.
 
-        Raises `InvalidArgumentError` where the expanded input is smaller than the kernel, or its padding
-        reaches further than `padding_mode` can go.
+        Raises `InvalidArgumentError` if the expanded input is smaller than the kernel, or if the padding
+        reaches further than `padding_mode` allows.
         """
         sizes = []
         for axis, (size, expanded) in enumerate(zip(spatial, self.expanded_size(spatial), strict=True)):
@@ -175,7 +178,7 @@ class ConvGeometry:
     def grid(self, axis: int, size: int) -> Array:
         """Return the input position that each position of the expanded axis holds, `OUTSIDE` for a zero.
 
-        `size` is the input's length along the axis; the result is int64 of the expanded length.
+        `size` is the input's length along the axis. The result is int64 and has the expanded length.
         """
         before, after = self.padding[axis]
         if self.padding_mode != "zeros":
@@ -196,11 +199,15 @@ def conv_output_shape(
 ) -> tuple[int, ...]:
     """Return the shape of a convolution's output.
 
-    `(N, C, *S)` with a weight `(K, C/groups, *k)` gives `(N, K, *Out)`; a plain image `(M, N)` with a
-    plain filter `(Hf, Wf)` gives `(OutH, OutW)`, where
-    Out = ⌊(S + before + after − dilation·(k − 1) − 1) / stride⌋ + 1 (Dumoulin & Visin 2016, relation 14).
+    `(N, C, *S)` with a weight `(K, C/groups, *k)` gives `(N, K, *Out)`; a plain image `(M, N)` with a plain
+    filter `(Hf, Wf)` gives `(OutH, OutW)`, where Out = ⌊(S + before + after − dilation·(k − 1) − 1) / stride⌋
+    + 1 (Dumoulin & Visin 2016, relation 14).
 
-    Raises `InvalidArgumentError` for shapes or options that do not go together.
+    Raises `InvalidArgumentError` for shapes or options that do not fit together.
+
+    Example:
+        >>> conv_output_shape((1, 3, 8, 8), (16, 3, 3, 3), padding=1, stride=2)
+        (1, 16, 4, 4)
     """
     input_shape, weight_shape = shape_of("input_shape", input_shape), shape_of("weight_shape", weight_shape)
     if len(input_shape) != len(weight_shape) or len(input_shape) < 2:
@@ -221,7 +228,7 @@ def conv_output_shape(
 
 
 def shape_of(name: str, shape: Any) -> tuple[int, ...]:
-    """Return a shape as a tuple; raise `InvalidArgumentError` unless it is integers of at least 0."""
+    """Return a shape as a tuple; raise `InvalidArgumentError` unless all sizes are integers of at least 0."""
     try:
         sizes = tuple(shape)
     except TypeError as error:
@@ -234,15 +241,15 @@ def shape_of(name: str, shape: Any) -> tuple[int, ...]:
 def tap_sources(geometry: ConvGeometry, axis: int, size: int, outputs: int) -> Array:
     """Return the input position that each (output, tap) of one axis reads, `OUTSIDE` for a zero.
 
-    `size` is the input's length along the axis, `outputs` the number of output positions; the table
-    is (outputs, kernel) of int64.
+    `size` is the input's length along the axis, `outputs` the number of output positions. The table has the
+    shape (outputs, kernel) and the dtype int64.
     """
     start = np.arange(outputs)[:, None] * geometry.stride[axis]
     return geometry.grid(axis, size)[start + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]]
 
 
 def expand(x: Array, geometry: ConvGeometry, value: int = 0) -> Array:
-    """Return the expanded input of `x` (N, C, *S), with `value` where a zero stands."""
+    """Return the expanded input of `x` (N, C, *S), with `value` in place of the zeros."""
     if not geometry.expands:
         return x
     for axis, size in enumerate(x.shape[2:]):
@@ -255,9 +262,9 @@ def expand(x: Array, geometry: ConvGeometry, value: int = 0) -> Array:
 def direct_form(
     weight: Array, *, transposed: bool, padding_mode: PaddingMode, output_padding: PerAxis, **options: Any
 ) -> tuple[Array, ConvGeometry]:
-    """Return the weight (K, C/groups, *k) and the geometry of a convolution as a plain one.
+    """Return the weight (K, C/groups, *k) and the geometry of the same convolution in plain form.
 
-    Raises `InvalidArgumentError` for options that do not go together.
+    Raises `InvalidArgumentError` for options that do not fit together.
     """
     if not transposed:
         if np.any(output_padding):
@@ -273,7 +280,7 @@ def direct_form(
 
 
 def transposed_weight(weight: Array, groups: int) -> Array:
-    """Turn torch's transposed weight (C, K/groups, *k) into (K, C/groups, *k), flipped, for the plain form.
+    """Turn torch's transposed weight (C, K/groups, *k) into the flipped (K, C/groups, *k) of the plain form.
 
     Raises `InvalidArgumentError` if groups do not divide the channels.
     """
@@ -306,7 +313,7 @@ def _pairs(
 
 
 def _numbers(padding: Padding, axes: int) -> tuple[tuple[int, int], ...]:
-    """Normalise padding without words to (before, after) pairs."""
+    """Turn padding that is not a word into (before, after) pairs."""
     if isinstance(padding, str):
         raise InvalidArgumentError(
             f'padding={padding!r}; the words known are "same" and "valid", of convolutions not transposed.'
@@ -319,9 +326,9 @@ def _numbers(padding: Padding, axes: int) -> tuple[tuple[int, int], ...]:
 
 
 def per_axis(value: Any, axes: int, name: str, least: int) -> tuple[int, ...]:
-    """Return `value`, an integer or one for each of `axes` spatial axes, as integers of at least `least`.
+    """Return `value` as one integer of at least `least` for each of `axes` spatial axes.
 
-    Raises `InvalidArgumentError` with `name` otherwise.
+    `value` is one integer, or one for each axis. Raises `InvalidArgumentError` with `name` otherwise.
     """
     several = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
     values = tuple(value) if several else (value,) * axes

@@ -1,4 +1,4 @@
-"""The filter matrix: a convolution as one product x·B."""
+"""Builds the filter matrix B, which makes a convolution one product x·B."""
 
 import math
 from collections.abc import Sequence
@@ -42,19 +42,25 @@ def filter_matrix(
 ) -> Any:
     """Return the matrix B with `x.reshape(n, -1) @ B` = the flattened convolution.
 
-    `weight` is `(K, C/groups, *k)` with `input_shape` `(C, *S)`, or a plain `(Hf, Wf)` with `(M, N)`.
-    B has shape `(C·ΠS, K·ΠOut)` and the dtype of the weight; unsigned and boolean weights become int64
-    and half precision becomes float32, because products with them would wrap or are not available; int64
-    also where weights of one pixel add up to more than their dtype holds.
-    `format="csr"` gives a `scipy.sparse.csr_array`. B is the doubly blocked Toeplitz matrix of the
-    filter (Gray, "Toeplitz and circulant matrices", 2006), its columns the shifted filters; a pixel that
-    padding repeats adds up its weights.
+    `weight` is `(K, C/groups, *k)` with `input_shape` `(C, *S)`, or a plain `(Hf, Wf)` with `(M, N)`. B has
+    the shape `(C·ΠS, K·ΠOut)` and the dtype of the weight, with three exceptions. Unsigned and boolean
+    weights become int64, because their products would wrap. Half precision becomes float32, because
+    scipy.sparse has no products for it. B is also int64 if the weights of one pixel add up to more than their
+    dtype holds. `format="csr"` gives a `scipy.sparse.csr_array`. B is the doubly blocked Toeplitz matrix of
+    the filter (Gray, "Toeplitz and circulant matrices", 2006). Its columns are the shifted filters. If
+    padding repeats a pixel, the pixel's weights are added up.
 
-    `transposed=True` makes the matrix of torch's transposed convolution, from a weight `(C, K/groups, *k)`:
-    it is the transpose of the matrix of the convolution that it goes back from.
+    `transposed=True` makes the matrix of torch's transposed convolution, from a weight `(C, K/groups, *k)`.
+    It is the transpose of the matrix of the matching direct convolution.
 
-    Raises `InvalidArgumentError` if shapes do not go together, or if a dense B would take more than
+    Raises `InvalidArgumentError` if shapes do not fit together, or if a dense B would take more than
     `memory_limit` bytes.
+
+    Example:
+        >>> filter_matrix([[1, 2]], (1, 3))
+        array([[1, 0],
+               [2, 1],
+               [0, 2]])
     """
     weight, spatial, channels = _matrix_arguments(weight, input_shape)
     if flip_kernel:
@@ -89,7 +95,7 @@ def filter_matrix(
 def csr_filter_matrix(
     weight: Array, geometry: ConvGeometry, spatial: Sequence[int], output: Sequence[int]
 ) -> scipy.sparse.csr_array:
-    """Build B from index arithmetic: the rows of Bᵀ are the outputs, in order, so nothing is sorted."""
+    """Build B from index arithmetic. The rows of Bᵀ are the outputs in order, so nothing is sorted."""
     axes = len(geometry.kernel)
     position = np.zeros((1,) * (2 * axes), np.int64)
     inside = np.ones((1,) * (2 * axes), bool)
@@ -116,7 +122,7 @@ def csr_filter_matrix(
     data = np.broadcast_to(weight.reshape(filters, 1, per_group, taps), full)[inside]
     ends = np.cumsum(inside.sum(axis=(2, 3), dtype=index), dtype=index)
     if geometry.padding_mode != "zeros" and weight.dtype.kind == "i":
-        data = data.astype(np.int64)  # weights of a pixel that padding repeats are about to be added
+        data = data.astype(np.int64)  # weights of a pixel that padding repeats are added up below
     transposed = scipy.sparse.csr_array(
         (data, source, np.concatenate([np.zeros(1, index), ends])),
         shape=(filters * outputs, channels * pixels),
