@@ -183,7 +183,7 @@ def quantize(module: nn.Module, images: np.ndarray, **options: Any) -> fheconv.Q
     """
     if module not in _captured:
         _captured[module] = capture(module, images.shape[1:])
-    with mock.patch("fheconv.quantizer.capture", return_value=_captured[module]):
+    with mock.patch("fheconv.quantized.capture", return_value=_captured[module]):
         return fheconv.quantize(module, images, fheconv.QuantConfig(**options))
 
 

@@ -59,6 +59,18 @@ class EvaluationKeys(_PublicKeys):
         write_file(Path(path), self.chunks())
 
     @classmethod
+    def load(cls, path: str | Path) -> "EvaluationKeys":
+        """Return the keys of a file that `save` wrote.
+
+        Raises `ArtifactError` for a file that cannot be read, is damaged, or holds something else.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"The evaluation keys cannot be read from {path}: {error}.") from error
+        return cls.from_bytes(data)
+
+    @classmethod
     def from_bytes(
         cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES
     ) -> "EvaluationKeys":
