@@ -48,7 +48,6 @@ class Plain:
     """A convolution without padding that does the remaining work of a kernel.
 
     `weight` (K', C'/groups, *k') are the remaining weights.
-
     `inputs` (C', *S') are the values of the kernel's input that it reads, `OUTSIDE` for the padding.
     `outputs` (K', *Out') are the values of the kernel's output that it computes. `constant` (K',) is the sum
     that is added by the taps that read nothing but padding.
