@@ -1,10 +1,10 @@
 """Tells what a network costs and how it fails, before anything is compiled.
 
-prices: what a lookup costs.
-remedy: what to change where something does not fit.
-budget: the widths of a network, held against a limit.
-budget_report: the same as a report.
-failures: accuracy under failing lookups.
-drawing: arrays as matplotlib draws them.
-plots: pictures.
+prices: gives the price of a lookup.
+remedy: says what to change when something does not fit.
+budget: compares the widths of a network with a limit.
+budget_report: shows that comparison as a report.
+failures: computes the accuracy when lookups fail.
+drawing: prepares arrays for matplotlib.
+plots: draws pictures.
 """

@@ -1,4 +1,4 @@
-"""What the proved bounds mean for an accumulator of a given width."""
+"""Compares the proved bounds of a network's accumulators with a given width."""
 
 import math
 
@@ -14,7 +14,7 @@ from fheconv.networks.linear import Kernel
 
 
 def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
-    """Return the budget of a network, with a remedy where it does not fit `limit` bits.
+    """Return the budget of a network, with a remedy if it does not fit `limit` bits.
 
     Raises `InvalidArgumentError` for a limit that is not a positive integer.
     """
@@ -37,12 +37,12 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
 
 
 def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: float) -> LayerBudget:
-    """Return the budget of one layer, whose lookups are `share` of what all of them cost."""
+    """Return the budget of one layer. Its lookups cost `share` of what all lookups cost."""
     layer = network.layers[number]
     if isinstance(layer, Maximum):
         return _maximum(network, layer, lowered, share)
     observed = network.observed[number]
-    # The client adds the bias: one that differs within a channel widens nothing.
+    # The client adds the bias. So a bias that differs within a channel does not widen the accumulators.
     shifted = layer if math.prod(layer.bias.shape[1:]) == 1 else without_bias(layer)
     bounds = layer_bounds(shifted, network.shapes)
     steps = max(quantization.maximum - quantization.minimum for quantization in layer.inputs)
@@ -111,16 +111,16 @@ def _maximum(network: IntegerNetwork, layer: Maximum, lowered: LoweredLayer, sha
 
 
 def _risk(channels: int, images: int) -> float:
-    """Return how likely an image is at most to leave the range that some channel had on others like it.
+    """Return an upper bound of the probability that a similar image leaves some channel's observed range.
 
-    Each of n + 1 exchangeable images is as likely as any to hold the greatest accumulator of all, and the
-    least.
+    Of n + 1 exchangeable images, each is equally likely to hold the greatest accumulator of a channel, and
+    equally likely to hold the least.
     """
     return min(2 * channels / (images + 1), 1.0)
 
 
 def _kind(source: Layer | Maximum) -> str:
-    """Return what a layer is in a few words, such as "conv 3×3, pool 2×2, relu"."""
+    """Return a description of a layer in a few words, such as "conv 3×3, pool 2×2, relu"."""
     words: list[str] = []
     for term in source.terms if isinstance(source, Layer) else ():
         for step in term.steps:

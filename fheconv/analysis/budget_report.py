@@ -16,9 +16,10 @@ from fheconv.networks.bounds import twos_complement_bits
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelBudget:
-    """One output channel: its attainable range, where the maximum is attained, and what calibration saw.
+    """The budget of one output channel.
 
-    `observed` is None where there were no calibration images.
+    `minimum` and `maximum` are its attainable range, `position` is where the maximum is attained, and
+    `observed` is the range on the calibration images. `observed` is None if there were none.
     """
 
     channel: int
@@ -29,7 +30,7 @@ class ChannelBudget:
 
     @property
     def span(self) -> int:
-        """Steps between minimum and maximum: the greatest value in offset form."""
+        """The maximum minus the minimum, which is the greatest value in offset form."""
         return self.maximum - self.minimum
 
     @property
@@ -39,21 +40,24 @@ class ChannelBudget:
 
     @property
     def twos_complement_bits(self) -> int:
-        """The channel's width as it is."""
+        """The channel's width in two's complement, without an offset."""
         return twos_complement_bits(self.minimum, self.maximum)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBudget:
-    """One layer: what it is, what it costs, and the widths its accumulators need, by three methods.
+    """The budget of one layer: its kind, its cost, and the widths its accumulators need, by three methods.
 
-    `accumulator_bits` is the width that the circuit gives them, in offset form: `offset_bits`, and one more
-    where rounding could carry. `proved` says that no image leads outside; otherwise it is what calibration
-    observed, with a margin (`QuantConfig.overflow`), and `risk` bounds the probability that an image like
-    those of calibration leaves what was observed, margin not counted. `lookup_bits` is what rounding leaves
-    of it, `table_entries` the size of a lookup's table, and `cost_share` the layer's share of what all
-    lookups cost. The circuit computes the last accumulators in `planes` of `plane_bits` each, from which the
-    client adds them up. `channels` is empty for maxima, whose accumulators are differences of two.
+    `accumulator_bits` is the width that the circuit gives the accumulators, in offset form. It is
+    `offset_bits`, or one bit more where rounding could carry. If `proved`, no image exceeds this width.
+    Otherwise the width comes from the range observed in calibration, with a margin (`QuantConfig.overflow`),
+    and `risk` bounds the probability that an image like those of calibration leaves the observed range, not
+    counting the margin.
+
+    `lookup_bits` is the width that rounding leaves for a lookup, `table_entries` the size of a lookup table,
+    and `cost_share` the layer's share of what all lookups cost. The circuit computes the last accumulators in
+    `planes` planes of `plane_bits` bits each, and the client adds them up. `channels` is empty for maxima,
+    whose accumulators are differences of two values.
     """
 
     name: str
@@ -86,12 +90,21 @@ class LayerBudget:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BudgetReport(Report):
-    """The proved accumulator widths of a network, held against a limit.
+    """The proved accumulator widths of a network, compared with a limit.
 
-    Widths are those of the circuit, which holds accumulators in offset form: each channel's minimum is
-    subtracted inside the convolution, so a channel needs bit_length(maximum − minimum) bits, unsigned,
-    and no bias widens it. `accumulator_bits` is the width the network needs, `limit` the one it was
-    held against (None: none), `remedy` what to change where it does not fit.
+    The circuit holds accumulators in offset form: it subtracts each channel's minimum inside the convolution.
+    So a channel needs bit_length(span) bits, unsigned, and no bias widens it. `accumulator_bits` is the width
+    that the network needs, `limit` the width it was compared with (None if there was no limit), and `remedy`
+    what to change if it does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> image = np.arange(9).reshape(1, 1, 3, 3)
+        >>> network = quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image)
+        >>> report = network.budget(8)
+        >>> report.accumulator_bits, report.limit, report.fits
+        (6, 8, True)
     """
 
     layers: tuple[LayerBudget, ...]
@@ -105,17 +118,17 @@ class BudgetReport(Report):
 
     @property
     def lookups(self) -> int:
-        """How many lookups one image takes."""
+        """The number of lookups for one image."""
         return sum(layer.lookups for layer in self.layers)
 
     @property
     def proved(self) -> bool:
-        """Whether no image can overflow an accumulator; otherwise some widths are observed only."""
+        """True if no image can overflow an accumulator. Otherwise some widths are observed only."""
         return all(layer.proved for layer in self.layers)
 
     @property
     def fits(self) -> bool:
-        """Whether every accumulator is proved to fit the limit."""
+        """True if every accumulator fits the limit, or if there is no limit."""
         return self.limit is None or self.accumulator_bits <= self.limit
 
     def require(self) -> "BudgetReport":

@@ -1,4 +1,4 @@
-"""Turns arrays and filter matrices into what matplotlib draws."""
+"""Prepares arrays and filter matrices so that matplotlib can draw them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from fheconv.basics.errors import InvalidArgumentError
 
 # matplotlib's own red and blue maps have a grey middle; here zero is white.
 SIGNED = ("#053061", "#4393c3", "#ffffff", "#d6604d", "#67001f")
-# The most rows and columns of dots in a picture of the filter matrix: its lines are one entry thin, and
-# would vanish if a larger one were only scaled down.
+# The most rows and columns of dots in a picture of the filter matrix. The lines in it are one entry thin:
+# they would vanish if a larger matrix were only scaled down.
 DOTS = 250
 
 
 def check_mapping(value: Any, name: str, kind: str) -> None:
-    """Raise `InvalidArgumentError` unless `value` names things of some kind."""
+    """Raise `InvalidArgumentError` unless `value` maps names to things of a kind, and is not empty."""
     if not isinstance(value, Mapping):
         raise InvalidArgumentError(f"{name} is a {type(value).__name__}; it must be {{title: {kind}}}.")
     if not value:
@@ -47,7 +47,7 @@ def as_matrix(value: Any, name: str) -> Any:
 
 
 def dots(matrix: Any) -> Array:
-    """Return the matrix in at most DOTS rows and columns, each dot the largest weight under it."""
+    """Return the matrix in at most DOTS rows and columns. Each dot is the largest weight under it."""
     step = -(-max(matrix.shape) // DOTS)
     entries = scipy.sparse.coo_array(matrix)
     at = entries.row // step, entries.col // step
@@ -70,7 +70,7 @@ def as_picture(value: Any, title: str) -> Array:
 
 
 def colours(values: Array, *, signed: bool | None = None) -> tuple[str | Colormap, Normalize]:
-    """Return a map of colours and the scale for values: grey, or diverging around a white zero."""
+    """Return a colour map and a scale for values: grey, or diverging with a white zero."""
     low, high = float(values.min()), float(values.max())
     if low < 0 if signed is None else signed:
         end = max(-low, high) or 1.0

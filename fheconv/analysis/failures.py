@@ -1,13 +1,15 @@
-"""What a failure probability does to a network's results, on clear integers.
+"""Predicts on clear integers how failing lookups change a network's results.
 
-A lookup on encrypted values reads its table at the accumulator plus Gaussian noise, mostly that of the key
-switch and the modulus switch before it (Bergerat et al. 2023, "Parameter Optimization and Larger Precision
-for (T)FHE", section 3). Concrete's parameters let the noise leave a column of the table with the probability
-p_error at most, and hardly less, which gives the noise its size. So an exact lookup that fails reads a
-neighbouring column, and one whose accumulator is rounded may also miss by one where that lies near the middle
-between two. What leaves the table comes back with the opposite sign, as on the torus.
+A lookup on encrypted values reads its table at the accumulator plus Gaussian noise. Most of the noise comes
+from the key switch and the modulus switch before the lookup (Bergerat et al. 2023, "Parameter Optimization
+and Larger Precision for (T)FHE", section 3). Concrete chooses parameters for which the noise leaves a column
+of the table with a probability of at most p_error, and hardly less. That gives the size of the noise.
 
-The noise of decryption is left out: it reaches an integer only in networks with lookups of few bits.
+An exact lookup that fails reads a neighbouring column. A lookup with a rounded accumulator may also miss by
+one column if the accumulator lies near the middle between two columns. A value that leaves the table comes
+back with the opposite sign, as on the torus.
+
+The noise of decryption is left out: it changes an integer only in networks whose lookups have few bits.
 """
 
 from dataclasses import replace
@@ -25,9 +27,10 @@ from fheconv.networks.integers import AnyLayer, IntegerNetwork, Lookup, comparis
 
 
 def noise_deviation(p_error: float) -> float:
-    """Return the standard deviation, in columns of the table, of noise with which a lookup fails so often.
+    """Return the standard deviation of the noise with which a lookup fails with probability `p_error`.
 
-    It fails when the noise is more than half a column. Raises `InvalidArgumentError` unless 0 <= p_error < 1.
+    The unit is one column of the table. A lookup fails when the noise is more than half a column. Raises
+    `InvalidArgumentError` unless 0 <= p_error < 1.
     """
     if not 0 <= p_error < 1:
         raise InvalidArgumentError(f"p_error={p_error!r} must be at least 0 and less than 1.")
@@ -42,11 +45,13 @@ def noisy(
     *,
     one_parameter_set: bool = False,
 ) -> Array:
-    """Return the last accumulators (N, K, *Out) for integer images (N, *input_shape), lookups failing.
+    """Return the last accumulators (N, K, *Out) for integer images (N, *input_shape), with failing lookups.
 
-    p_error: of one lookup. The circuit's own, `circuit.cost.p_error`, is a little less than what was asked.
-    one_parameter_set: all lookups have the parameters of the widest, so that narrower ones hardly fail:
-        Concrete's strategy MONO. Its default gives each width parameters for which it fails with `p_error`.
+    p_error: the failure probability of one lookup. A circuit's own is `circuit.cost.p_error`, which is a
+        little less than the probability that was asked for.
+    one_parameter_set: all lookups have the parameters of the widest lookup, so that narrower ones hardly
+        fail. This is Concrete's strategy MONO. By default, Concrete gives each width its own parameters, with
+        which it fails with probability `p_error`.
 
     Raises `InvalidArgumentError` for a p_error outside [0, 1).
     """
@@ -79,11 +84,11 @@ def accuracies(
     seed: int = 0,
     one_parameter_set: bool = False,
 ) -> Array:
-    """Return the share of float images (N, *input_shape) that get the class `labels` (N,), once a draw.
+    """Return the share of float images (N, *input_shape) that get the right class, for each draw (draws,).
 
-    Each of the `draws` has noise of its own; their mean is the prediction. See `noisy` for the other
-    arguments. Raises `InvalidArgumentError` if the network gives no vector of scores or labels are missing,
-    `InputRangeError` like `network`.
+    `labels` (N,) are the right classes. Each draw has its own noise, and the mean over the draws is the
+    predicted accuracy. See `noisy` for the other arguments. Raises `InvalidArgumentError` if the network
+    gives no vector of scores or labels are missing, `InputRangeError` like `network`.
     """
     check_integer("draws", draws, 1)
     q, batched = network.quantize_input(images)
@@ -100,20 +105,20 @@ def accuracies(
 
 
 def _lookup_of(layer: AnyLayer, network: IntegerNetwork) -> Lookup | None:
-    """Return the lookup of a layer, None of the last one."""
+    """Return the lookup of a layer, or None for the last layer."""
     return comparison(network.quantizations[layer.source]) if isinstance(layer, Maximum) else layer.lookup
 
 
 def _constant(lookup: Lookup) -> bool:
-    """Whether nothing is looked up: Concrete replaces a constant table by its value."""
+    """Return True if the table is constant. Concrete replaces such a lookup by its value."""
     return bool(np.ptp(lookup.tables) == 0)
 
 
 def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.random.Generator) -> Array:
-    """Return the activations of accumulators with noise of a deviation of so many columns.
+    """Return the activations of accumulators with noise whose standard deviation is `deviation` columns.
 
-    Noise counts in whole steps of the accumulator: before approximate rounding, Concrete adds half a step, so
-    that what lies in the middle between two columns is half a step away from going down.
+    The noise is rounded to whole steps of the accumulator. Before approximate rounding, Concrete adds half a
+    step, so a value in the middle between two columns is half a step away from being rounded down.
     """
     if _constant(lookup):
         return np.full(accumulators.shape, lookup.tables.flat[0])
@@ -123,7 +128,7 @@ def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.rand
 
 
 def _decrypted(network: IntegerNetwork, accumulators: Array) -> Array:
-    """Return the last accumulators as decrypted: modulo one bit more than the width that holds them."""
+    """Return the last accumulators as decryption gives them: modulo one bit more than their width."""
     bounds = layer_bounds(without_bias(network.last), network.shapes)
     start = along_channels(bounds.channel_minimum, accumulators.ndim - 1) + network.last.bias
     return start + (accumulators - start) % 2 ** (max(bounds.offset_bits, 1) + 1)

@@ -1,6 +1,6 @@
-"""Pictures of budgets, images and filter matrices, with matplotlib (the extra `plots`).
+"""Draws budgets, images and filter matrices, with matplotlib (the extra `plots`).
 
-Each function draws into a figure of its own, or into `ax`, and returns what it drew on.
+Each function draws into a new figure, or into `ax` if it is given, and returns the axes or the figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ except ImportError as error:
     ) from error
 
 FITS, OVER, OBSERVED, LIMIT = "#a9c8e8", "#f2b0a6", "#1f4e79", "#a01c1c"
-# A limit that many times above the tallest bar is written down, because drawn it would flatten the bars.
+# A limit more than this many times above the tallest bar is written as text: a line would flatten the bars.
 FAR = 4
-# A picture of the filter matrix with more entries than this shows colours only, no numbers.
+# A picture of a filter matrix with more entries than this shows colours only, no numbers.
 WRITTEN = 400
 
 
@@ -35,11 +35,10 @@ def picture_endings() -> list[str]:
 
 
 def budget(report: BudgetReport, ax: Axes | None = None) -> Axes:
-    """Draw the proved range of every output channel, what calibration observed of it, and the limit.
+    """Draw the proved range of every output channel, the range that calibration observed, and the limit.
 
-    Ranges are in offset form, as the circuit holds them: each bar stands on its channel's attainable
-    minimum, its height is the greatest value the channel's accumulator takes there, and the number of
-    bits is written on top. Bars that pass the limit are red.
+    Ranges are in offset form, as the circuit holds them. Each bar begins at its channel's attainable minimum,
+    and its height is the channel's span. The number of bits is written on top. Bars above the limit are red.
 
     Raises `InvalidArgumentError` if `report` is not a budget report.
     """
@@ -100,11 +99,11 @@ def budget(report: BudgetReport, ax: Axes | None = None) -> Axes:
 
 
 def layers(report: BudgetReport) -> Figure:
-    """Draw each layer's bits, and its share of what all lookups cost, of a network's budget.
+    """Draw the bits of each layer, and each layer's share of what all lookups cost.
 
-    Bars are the widths of the accumulators, dark what calibration observed, dots the bits that are looked up.
-    Widths that are observed only, not proved, are hatched. Raises `InvalidArgumentError` if `report` is no
-    budget report.
+    Bars are the widths of the accumulators, the dark part is the width that calibration observed, and dots
+    are the widths of the lookups. Widths that are observed only, not proved, are hatched. Raises
+    `InvalidArgumentError` if `report` is not a budget report.
     """
     _check_report(report)
     names = [layer.name for layer in report.layers]
@@ -159,10 +158,10 @@ def layers(report: BudgetReport) -> Figure:
 def images(pictures: Mapping[str, Any], *, common: bool = False) -> Figure:
     """Draw pictures, each (M, N) or (1, M, N), side by side under their titles.
 
-    Data without negative values is grey; with negative values it is red and blue, and zero is white.
-    Each picture has a scale of its own, or all have one with `common=True`.
+    Data without negative values is grey. Data with negative values is red and blue, and zero is white.
+    Each picture has its own scale. With `common=True`, all pictures share one scale.
 
-    Raises `InvalidArgumentError` if there is no picture, or for one of another shape.
+    Raises `InvalidArgumentError` if there is no picture, or for a picture of another shape.
     """
     drawing.check_mapping(pictures, "pictures", "array")
     arrays = {title: drawing.as_picture(value, title) for title, value in pictures.items()}
@@ -184,13 +183,15 @@ def images(pictures: Mapping[str, Any], *, common: bool = False) -> Figure:
 
 
 def filter_matrix(matrix: Any, ax: Axes | None = None, *, block: tuple[int, int] | None = None) -> Axes:
-    """Draw what `fheconv.filter_matrix` returned, dense or csr: zero white, negative blue, positive red.
+    """Draw a matrix that `fheconv.filter_matrix` returned, dense or csr.
 
-    `block` is (width of the image, width of the output): lines then separate the blocks, in each of
-    which one row of the image meets one row of the output. A small matrix has its numbers written in;
-    of a large one a dot shows the largest weight of a few neighbours.
+    Zero is white, negative weights are blue, positive weights are red. `block` is (width of the image, width
+    of the output). If it is given, lines separate the blocks, each of which connects one row of the image
+    with one row of the output. In a small matrix the numbers are written. In a large matrix a dot shows the
+    largest weight of a few neighbours.
 
-    Raises `InvalidArgumentError` if it has not two axes, or `block` is not two positive integers.
+    Raises `InvalidArgumentError` if the matrix does not have two axes, or `block` is not two positive
+    integers.
     """
     matrix = drawing.as_matrix(matrix, "matrix")
     drawing.check_block(block)
@@ -228,11 +229,11 @@ def filter_matrix(matrix: Any, ax: Axes | None = None, *, block: tuple[int, int]
 def filter_matrices(
     matrices: Mapping[str, Any], *, blocks: Mapping[str, tuple[int, int]] | None = None
 ) -> Figure:
-    """Draw filter matrices side by side under their titles, all with entries of one size.
+    """Draw filter matrices side by side under their titles. Entries have the same size in all of them.
 
     `blocks` may hold a `block` for each title (see `filter_matrix`).
 
-    Raises `InvalidArgumentError` if there is no matrix, or for one that has not two axes.
+    Raises `InvalidArgumentError` if there is no matrix, or for one that does not have two axes.
     """
     drawing.check_mapping(matrices, "matrices", "matrix")
     if blocks is not None and not isinstance(blocks, Mapping):
@@ -262,7 +263,7 @@ def filter_matrices(
 
 
 class Circuit(Protocol):
-    """One circuit of a search: how accurate, and how dear by each objective."""
+    """One circuit of a search, with its accuracy and its cost by each objective."""
 
     @property
     def accuracy(self) -> float:
@@ -270,19 +271,19 @@ class Circuit(Protocol):
 
     @property
     def setting(self) -> object:
-        """What it is called in the picture."""
+        """The name of the circuit in the picture."""
 
     def value(self, objective: Any) -> float:
-        """Return what the objective makes small."""
+        """Return the number that the objective makes small."""
 
 
 @runtime_checkable
 class Search(Protocol):
-    """What a search for circuits found, such as `fheconv.TuneResult`."""
+    """The result of a search for circuits, such as `fheconv.TuneResult`."""
 
     @property
     def objective(self) -> str:
-        """What is made small: "latency", "complexity" or "key_bytes"."""
+        """The number that the search makes small: "latency", "complexity" or "key_bytes"."""
 
     @property
     def float_accuracy(self) -> float:
@@ -294,13 +295,13 @@ class Search(Protocol):
 
     @property
     def front(self) -> Sequence[Circuit]:
-        """Those that no other beats, the cheapest first."""
+        """The circuits that no other circuit beats, the cheapest first."""
 
 
 def front(result: Search, ax: Axes | None = None) -> Axes:
-    """Draw what `fheconv.tune` found: accuracy against what the objective makes small, and the front.
+    """Draw the result of `fheconv.tune`: accuracy against the cost by its objective, and the front.
 
-    Raises `InvalidArgumentError` if `result` is not a tune result, or an empty one.
+    Raises `InvalidArgumentError` if `result` is not a tune result, or if it is empty.
     """
     if not isinstance(result, Search) or not result.points:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""What to do about a network whose accumulators are wider than they may be."""
+"""Says what to change when a network's accumulators are wider than the limit."""
 
 from dataclasses import replace
 from itertools import product
@@ -13,15 +13,15 @@ from fheconv.quantizer.rounding.mse import round_mse
 
 
 def remedy_for(network: IntegerNetwork, limit: int, input_bits: int) -> str:
-    """Say what to quantize with, or what else to do, for the network to fit `limit` bits.
+    """Return advice that makes the network fit `limit` bits: a way to quantize it, or another change.
 
-    `input_bits` is the width of the widest values that any of its layers reads.
+    `input_bits` is the width of the widest values that any layer of the network reads.
     """
     config, kernel = network.config, network.last.convolution
     nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
     if kernel is not None and len(network.layers) == 1 and nearest:
         return _smaller_bits(network, kernel, limit)
-    # A weight of 1 needs as many bits as what it multiplies.
+    # A single weight of 1 already needs as many bits as the value that it multiplies.
     if input_bits > limit:
         return (
             f"Some layer reads {input_bits}-bit values, and a single weight of 1 needs as many accumulator "
@@ -32,9 +32,9 @@ def remedy_for(network: IntegerNetwork, limit: int, input_bits: int) -> str:
 
 
 def _smaller_bits(network: IntegerNetwork, kernel: Kernel, limit: int) -> str:
-    """Try smaller (weight_bits, input_bits) on the float weights, and name the first that fits.
+    """Try smaller (weight_bits, input_bits) on the float weights, and return advice with the first that fits.
 
-    Those that give up the fewest bits in all come first, and among them those with the most weight bits.
+    Pairs with the most bits in all are tried first, and among them those with the most weight bits.
     """
     config = network.config
     terms = (term for layer in network.source.layers if isinstance(layer, Layer) for term in layer.terms)

@@ -1,14 +1,14 @@
 """Compiles networks, and keeps keys, ciphertexts and both sides of a circuit.
 
-files: what is written and read.
-native: the process in which Concrete runs.
-cost: what a circuit costs.
-ciphertext: encrypted images and results.
-keys: evaluation keys and key files.
-owner: whoever has the keys: encrypts and decrypts.
-verification: encrypted results against clear ones.
-circuit: the entry: both sides at once.
+files: writes and reads files.
+native: runs Concrete in its own process.
+cost: reports the cost of a circuit.
+ciphertext: holds encrypted images and results.
+keys: holds evaluation keys, and writes and reads key files.
+owner: holds the keys, encrypts and decrypts.
+verification: compares encrypted results with clear ones.
+circuit: the entry: compiles a circuit with both sides at once.
 client: the side with the keys.
-server: the side without them.
-tiled: images of any size, tile by tile.
+server: the side without secret keys.
+tiled: runs images of any size, tile by tile.
 """

@@ -1,7 +1,8 @@
-"""Encrypted images and results, and the bytes in which they travel (see `fheconv.circuits.files.envelope`).
+"""Holds encrypted images and results, and turns them into bytes and back.
 
-The header is an object of `kind`, `fingerprint`, `key_id`, `images`, `batched`, `lengths`; the payload is the
-ciphertexts one after another, their lengths as the header says.
+The format is that of `fheconv.circuits.files.envelope`. The header is an object with the fields `kind`,
+`fingerprint`, `key_id`, `images`, `batched` and `lengths`. The payload is the ciphertexts one after another;
+`lengths` are their lengths.
 """
 
 from collections.abc import Iterable
@@ -30,11 +31,23 @@ class Ciphertext:
 
     kind: "input" for what `encrypt` returns, "output" for what `run` returns.
     fingerprint, key_id: the circuit and the key set, in hexadecimal.
-    images: how many they are.
-    batched: whether the images came with an axis for the batch; without it there is one.
-    values: the serialized ciphertexts, one for each image or for as many as ride in one.
+    images: the number of images.
+    batched: True if the images came with a batch axis. Without it there is one image.
+    values: the serialized ciphertexts, one for each image, or for each group of images that share one.
 
-    Raises `ArtifactError` for fields that are not so.
+    Raises `ArtifactError` for other fields.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.keygen()
+        >>> encrypted = circuit.encrypt(image)
+        >>> encrypted.kind, encrypted.images, encrypted.batched
+        ('input', 1, False)
+        >>> Ciphertext.from_bytes(encrypted.to_bytes()) == encrypted
+        True
     """
 
     kind: Literal["input", "output"]
@@ -60,11 +73,11 @@ class Ciphertext:
             raise ArtifactError(f"A ciphertext without a batch has {self.images} images.")
 
     def with_results(self, values: Iterable[bytes]) -> "Ciphertext":
-        """Return the results of these images, a value for each value here."""
+        """Return a ciphertext of the results of these images. `values` holds one result for each value."""
         return replace(self, kind="output", values=tuple(values))
 
     def answers(self, images: "Ciphertext") -> bool:
-        """Whether these can be the results of such images: of their circuit, key set and number."""
+        """Return True if these results have the circuit, the key set and the number of `images`."""
         return len(self.values) == len(images.values) and self == images.with_results(self.values)
 
     @property
@@ -108,7 +121,7 @@ class Ciphertext:
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":
         """Return the ciphertext that `to_bytes` turned into `data`, of at most `max_bytes` bytes.
 
-        Sizes are checked first, then the digest, and only then is anything read. Nothing is unpickled.
+        Sizes are checked first, then the digest. Only then is anything read. Nothing is unpickled.
         Raises `ArtifactError` that says what is wrong with `data`.
         """
         fields, payload = ENVELOPE.unpack(data, max_bytes)
@@ -131,7 +144,7 @@ class Ciphertext:
 def check_ciphertext(
     ciphertext: Any, kind: str, step: str, fingerprint: str, key_id: str, lanes: int
 ) -> None:
-    """Raise `ArtifactError` unless it is a ciphertext of this kind, circuit and key set, `lanes` a value."""
+    """Raise `ArtifactError` unless it is a ciphertext of this kind, circuit, key set and number of lanes."""
     if not isinstance(ciphertext, Ciphertext):
         raise ArtifactError(
             f"{step} takes a Ciphertext, not {type(ciphertext).__name__}; encrypt images first."

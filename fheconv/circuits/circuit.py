@@ -1,4 +1,4 @@
-"""Compiled circuits: keys, encryption, evaluation, decryption, and the check against the clear integers."""
+"""Compiles circuits, makes keys, encrypts, runs, decrypts, and compares results with the clear integers."""
 
 import math
 import secrets
@@ -34,19 +34,19 @@ from fheconv.quantized import QuantizedNetwork
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
 
-# A circuit without lookups compiles while width + log2‖w‖₂ stays under about 57 bits, depending on p_error;
-# a little above that Concrete finds no parameters, much above it aborts its process.
+# A circuit without lookups compiles while width + log2‖w‖₂ stays under about 57 bits, depending on p_error.
+# A little above that, Concrete finds no parameters. Far above it, Concrete aborts its process.
 LINEAR_LIMIT = 58.0
-# Up to here it finds parameters whatever the engine and p_error.
+# Up to this limit Concrete finds parameters for every engine and p_error.
 SAFE_LIMIT = 54.0
 # With more lanes the ciphertexts grow as fast as the images they carry.
 MOST_LANES = 4
-# So many images are simulated at least to tell how often approximate rounding makes a difference.
+# At least this many images are simulated to find how often approximate rounding makes a difference.
 SIMULATED = 40
 
 
 class _Program(KeyedProgram):
-    """The circuit's function of one image, or of as many as ride in a ciphertext."""
+    """The circuit's function for one image, or for the images that share a ciphertext."""
 
     def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
         self.lowered = lowered
@@ -60,6 +60,16 @@ class FheCircuit(KeyOwner):
 
     The native library runs in a worker process that all circuits share. If that dies or a call is
     interrupted, the next call starts a new worker and gives it the circuit and its keys again.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.keygen()
+        >>> circuit.decrypt(circuit.run(circuit.encrypt(image)))
+        array([[[ 5.,  7.],
+                [11., 13.]]])
     """
 
     def __init__(self, network: QuantizedNetwork, config: CompileConfig) -> None:
@@ -73,14 +83,14 @@ class FheCircuit(KeyOwner):
         self._lanes = _lanes(one, config)
         self._one: _Program = self._compile(one)
         self._many: _Program | None = None
-        if isinstance(config.lanes, int) and config.lanes > 1:  # asked for: refused now if it cannot be
+        if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
             self._program(config.lanes)
 
     def _compile(self, lowered: Lowered) -> _Program:
         return _Program(self._session, self.network, lowered, self.config)
 
     def _program(self, images: int) -> _Program:
-        """Return the program for a batch; that of several lanes is made when a batch first needs it."""
+        """Return the program for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
         if self._many is None:
@@ -90,21 +100,22 @@ class FheCircuit(KeyOwner):
         return self._many
 
     def _is_current(self, program: _Program) -> bool:
-        """Whether a program's keys are the present ones, or were made beside them for several lanes.
+        """Return True if a program's keys are the present ones, or were made with them for several lanes.
 
-        Those have a name of their own: a key file does not hold them, so whoever loads one makes others.
+        Keys for several lanes have their own name. A key file does not hold them, so they are made anew after
+        a key file is loaded.
         """
         return program.key_id.partition(".")[0] == self._one.key_id
 
     def _promised(self, images: int) -> float:
-        """Return the probability that a value of a batch of so many, or with lookups an image, is wrong."""
+        """Return the probability that a value of such a batch is wrong, or with lookups an image of it."""
         with self._lock:
             compiled = self._program(images).compiled
             return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
 
     @property
     def cost(self) -> Cost:
-        """What one encrypted image costs, alone in its ciphertext."""
+        """The cost of one encrypted image, alone in its ciphertext."""
         compiled = self._one.compiled
         if not compiled.lookups:
             return self._cost()
@@ -112,7 +123,7 @@ class FheCircuit(KeyOwner):
         return replace(self._cost(), seconds=seconds)
 
     def _cost(self) -> Cost:
-        """Return the cost without seconds, for which lookups would have to be timed on this machine."""
+        """Return the cost without seconds. For seconds, lookups must be timed on this machine."""
         compiled, lowered = self._one.compiled, self._one.lowered
         return Cost(
             layers=lowered.layers,
@@ -131,7 +142,7 @@ class FheCircuit(KeyOwner):
         )
 
     def exported(self) -> Exported:
-        """Return all that files hold of it. The seconds of this machine are not among it.
+        """Return everything that files hold of the circuit. The seconds of this machine are left out.
 
         Raises `InvalidArgumentError` for a circuit compiled with `CompileConfig.configuration`.
         """
@@ -151,20 +162,20 @@ class FheCircuit(KeyOwner):
         )
 
     def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
-        """Write `client.zip` and `server.zip` into a folder, made if need be; return their paths.
+        """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-        They hold the circuit of one image in each ciphertext, no key, and nothing of the calibration images.
-        `class_names` names the results, for those who read them.
+        The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext.
+        They hold no key, and nothing of the calibration images. `class_names` are names for the results.
 
         Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with
-        `CompileConfig.configuration`, and for names that are not as many as results.
+        `CompileConfig.configuration`, and if there is not one name for each result.
         """
         return save(self.exported(), folder, class_names=class_names)
 
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
-        Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
+        Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
         before `keygen`.
         """
         return self._encrypt(*self.network.quantize_input(x))
@@ -197,15 +208,15 @@ class FheCircuit(KeyOwner):
     def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
-        fhe="disable" runs the circuit's own function on clear integers, "simulate" Concrete's simulation,
-        "execute" encrypts, runs and decrypts. Raises like `encrypt`.
+        fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
+        simulation. "execute" encrypts, runs and decrypts. Raises like `encrypt`.
         """
         q, batched = self.network.quantize_input(x)
         y = self.network.dequantize(self._integers(q, fhe))
         return y if batched else y[0]
 
     def _integers(self, q: Array, fhe: Fhe) -> Array:
-        """Return the integer outputs (N, K, *Out) of images that `quantize_input` made, as `predict` does."""
+        """Return the integer outputs (N, K, *Out) for images from `quantize_input`, by the mode `fhe`."""
         if fhe == "execute":
             encrypted = self._encrypt(q, batched=True)
             return self.decrypt(self.run(encrypted), dequantize=False)
@@ -223,9 +234,9 @@ class FheCircuit(KeyOwner):
     def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
-        The report counts all differences, names the first `show`, and holds their rate against the failure
-        probability that the circuit was compiled for, or where lookups are rounded, against Concrete's
-        simulation. Raises like `encrypt`.
+        The report counts all differences and names the first `show`. It compares their rate with the failure
+        probability that the circuit was compiled for. If accumulators are rounded before lookups, it compares
+        the rate with Concrete's simulation instead. Raises like `encrypt`.
         """
         check_integer("runs", runs, 1)
         check_integer("show", show, 0)
@@ -240,18 +251,18 @@ class FheCircuit(KeyOwner):
 
     @property
     def _rounds(self) -> bool:
-        """Whether accumulators are rounded before some lookup."""
+        """True if accumulators are rounded before some lookup."""
         return any(0 < layer.lookup_bits < layer.bits for layer in self._one.lowered.layers)
 
     def _rounded_differently(self, q: Array) -> float:
-        """Return for how many of some integer images Concrete's simulation gives other results."""
+        """Return the share of integer images for which Concrete's simulation gives other results."""
         tried = np.repeat(q, -(-SIMULATED // len(q)), axis=0)
         differ = self._integers(tried, "simulate") != self.network.accumulate(tried)
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
-        return (count + 1) / (len(tried) + 1)  # never 0: what was not seen in some simulations may happen
+        return (count + 1) / (len(tried) + 1)  # never 0: a difference that was not seen may still happen
 
     def _check(self, ciphertext: Any, kind: str, step: str) -> _Program:
-        """Return the program a ciphertext belongs to, or refuse it."""
+        """Return the program that a ciphertext belongs to. Raises `ArtifactError` if there is none."""
         self._one.require_keys(step)
         several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint
         program = self._many if self._many is not None and several else self._one
@@ -262,10 +273,19 @@ class FheCircuit(KeyOwner):
 
 
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
-    """Compile a quantized network to an FHE circuit; no key is made yet.
+    """Compile a quantized network to an FHE circuit. No key is made yet.
 
-    Raises `AccumulatorOverflowError` for accumulators wider than Concrete holds, `CompilationError` if
-    Concrete cannot compile it.
+    Raises `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if
+    Concrete cannot compile the network.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.predict(image)
+        array([[[ 5.,  7.],
+                [11., 13.]]])
     """
     if not isinstance(network, QuantizedNetwork):
         raise InvalidArgumentError(
@@ -275,7 +295,10 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
 
 
 def _lanes(one: Lowered, config: CompileConfig) -> int:
-    """Return how many images ride in a ciphertext, refusing widths on which the native compiler aborts."""
+    """Return the number of images that share a ciphertext.
+
+    Raises `AccumulatorOverflowError` for widths on which the native compiler aborts.
+    """
     if one.lookups:
         if config.lanes not in ("auto", 1):
             raise InvalidArgumentError(

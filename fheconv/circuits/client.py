@@ -1,4 +1,4 @@
-"""The side that owns the keys: it makes them, encrypts images and decrypts results."""
+"""Makes keys, encrypts images and decrypts results: the side that owns the keys."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,22 @@ from fheconv.lowering.interface import Interface
 
 
 class Client(KeyOwner):
-    """The client side of a saved circuit: all that its owner needs, and no weight of the network's.
+    """The client side of a saved circuit: everything that the owner of the keys needs, without weights.
 
-    Made by `fheconv.load_client`. `manifest` says what the circuit is and what it costs. Like a circuit, it
-    is usable again after a call that was interrupted, and is neither copied nor pickled.
+    Made by `fheconv.load_client`. `manifest` describes the circuit and its cost. Like a circuit, it can be
+    used again after a call was interrupted, and it cannot be copied or pickled.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fheconv import compile, load_server, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> client_file, server_file = circuit.save(tempfile.mkdtemp())
+        >>> client, server = load_client(client_file), load_server(server_file)
+        >>> client.keygen()
+        >>> client.decrypt(server.run(client.encrypt(image), client.evaluation_keys))
+        array([[[ 5.,  7.],
+                [11., 13.]]])
     """
 
     def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
@@ -27,7 +39,7 @@ class Client(KeyOwner):
 
     @property
     def cost(self) -> Cost:
-        """What one encrypted image costs the server."""
+        """The cost of one encrypted image for the server."""
         return self.manifest.cost
 
     @property
@@ -38,7 +50,7 @@ class Client(KeyOwner):
     def encrypt(self, x: Any) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
-        Raises `InputRangeError` naming the first value that cannot be represented, `NotCompiledError`
+        Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
         before `keygen`.
         """
         q, batched = self._one.interface.quantize_input(x)
@@ -62,6 +74,15 @@ def load_client(file: str | Path | bytes) -> Client:
 
     Raises `ArtifactError` for a file that is damaged, altered or of another version, or whose parameters
     would not hide the images (`fheconv.circuits.files.security`).
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> client_file, server_file = circuit.save(tempfile.mkdtemp())
+        >>> load_client(client_file).input_range
+        (0.0, 15.0)
     """
     parts = read_client(file)
     return Client(parts.manifest, parts.interface, parts.specs)

@@ -1,4 +1,4 @@
-"""What is said of a circuit: its cost before it runs, and how its results compare with the clear ones."""
+"""Reports the cost of a circuit before it runs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +14,20 @@ from fheconv.lowering.lower import LoweredLayer
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Cost(Report):
-    """What a circuit costs, known before any key is generated. Sizes in bytes, for one image alone.
+    """The cost of a circuit, known before any key is generated. Sizes are in bytes, for one image alone.
 
     `complexity` is the optimiser's estimate in its own unit. `accumulator_bits` is the width of the widest
-    accumulator and `assigned_bits` what Concrete gives the results. `lanes` images of a batch ride in one
-    ciphertext. `layers` says how each layer is computed, and why so. `seconds` is an estimate for this
+    accumulator, and `assigned_bits` the width that Concrete gives the results. `lanes` images of a batch
+    share one ciphertext. `layers` says how each layer is computed, and why. `seconds` is an estimate for this
     machine (see `fheconv.circuits.native.lookup_times`), None for networks without lookups.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.cost.lookups, circuit.cost.accumulator_bits, circuit.cost.seconds
+        (0, 6, None)
     """
 
     layers: tuple[LoweredLayer, ...]
@@ -43,7 +51,7 @@ class Cost(Report):
 
     @property
     def engine_reason(self) -> str:
-        """Why the first layer's was taken; `layers` says it of each."""
+        """The reason for the first layer's engine. `layers` holds the reasons for all layers."""
         return self.layers[0].reason
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Key files: secret and evaluation keys for their owner alone, evaluation keys for whoever computes."""
+"""Holds evaluation keys for the server, and writes and reads the owner's files of all keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,10 @@ PIECE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class _PublicKeys:
-    """The names of a key set: of its circuit and its own, in hexadecimal. `ArtifactError` for others."""
+    """The names of a key set in hexadecimal: its circuit's fingerprint and its own id.
+
+    Raises `ArtifactError` for other names.
+    """
 
     fingerprint: str
     key_id: str
@@ -33,16 +36,28 @@ class _PublicKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationKeys(_PublicKeys):
-    """What whoever runs a circuit needs of a key set: it computes on ciphertexts, and decrypts none.
+    """The keys that a server needs to run a circuit. They cannot decrypt anything.
 
     `payload` is the keys as Concrete writes them.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.keygen()
+        >>> keys = circuit.evaluation_keys
+        >>> keys.fingerprint == circuit.fingerprint
+        True
+        >>> EvaluationKeys.from_bytes(keys.to_bytes()) == keys
+        True
     """
 
     payload: bytes = field(repr=False)
 
     @cached_property
     def name(self) -> str:
-        """What tells these keys from all others: the SHA-256 at the end of `to_bytes`, in hexadecimal."""
+        """The unique name of these keys: the SHA-256 at the end of `to_bytes`, in hexadecimal."""
         *_, digest = self.chunks()
         return digest.hex()
 
@@ -84,9 +99,9 @@ class EvaluationKeys(_PublicKeys):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredKeys(_PublicKeys):
-    """Evaluation keys in a file of `EvaluationKeys.to_bytes`, which were checked and stay on the disk.
+    """Evaluation keys that stay on the disk, in a checked file of `EvaluationKeys.to_bytes`.
 
-    The keys begin at byte `start`, and are `size` bytes; `name` is that of `EvaluationKeys`.
+    The keys begin at byte `start` and take `size` bytes. `name` is the name of the `EvaluationKeys`.
     """
 
     path: Path
@@ -96,7 +111,7 @@ class StoredKeys(_PublicKeys):
 
     @classmethod
     def of(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> "StoredKeys":
-        """Return the keys of a file of at most `max_bytes` bytes, reading it once, a piece at a time.
+        """Return the keys of a file of at most `max_bytes` bytes. It is read once, piece by piece.
 
         Raises `ArtifactError` that says what is wrong with it.
         """
@@ -111,7 +126,7 @@ class StoredKeys(_PublicKeys):
 
     @classmethod
     def arrived(cls, path: Path, incoming: Incoming) -> "StoredKeys":
-        """Return the keys in a file all of which went through `incoming`.
+        """Return the keys in a file whose bytes have all been fed to `incoming`.
 
         Raises `ArtifactError` that says what is wrong with it.
         """
@@ -128,9 +143,9 @@ class StoredKeys(_PublicKeys):
 
 
 def write_keys(path: Path, fingerprint: str, key_id: str, keys: bytes, *, overwrite: bool) -> None:
-    """Write a key file that only its owner may read, whole or not at all.
+    """Write a key file that only its owner may read. It is written completely or not at all.
 
-    Raises `ArtifactError` if the file exists and `overwrite` is False, or it cannot be written.
+    Raises `ArtifactError` if the file exists and `overwrite` is False, or if it cannot be written.
     """
     chunks = ENVELOPE.chunks({"fingerprint": fingerprint, "key_id": key_id}, [keys])
     write_file(path, chunks, private=True, overwrite=overwrite)
@@ -150,7 +165,7 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
 
 
 def read_key_file(path: Path) -> tuple[str, str, bytes]:
-    """Return the circuit's fingerprint, the key id and the keys, which are secret, of a file.
+    """Return the circuit's fingerprint, the key id and the secret keys of a file.
 
     Raises `ArtifactError` for a file that cannot be read or is damaged.
     """

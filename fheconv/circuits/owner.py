@@ -1,4 +1,4 @@
-"""Makes and keeps keys, encrypts and decrypts: what a client and a whole circuit share."""
+"""Makes and keeps keys, encrypts and decrypts, for a client and for a whole circuit."""
 
 import secrets
 import threading
@@ -21,8 +21,8 @@ from fheconv.lowering.interface import Interface
 class KeyedProgram(Program):
     """One compiled function and its keys.
 
-    The native library holds it with a key set, by the name `key_id`, which every request says: a worker that
-    has it with other keys, or with none, is given it again with these.
+    The native library holds the function with the key set named `key_id`. Every request says this name. A
+    worker that holds the function with other keys, or with none, is given it again with these.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class KeyedProgram(Program):
         super()._reopen(*(more or (self.key_id, self.keys)))
 
     def keygen(self, key_id: str) -> None:
-        """Make new keys, by this name."""
+        """Make new keys with the name `key_id`."""
         keys = self.request("keygen", key_id)
         self.keys, self.key_id = keys, key_id
 
@@ -79,7 +79,7 @@ class KeyedProgram(Program):
         )
 
     def decrypt(self, ciphertext: Ciphertext) -> Array:
-        """Return the accumulators (N, K, *Out) of results that `check` has let pass."""
+        """Return the accumulators (N, K, *Out) of results that `check` has accepted."""
         shape = (len(ciphertext.values), len(self.interface.outputs))
         results = np.zeros(shape, np.int64)
         if ciphertext.values:
@@ -97,18 +97,18 @@ class KeyedProgram(Program):
             raise NotCompiledError(f"{step} needs keys and there are none yet; call keygen() first.")
 
     def check(self, ciphertext: Any, kind: str, step: str) -> None:
-        """Raise `ArtifactError` for a ciphertext of another kind, circuit or key set, or another shape."""
+        """Raise `ArtifactError` for a ciphertext of another kind, circuit, key set or shape."""
         self.require_keys(step)
         check_ciphertext(ciphertext, kind, step, self.fingerprint, self.key_id, self.interface.lanes.count)
 
 
 class KeyOwner:
-    """What has keys, and is asked to make, save and load them: a client, or a circuit that is both sides."""
+    """Makes, saves and loads keys. It is the base of a client, and of a circuit that is both sides."""
 
     _one: KeyedProgram
 
     def __init__(self) -> None:
-        # Keys must not change between what is encrypted with them and the name it gets.
+        # Keys must not change between an encryption and the moment when its ciphertext gets their name.
         self._lock = threading.RLock()
 
     def __reduce__(self) -> NoReturn:
@@ -119,12 +119,12 @@ class KeyOwner:
 
     @property
     def fingerprint(self) -> str:
-        """Which circuit it is, in hexadecimal."""
+        """The fingerprint of the circuit, in hexadecimal."""
         return self._one.fingerprint
 
     @property
     def evaluation_keys(self) -> EvaluationKeys:
-        """What a server needs of the keys: it computes with them, and decrypts nothing.
+        """The keys that a server needs. It computes with them and cannot decrypt anything.
 
         Raises `NotCompiledError` before `keygen`.
         """
@@ -132,7 +132,7 @@ class KeyOwner:
             return self._one.evaluation_keys()
 
     def keygen(self) -> None:
-        """Generate new keys; ciphertexts of earlier keys can no longer be used.
+        """Generate new keys. Ciphertexts of earlier keys can no longer be used.
 
         Raises `ExecutionError` if the native library fails.
         """
@@ -148,9 +148,9 @@ class KeyOwner:
             self._one.save_keys(Path(path), overwrite=overwrite)
 
     def load_keys(self, path: str | Path) -> None:
-        """Use the keys of a file that `save_keys` wrote for this very circuit, here or on its other side.
+        """Use the keys of a file that `save_keys` wrote for the same circuit, here or on its other side.
 
-        Raises `ArtifactError` for a file that is damaged or belongs to another circuit; the present keys
+        Raises `ArtifactError` for a file that is damaged or belongs to another circuit. Then the present keys
         stay.
         """
         with self._lock:

@@ -15,17 +15,29 @@ from fheconv.circuits.native.handle import Program
 from fheconv.circuits.native.protocol import KeysForgotten, Session
 from fheconv.circuits.native.worker import worker
 
-# Key sets that are kept in memory, those used last.
+# The number of key sets that are kept in memory: those used last.
 KEYS_IN_MEMORY = 4
-# Serialized ciphertexts have so much around the numbers that Concrete counts.
+# A serialized ciphertext may have this many bytes more than the size that Concrete tells.
 MARGIN = 2**16
 
 
 class Server:
     """The server side of a saved circuit. Made by `fheconv.load_server`.
 
-    `manifest` says what the circuit is and what it costs. `config` is what it was compiled with.
+    `manifest` describes the circuit and its cost. `config` is the configuration it was compiled with.
     `file` is the `server.zip` itself: it holds the network's weights, as far as the circuit needs them.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fheconv import compile, load_client, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> client_file, server_file = circuit.save(tempfile.mkdtemp())
+        >>> client, server = load_client(client_file), load_server(server_file)
+        >>> client.keygen()
+        >>> result = server.run(client.encrypt(image), client.evaluation_keys)
+        >>> result.kind, result.images
+        ('output', 1)
     """
 
     def __init__(
@@ -34,7 +46,7 @@ class Server:
         self.manifest, self.config, self.file = parts.manifest, parts.config, parts.file
         self._parts = parts
         self._keys_in_memory = keys_in_memory
-        # Not `cost.lookups`: Concrete leaves out lookups on which no result depends.
+        # `cost.lookups` cannot be used: Concrete leaves out lookups on which no result depends.
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
         opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
         self._program = Program(
@@ -52,19 +64,19 @@ class Server:
 
     @property
     def fingerprint(self) -> str:
-        """Which circuit it is, in hexadecimal."""
+        """The fingerprint of the circuit, in hexadecimal."""
         return self.manifest.fingerprint
 
     @property
     def cost(self) -> Cost:
-        """What one encrypted image costs."""
+        """The cost of one encrypted image."""
         return self.manifest.cost
 
     def run(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> Ciphertext:
         """Evaluate the circuit on encrypted images, with their owner's evaluation keys.
 
-        Raises `ArtifactError`, before the native library sees a byte, for ciphertexts or keys of another
-        circuit, or of each other's key sets, `ExecutionError` if it fails.
+        Raises `ArtifactError` for ciphertexts or keys of another circuit, or of different key sets, before
+        the native library sees a byte. Raises `ExecutionError` if the evaluation fails.
         """
         self.check(ciphertext, evaluation_keys)
         values = track(ciphertext.values, "Running on encrypted images…")
@@ -76,7 +88,7 @@ class Server:
         check_input(ciphertext, self.manifest, evaluation_keys.key_id)
 
     def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
-        """Evaluate the circuit on one value of a ciphertext, both of which `check` has let pass."""
+        """Evaluate the circuit on one value of a ciphertext. `check` must have accepted both."""
         most = self._keys_in_memory
         try:
             return bytes(self._program.request("run_for", keys.name, None, most, value))
@@ -116,11 +128,20 @@ def load_server(
     memory_limit: int | None = None,
     session: Session | None = None,
 ) -> Server:
-    """Return the server of a `server.zip`, or of its bytes, compiled.
+    """Return the compiled server of a `server.zip`, or of its bytes.
 
-    The limits are those of `CompileConfig`, for each call of the native library, which lives in `session`, by
-    default the process that all circuits share. Raises `ArtifactError` for a file that is damaged, altered or
-    of another version, `CompilationError` if Concrete cannot compile it.
+    The limits are those of `CompileConfig`, for each call of the native library. The library runs in
+    `session`, by default the process that all circuits share. Raises `ArtifactError` for a file that is
+    damaged, altered or of another version, `CompilationError` if Concrete cannot compile it.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> client_file, server_file = circuit.save(tempfile.mkdtemp())
+        >>> load_server(server_file).manifest.output_shape
+        (1, 2, 2)
     """
     parts = read_server(file)
     limited = replace(parts.config, time_limit=time_limit, memory_limit=memory_limit)

@@ -1,8 +1,8 @@
-"""Images of any size through one circuit of a tile.
+"""Runs images of any size through the circuit of one tile.
 
-Neighbouring outputs read overlapping inputs (a halo), so tiles of the output, side by side, need tiles of
-the input that overlap. Padding is added in clear, before encryption: the tile's circuit then has none, and
-every tile is alike, whatever the stride, padding and dilation.
+Neighbouring outputs read overlapping inputs (a halo). So tiles of the output that lie side by side need tiles
+of the input that overlap. Padding is added in clear, before encryption. So the tile's circuit has no padding,
+and all tiles are alike for every stride, padding and dilation.
 """
 
 import hashlib
@@ -30,14 +30,23 @@ from fheconv.quantized import QuantizedNetwork
 
 
 class TiledCircuit:
-    """A circuit for one tile, and what it takes to run images of any size through it.
+    """Runs images of any size through a circuit for one tile.
 
-    Made by `fheconv.compile_tiled`. Memory is bounded by as many tiles as ride in one ciphertext. What was
-    finished when a call is interrupted is kept: the next call with the same image goes on from there.
+    Made by `fheconv.compile_tiled`. Memory is needed only for the tiles that share one ciphertext. If a call
+    is interrupted, finished tiles are kept, and the next call with the same image goes on from there.
 
-    The widths are those of the tile, `circuit.network.budget()`: in a tile no position misses a tap, and the
-    zeros that a transposed convolution inserts are encrypted like pixels, so they may be wider than
-    `network.budget()` proves for a whole image.
+    The widths are those of the tile, `circuit.network.budget()`. In a tile no position misses a tap, and the
+    zeros that a transposed convolution inserts are encrypted like pixels. So the widths may be greater than
+    those that `network.budget()` proves for a whole image.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> image = np.arange(30).reshape(1, 5, 6) % 9
+        >>> network = quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image)
+        >>> tiled = compile_tiled(network, (2, 2))
+        >>> tiled.tiles((5, 6))
+        6
     """
 
     def __init__(self, network: QuantizedNetwork, tile: PerAxis, config: CompileConfig) -> None:
@@ -67,7 +76,7 @@ class TiledCircuit:
 
     @property
     def cost(self) -> Cost:
-        """What one encrypted tile costs."""
+        """The cost of one encrypted tile."""
         return self.circuit.cost
 
     def tiles(self, spatial: Sequence[int]) -> int:
@@ -94,10 +103,10 @@ class TiledCircuit:
         return compare(expected, self._integers(q, "execute"), self.circuit._promised(self.cost.lanes), show)
 
     def encrypt(self, x: Any) -> Iterator[Ciphertext]:
-        """Encrypt one float image (C, *S) of any size; yield its tiles one by one, a ciphertext each.
+        """Encrypt one float image (C, *S) of any size. Yield its tiles one by one, each as a ciphertext.
 
-        They are for the circuit that `circuit.save` writes, which `fheconv.serving.distributed` runs on many
-        machines. Raises like `predict`.
+        The ciphertexts are for the circuit that `circuit.save` writes. `fheconv.serving.distributed` runs it
+        on many machines. Raises like `predict`.
         """
         q = self._quantize(x)
         counts = self._counts(q.shape[1:])
@@ -107,9 +116,9 @@ class TiledCircuit:
     def decrypt(self, results: Iterable[tuple[int, Ciphertext]], spatial: Sequence[int]) -> Array:
         """Return the float outputs (K, *Out) of an image of sizes `spatial` from the results for its tiles.
 
-        `results` are (number, result) in any order, as `fheconv.distributed.stream` yields them; each is
-        decrypted as it comes. Raises `ArtifactError` like `FheCircuit.decrypt`, and unless there is one for
-        each of the tiles that `encrypt` yields.
+        `results` are pairs (number, result) in any order, as `fheconv.distributed.stream` yields them. Each
+        is decrypted when it comes. Raises `ArtifactError` like `FheCircuit.decrypt`, and unless there is
+        exactly one result for each tile that `encrypt` yields.
         """
         counts = self._counts(spatial)
         finished: dict[int, Array] = {}
@@ -160,7 +169,7 @@ class TiledCircuit:
         zero = self.network.input.zero_point
         expanded = expand(q[None], self._kernel.geometry, zero)[0]
         ends = [(n - 1) * step + size for n, step, size in zip(counts, self._step, self._window, strict=True)]
-        # Cut what no output reads, fill up the last tiles.
+        # Cut off pixels that no output reads, and fill up the last tiles.
         cropped = expanded[(slice(None), *map(slice, ends))]
         missing = [(0, end - size) for end, size in zip(ends, cropped.shape[1:], strict=True)]
         full = np.pad(cropped, [(0, 0), *missing], constant_values=zero)
@@ -188,6 +197,16 @@ def compile_tiled(
     """Compile the circuit of a tile of `tile` outputs along each axis, for images of any size.
 
     The image size that `network` was calibrated on does not matter. Raises like `fheconv.compile`.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> tiled = compile_tiled(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image), (2, 2))
+        >>> tiled.predict(np.ones((1, 4, 3)))
+        array([[[2., 2.],
+                [2., 2.],
+                [2., 2.]]])
     """
     if not isinstance(network, QuantizedNetwork):
         raise InvalidArgumentError(

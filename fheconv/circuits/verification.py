@@ -10,13 +10,13 @@ from rich.text import Text
 from fheconv.basics.arrays import Array
 from fheconv.basics.report import Report
 
-# Fewer than one honest circuit in a million is suspected of failing more often than promised.
+# With this threshold, fewer than one good circuit in a million is said to fail more often than promised.
 SIGNIFICANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """One wrong result: where (run, image, channel, position…), what was expected, what came."""
+    """One wrong result: its place (run, image, channel, position…), the expected value and the actual one."""
 
     position: tuple[int, ...]
     expected: int
@@ -25,12 +25,23 @@ class Mismatch:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class VerifyReport(Report):
-    """Encrypted results against the clear integers: how many were compared, and the first that differ.
+    """The comparison of encrypted results with the clear integers: their number, and the first that differ.
 
-    `promised` is the probability of a wrong value or, where there are lookups, of an image with any, that the
-    circuit was compiled for: one lookup that fails can spoil every result of its image. Where lookups are
-    rounded, which is approximate by nature, it is how often Concrete's simulation of these images differs.
+    `promised` is the failure probability that the circuit was compiled for. Without lookups, it is the
+    probability of a wrong value. With lookups, it is the probability of an image with any wrong value,
+    because one failing lookup can spoil every result of its image. If accumulators are rounded before
+    lookups, which is approximate, `promised` is how often Concrete's simulation of these images differs.
     `greatest` is the greatest difference.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import compile, quantize
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> circuit.keygen()
+        >>> report = circuit.verify(image)
+        >>> report.ok, report.values, report.wrong
+        (True, 4, 0)
     """
 
     values: int
@@ -44,17 +55,17 @@ class VerifyReport(Report):
 
     @property
     def ok(self) -> bool:
-        """Whether every value agreed."""
+        """True if every value agreed."""
         return self.wrong == 0
 
     @property
     def rate(self) -> float:
-        """The share of wrong values, or where there are lookups of images with any."""
+        """The share of wrong values, or with lookups the share of images with any wrong value."""
         return self.images_wrong / self.images if self.by_image else self.wrong / self.values
 
     @property
     def as_promised(self) -> bool:
-        """Whether so many are plausible for a circuit that keeps its promise (binomial test)."""
+        """True if so many errors are plausible at the promised probability (binomial test)."""
         if self.ok:
             return True
         from scipy.stats import binom  # slow to import, and seldom needed
@@ -80,9 +91,11 @@ class VerifyReport(Report):
 def compare(
     expected: Array, got: Array, promised: float, show: int, *, by_image: bool = False
 ) -> VerifyReport:
-    """Return the report on results `got` that should be `expected`, naming the first `show` differences.
+    """Return the report that compares the results `got` with `expected`.
 
-    With `by_image` both are (runs, images, …).
+    It names the first `show` differences.
+
+    With `by_image`, both arrays are (runs, images, …).
     """
     wrong = np.argwhere(got != expected)
     mismatches = (

@@ -1,9 +1,9 @@
-"""Is the command `fheconv`.
+"""Implements the command `fheconv`.
 
-arguments: arguments and files as users give them.
-circuits: commands of saved circuits.
-inspection: what a file is.
-bench: how long the steps take.
-demo: the demo.
+arguments: reads arguments and files.
+circuits: the commands for saved circuits.
+inspection: tells what a file is.
+bench: times the steps of a circuit.
+demo: runs the demo.
 main: the entry: the commands.
 """

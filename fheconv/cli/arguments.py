@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and arguments and files as users give them."""
+"""Prints messages, and reads the arguments and files of the commands."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
 
 
 def print_error(message: str) -> None:
-    """Print a message in red on standard error, as it is."""
+    """Print a message in red on standard error, without interpreting markup."""
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -41,7 +41,8 @@ def check_output(
 ) -> None:
     """Raise `InvalidArgumentError` unless a file can be written, before any work is done for it.
 
-    With `endings` its name must have one of them. Without `overwrite` secret keys are not written over.
+    With `endings`, its name must have one of these endings. Without `overwrite`, secret keys are never
+    overwritten.
     """
     from fheconv.circuits.keys import ENVELOPE
 
@@ -61,21 +62,22 @@ def check_output(
 
 
 def load_array(path: Path, option: str) -> Array:
-    """Return the array of a .npy file. Raises `InvalidArgumentError` if there is none in it."""
+    """Return the array of a .npy file. Raises `InvalidArgumentError` if the file holds none."""
     try:
         array: Any = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is a zip archive (.npz), not one array")
-    except Exception as error:  # what numpy raises for broken files is not documented
+    except Exception as error:  # the errors that numpy raises for broken files are not documented
         raise _unreadable(path, option, error) from error
     return array
 
 
 def load_image(path: Path, channels: int, axes: int) -> Array:
-    """Return --input, with `channels` and `axes` spatial axes: an image file as (C, M, N), a .npy as it is.
+    """Return the image of --input, with `channels` channels and `axes` spatial axes.
 
-    A .npy file may leave out the axis of a single channel. Raises `InvalidArgumentError` for what cannot be
-    read or has other channels, `MissingExtraError` if image files cannot be read.
+    An image file becomes (C, M, N). A .npy file is taken as it is, and may leave out the axis of a single
+    channel. Raises `InvalidArgumentError` for a file that cannot be read or has other channels,
+    `MissingExtraError` if image files cannot be read.
     """
     if path.suffix == ".npy":
         pixels = load_array(path, "--input")
@@ -93,17 +95,17 @@ def load_image(path: Path, channels: int, axes: int) -> Array:
         return np.moveaxis(grey, -1, 0)
     except ImportError as error:
         raise MissingExtraError(f'Image files need pillow: pip install "fheconv[demo]" ({error}).') from error
-    except Exception as error:  # what the readers of broken files raise is not documented
+    except Exception as error:  # the errors for broken files are not documented
         raise _unreadable(path, "--input", error) from error
 
 
 def token_of_environment() -> str | None:
-    """Return the token that servers ask for, of the environment variable FHECONV_TOKEN."""
+    """Return the token for servers from the environment variable FHECONV_TOKEN."""
     return os.environ.get("FHECONV_TOKEN")
 
 
 def save_array(path: Path, array: Array) -> None:
-    """Write a .npy file, whole or not at all."""
+    """Write a .npy file. It is written completely or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_file(path, [buffer.getvalue()])

@@ -1,4 +1,4 @@
-"""How long both sides of a saved circuit take on this machine, and how many bytes they exchange."""
+"""Times both sides of a saved circuit on this machine, and counts the bytes they exchange."""
 
 import time
 from collections.abc import Callable
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Measurement(Report):
-    """What one encrypted image takes: medians of `runs`, in seconds, and sizes in bytes.
+    """The measurement of one encrypted image: medians of `runs` runs, in seconds, and sizes in bytes.
 
-    Keys are made once. A run that is not counted comes first, in which the worker gets the evaluation keys.
+    Keys are made once. The first run is not counted, because in it the worker gets the evaluation keys.
     """
 
     fingerprint: str
@@ -66,9 +66,9 @@ class Measurement(Report):
 
 
 def measure(server_file: Path, client_file: Path, runs: int) -> Measurement:
-    """Make keys, and take an image through encryption, run and decryption `runs` times.
+    """Make keys, and encrypt, run and decrypt an image `runs` times.
 
-    Raises what `load_client`, `load_server` and their steps raise, `InvalidArgumentError` for less than one
+    Raises the errors of `load_client`, `load_server` and the steps, `InvalidArgumentError` for less than one
     run.
     """
     check_integer("runs", runs, 1)

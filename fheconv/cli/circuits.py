@@ -1,4 +1,4 @@
-"""The commands of saved circuits: compile, keygen, encrypt, decrypt, inspect, bench, and what `run` does."""
+"""Implements the commands for saved circuits: compile, keygen, encrypt, run, decrypt, inspect and bench."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def compile_model(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a trained model to client.zip and server.zip. Exit status 1 when its widths do not fit.
+    """Compile a trained model to client.zip and server.zip. Exit status 1 means its widths do not fit.
 
     Example: fheconv compile models/tinycnn-digits.safetensors --calibration digits.npy -o out
     --rounding-bits 6 --p-error 0.05 --class-names 0,1,2,3,4,5,6,7,8,9
@@ -203,7 +203,7 @@ def decrypt(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decrypt results. Where compile was told the classes, print which class has the highest score.
+    """Decrypt results. If compile was given class names, print the class with the highest score.
 
     Example: fheconv decrypt out/client.zip --keys keys.secret --input result.ct --json
     """
@@ -235,7 +235,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="client.zip, server.zip, keys or a ciphertext.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a file is, which circuit and keys it belongs to, and what the circuit costs.
+    """Print the kind of a file, its circuit and keys, and the cost of the circuit.
 
     No secret is shown. Example: fheconv inspect out/server.zip
     """
@@ -260,7 +260,7 @@ def bench(
 
 
 def _class_table(scores: Array, names: tuple[str, ...]) -> Table:
-    """Return a table of the classes with the highest scores, an image a line."""
+    """Return a table of the classes with the highest scores, with one line for each image."""
     table = Table(title="Classes", title_justify="left")
     for heading in ("image", "class", "scores"):
         table.add_column(heading)

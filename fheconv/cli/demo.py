@@ -1,4 +1,4 @@
-"""The first thing a newcomer runs: edge filters on an encrypted photograph."""
+"""Runs the demo for newcomers: edge filters on an encrypted photograph."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIG = QuantConfig(weight_bits=3, input_bits=4, input_range=(0, 255))
 
 
 def run_demo(output: Path, size: int, console: Console) -> bool:
-    """Filter an encrypted crop of size × size pixels, write a picture, and say whether it came out right.
+    """Filter an encrypted crop of size × size pixels, write a picture, and return True if it is right.
 
     Raises `MissingExtraError` without scikit-learn, pillow and matplotlib.
     """

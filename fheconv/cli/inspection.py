@@ -1,4 +1,4 @@
-"""What a file of fheconv is: a side of a circuit, keys or a ciphertext. Nothing is compiled or decrypted."""
+"""Tells what a file is: a side of a circuit, keys or a ciphertext. Nothing is compiled or decrypted."""
 
 import zipfile
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ _ZIP = b"PK\3\4"
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Report):
-    """What a file is, and which circuit it belongs to.
+    """The description of a file: its kind, and the circuit it belongs to.
 
     kind: "client", "server", "secret keys", "evaluation keys", "encrypted images" or "encrypted results".
-    size: of the file in bytes.
-    fingerprint: the circuit, in hexadecimal.
-    key_id: the key set, None for the sides of a circuit.
-    images: how many images or results, None for other files.
-    manifest: of a side of a circuit, with its cost; None for other files.
+    size: the size of the file in bytes.
+    fingerprint: the circuit's fingerprint, in hexadecimal.
+    key_id: the id of the key set, None for the sides of a circuit.
+    images: the number of images or results, None for other files.
+    manifest: the manifest of a side of a circuit, with its cost, None for other files.
     """
 
     kind: str
@@ -61,14 +61,14 @@ class Inspection(Report):
             **({} if self.images is None else {"images": f"{self.images:,}"}),
         }
         for name, value in rows.items():
-            table.add_row(name, Text(value))  # plain: a file may hold what rich takes for markup
+            table.add_row(name, Text(value))  # plain text: a file may hold text that looks like rich's markup
         return table if self.manifest is None else Group(table, self.manifest)
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Return what a file is, having checked its digests.
+    """Check the digests of a file, and return its description.
 
-    Raises `ArtifactError` for a file that cannot be read, is damaged, or is none of fheconv's.
+    Raises `ArtifactError` for a file that cannot be read, is damaged, or does not come from fheconv.
     """
     try:
         size = path.stat().st_size

@@ -1,7 +1,8 @@
-"""The `fheconv` command.
+"""Defines the `fheconv` command.
 
-Exit status: 0 done; 1 the answer is no (a budget that does not fit, a result that differs); 2 an error in
-what was asked; 3 an error inside fheconv, with its traceback; 130 interrupted.
+Exit status: 0 means success. 1 means that the command ran but a check failed: the widths do not fit, or a
+result differs from the clear one. 2 means an error that fheconv reports, such as wrong arguments. 3 means an
+error inside fheconv, printed with its traceback. 130 means that the user interrupted the command.
 """
 
 import json
@@ -29,7 +30,7 @@ from fheconv.cli.arguments import (
 )
 from fheconv.networks.floats import Conv
 
-# The most values that `check` goes through in the image, the padded image or the result: a gigabyte of int64.
+# The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
 MOST_VALUES = 2**27
 
 app = typer.Typer(
@@ -62,7 +63,7 @@ OutputPadding = Annotated[
 def _load_layer(
     model: Path, layer: str, *, groups: int | None, transposed: bool | None, **texts: str | None
 ) -> Conv:
-    """Load the layer with its options as they were typed."""
+    """Load the layer, with its options as the user typed them."""
     from fheconv.capture.checkpoint import load_layer
 
     options: dict[str, Any] = {"padding_mode": texts.pop("padding_mode")}
@@ -73,9 +74,9 @@ def _load_layer(
 
 
 def _check_size(source: Conv, shape: list[int]) -> None:
-    """Raise `InvalidArgumentError` for images so large that going through them would exhaust the memory."""
+    """Raise `InvalidArgumentError` for images so large that checking them would exhaust the memory."""
     sizes = {"the image": math.prod(shape)}
-    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses the others
+    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses other shapes
         sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
         sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
     what = max(sizes, key=lambda name: sizes[name])
@@ -116,7 +117,7 @@ def check(
     output_padding: OutputPadding = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Prove the accumulator width of one layer. Exit status 1 when it does not fit.
+    """Prove the accumulator width of one layer. Exit status 1 means that it does not fit.
 
     Example: fheconv check models/tinycnn-digits.safetensors --layer conv1 --input-shape 1,28,28
     --weight-bits 2 --input-bits 2 --accumulator-bits 7
@@ -138,7 +139,7 @@ def check(
         output_padding=output_padding,
     )
     _check_size(source, shape)
-    # Widths do not depend on the images, so that there are none to calibrate on is no loss.
+    # Widths do not depend on the images, so no real images are needed for calibration.
     config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
     network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=(None,))
     report = network.budget(accumulator_bits)
@@ -197,20 +198,20 @@ def run(
     With a server.zip nothing is decrypted, and no secret key is needed:
     fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct
 
-    With --url it runs at a server, which gets the evaluation keys, made from the secret ones, and no other:
+    With --url it runs at a server. The server gets only the evaluation keys, made from the secret ones:
     fheconv run out/client.zip --url http://localhost:8000 --keys keys.secret --input digit.ct
     --output result.ct
 
-    With a layer everything happens here: the image is encrypted, the result decrypted and checked against
-    the clear integers, exit status 1 if it differs. The input scale is chosen from the image itself. An image
-    file is read with its pixels 0..255, as grey or RGB, whichever the layer takes. Only this takes the
-    options from --layer on:
+    With a layer everything happens here: the image is encrypted, and the result is decrypted and compared
+    with the clear integers. Exit status 1 means that they differ. The input scale is chosen from the image
+    itself. An image file is read with its pixels 0..255, as grey or RGB, whichever the layer takes. The
+    options from --layer on are only for this use:
     fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
     """
     if file.suffix.lower() == ".zip":
         both = ("file", "image", "output", "evaluation_keys", "url", "keys")
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
-        # By its name: typer has a click of its own, or not, depending on its version.
+        # Compare by name: depending on its version, typer has its own copy of click.
         others = [
             f"--{name.replace('_', '-')}"
             for name, source in sources.items()
@@ -309,7 +310,7 @@ def serve(
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
     server = load_server(file)
-    worker().stop()  # the copies that serve have their own
+    worker().stop()  # the copies that serve have their own workers
     serve_circuit(
         server,
         host=host,
@@ -325,7 +326,7 @@ def serve(
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line on standard error and exit status 2."""
+    """Run the command. An error of fheconv is printed as one line on standard error, with exit status 2."""
     try:
         app()
     except FheConvError as error:

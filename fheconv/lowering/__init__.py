@@ -1,11 +1,11 @@
 """Turns a network in integers into one function, for numpy and for Concrete.
 
-pruning: what is left of a convolution when only what is read is computed.
-dialect: what numpy and Concrete spell differently.
+pruning: removes the work of a convolution that nobody reads.
+dialect: operations that numpy and Concrete spell differently.
 engines: the ways to compute a convolution.
-plan: how one term of a layer is computed.
-planes: the last layer in narrow accumulators.
-lanes: several images in one ciphertext.
-interface: images to a circuit's integers, and results to numbers.
-lower: the entry: the function of a whole network.
+plan: chooses how to compute one term of a layer.
+planes: splits the last layer into narrow accumulators.
+lanes: packs several images into one ciphertext.
+interface: turns images into a circuit's integers, and its results into real numbers.
+lower: the entry: makes the function of a whole network.
 """

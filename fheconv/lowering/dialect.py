@@ -10,7 +10,7 @@ from fheconv.networks.integers import Lookup
 
 
 def hint(x: Any, bits: int) -> Any:
-    """Tell Concrete the width of a value: it would only know what it sees at compilation."""
+    """Tell Concrete the width of a value. Without it, Concrete knows only the values seen at compilation."""
     if isinstance(x, np.ndarray):
         return x
     from concrete import fhe
@@ -19,7 +19,7 @@ def hint(x: Any, bits: int) -> Any:
 
 
 def look_up(table: Lookup, which: Array, x: Any) -> Any:
-    """Return the activations for accumulators in offset form (N, m), which use rows `which` of the table."""
+    """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table."""
     if isinstance(x, np.ndarray):
         return table.rows(x, which)
     from concrete import fhe
@@ -31,10 +31,10 @@ def look_up(table: Lookup, which: Array, x: Any) -> Any:
             overflow_protection=False,
             exactness=fhe.Exactness.APPROXIMATE,
         )
-        # Without its own hint it would have the width seen at compilation, to which Concrete clips the table.
+        # Without a hint the rounded value gets the width seen at compilation, and Concrete clips the table.
         x = fhe.hint(x, bit_width=table.bits)
-    # Concrete indexes by what is left in its old place: each entry 2^dropped_bits times, of which it reads
-    # one.
+    # Rounding leaves the kept bits in their place, and Concrete indexes by that value. So each entry is
+    # repeated 2^dropped_bits times, and Concrete reads one of them.
     return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
 
 
@@ -55,7 +55,7 @@ def _table(rows: Array, which: Array, x: Any) -> Any:
 
 
 def take(x: Any, index: Array, pad: int) -> Any:
-    """Return (N, *index.shape) of x (N, n): the values at `index`, and `pad` where it is `OUTSIDE`."""
+    """Return the values of x (N, n) at `index`, (N, *index.shape), and `pad` where `index` is `OUTSIDE`."""
     places, width = index.ravel(), x.shape[1]
     outside = places == OUTSIDE
     if isinstance(x, np.ndarray):

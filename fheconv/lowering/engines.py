@@ -1,6 +1,6 @@
-"""How a convolution without padding is computed, by numpy and by Concrete alike.
+"""Computes a convolution without padding, in numpy and in Concrete.
 
-Tensors are (N, C, *S), numpy arrays, or (1, C, *S), Concrete's tracers.
+Tensors are numpy arrays (N, C, *S) or Concrete's tracers (1, C, *S).
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering.dialect import convolve
 from fheconv.lowering.pruning import Plain
 
-# Microseconds of one multiply-add, measured by tests/benchmarks/engines.py. Only their ratios matter: they
-# choose the engine.
+# Microseconds of one multiply-add, measured by tests/benchmarks/engines.py. They are used to choose the
+# engine, so only their ratios matter.
 UNIT_COST = {"conv": 1.2, "separable": 2.6, "shifts": 2.7, "matrix": 0.3}
 WHY = {
     "conv": "It has no weights, or reads nothing but padding.",
@@ -23,7 +23,10 @@ WHY = {
 
 
 def run(engine: str, plain: Plain, x: Any, every: int = 1) -> Any:
-    """Return the convolution of x (N, C', *S'), (N, K', *Out'). `every` multiplies its constant."""
+    """Return the convolution (N, K', *Out') of x (N, C', *S'). Its constant is multiplied by `every`.
+
+    `every` is 1 when a ciphertext holds one image, and `Lanes.every` when it holds several.
+    """
     return _ENGINES[engine](plain, x, plain.constant * every)
 
 

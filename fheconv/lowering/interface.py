@@ -1,6 +1,7 @@
-"""What the owner of the keys has to know of a circuit: how images become its integers, and results numbers.
+"""Turns images into a circuit's integers, and its results into real numbers.
 
-It holds no weight of the network's but the last layer's biases.
+This is all that the owner of the keys must know about a circuit. Of the network's parameters it holds only
+the biases and the scale of the last layer.
 """
 
 import math
@@ -18,13 +19,13 @@ from fheconv.networks.quantization import Quantization, integer_images
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Interface:
-    """Images (N, *`input_shape`) to what a circuit takes, and its results to real numbers.
+    """Turns images (N, *`input_shape`) into a circuit's inputs, and its results into real numbers.
 
-    `inputs` (n,) are the flat positions of what is encrypted of an image, `outputs` (m,) those of the results
-    in the last accumulators' planes (K·p, *Out), p of them a channel. Results count from `start` (K·p,), and
-    accumulators (K, *Out) are Σ `factors` (p,) · plane + `bias`. They stand for the real numbers
-    accumulator · `scale`, of which `finish` makes the model's outputs. `bias` and `scale` broadcast to
-    `shape`, (K, *Out).
+    `inputs` (n,) are the flat positions of the image values that are encrypted. `outputs` (m,) are the flat
+    positions of the results in the planes of the last accumulators (K·p, *Out), with p planes for each
+    channel. Results count from `start` (K·p,). The accumulators (K, *Out) are Σ `factors` (p,) · plane +
+    `bias`. They stand for the real numbers accumulator · `scale`, and `finish` turns these into the model's
+    outputs. `bias` and `scale` broadcast to `shape`, (K, *Out).
     """
 
     input: Quantization
@@ -41,23 +42,23 @@ class Interface:
 
     @cached_property
     def output_shape(self) -> Shape:
-        """The shape of the float results of one image, that of torch's."""
+        """The shape of the float results of one image, the same as in torch."""
         return self.dequantize(np.zeros((1, *self.shape), np.int64)).shape[1:]
 
     def quantize_input(self, x: Any) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
-        Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
+        Raises `InputRangeError`, which names a wrong shape or a value that cannot be represented.
         """
         return integer_images(x, self.input, self.input_shape)
 
     def prepare(self, q: Array) -> Array:
-        """Return what the circuit takes for integer images (N, C, *S): (⌈N / lanes⌉, n)."""
+        """Return the circuit's inputs (⌈N / lanes⌉, n) for integer images (N, C, *S)."""
         read = q.reshape(len(q), math.prod(self.input_shape))[:, self.inputs]
         return self.lanes.pack(read, self.input.zero_point)
 
     def accumulators(self, results: Array, images: int) -> Array:
-        """Return the accumulators (N, K, *Out), bias included, of the circuit's results for N images."""
+        """Return the accumulators (N, K, *Out), with the bias, from the circuit's results for N images."""
         channels, *size = self.shape
         shape = (channels * len(self.factors), *size)
         y = np.zeros((images, math.prod(shape)), np.int64)
@@ -71,7 +72,7 @@ class Interface:
 
 
 def recombined(planes: Array, factors: Array) -> Array:
-    """Return Σ factors[p] · plane p, (N, K, *S), of a batch's planes (N, K·p, *S)."""
+    """Return the sum Σ factors[p] · plane p, (N, K, *S), of a batch's planes (N, K·p, *S)."""
     images, channels, *size = planes.shape
     count = len(factors)
     return np.tensordot(planes.reshape(images, channels // count, count, *size), factors, axes=(2, 0))

@@ -1,4 +1,4 @@
-"""From the integer network to one function that numpy and Concrete both run."""
+"""Turns the integer network into one function that numpy and Concrete both run."""
 
 import math
 from collections.abc import Callable
@@ -21,16 +21,17 @@ from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer, blank_images, comparison
 from fheconv.networks.quantization import Quantization
 
-# From the tensors so far, each (N, values that are read), to the next.
+# Takes the tensors computed so far, each (N, values that are read), and returns the next one.
 Function: TypeAlias = Callable[[list[Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoweredLayer:
-    """How a layer is computed: with which engine and why, for how many multiplications and lookups.
+    """The computation of one layer: its engine and the reason for it, its multiplications and its lookups.
 
-    `bits` is the width of its accumulators, `lookup_bits` what rounding leaves of it for a lookup. The last
-    ones are computed in `planes` of `plane_bits` each (see `fheconv.lowering.planes`), all others in one.
+    `bits` is the width of its accumulators. `lookup_bits` is the width that rounding leaves for a lookup. The
+    last accumulators are computed in `planes` planes of `plane_bits` bits each (see
+    `fheconv.lowering.planes`), all others in one plane.
     """
 
     name: str
@@ -46,12 +47,13 @@ class LoweredLayer:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lowered:
-    """The circuit's function, and what it takes to feed it and to read its results.
+    """A circuit's function, with everything needed to make its inputs and to read its results.
 
-    `function` maps integers (1, n), numpy array or Concrete tracer, as `interface.prepare` makes them, to the
-    results (1, m) of which `interface.accumulators` makes accumulators: parts of the last accumulators'
-    `planes` in offset form, never negative, at most `bits` wide, by the proof in `planes.bounds` (which
-    leaves the bias out). Values that no result depends on are left out, and so are results that are constant.
+    `function` maps integers (1, n), a numpy array or a Concrete tracer, to the results (1, m).
+    `interface.prepare` makes the integers, and `interface.accumulators` turns the results into accumulators.
+    The results are the `planes` of the last accumulators, in offset form: never negative, and at most `bits`
+    wide by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends on are
+    left out, and so are constant results.
     """
 
     function: Callable[[Any], Any]
@@ -62,7 +64,7 @@ class Lowered:
 
     @property
     def bits(self) -> int:
-        """The proved width of the function's results, all lanes together."""
+        """The proved width of the function's results, for all lanes together."""
         return self.interface.lanes.width(self.planes.bounds.offset_bits)
 
     @property
@@ -71,18 +73,18 @@ class Lowered:
         return sum(layer.lookups for layer in self.layers)
 
     def inputset(self) -> Array:
-        """Return what Concrete sees at compilation: inputs of the right sign. All widths come as hints."""
+        """Return the inputs that Concrete sees at compilation. They show signs; widths come as hints."""
         blank = blank_images(self.network.input, self.network.input_shape)
         return self.interface.prepare(np.repeat(blank, self.interface.lanes.count, axis=0))
 
 
 def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> Lowered:
-    """Return the function of a network, by the engine named or by the one that is predicted cheapest.
+    """Return the function of a network, computed by the named engine or by the one predicted cheapest.
 
-    `lanes` images ride in one (see `Lanes`); the caller checks that so many bits can be held. Only networks
-    without lookups take several.
+    `lanes` images share one ciphertext (see `Lanes`). The caller checks that Concrete can hold so many bits.
+    Only networks without lookups take several images.
 
-    Raises `InvalidArgumentError` if the engine named cannot run a layer.
+    Raises `InvalidArgumentError` if the named engine cannot run a layer.
     """
     masks = demand(network)
     steps = []
@@ -91,7 +93,7 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
             steps.append(_maximum(layer, masks, wanted, network))
         elif (table := layer.lookup) is not None:
             steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
-    # A filter of rank one has digits that need not be.
+    # The engine "separable" needs filters of rank one. The digits of such a filter may have a higher rank.
     lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
     planes = in_planes(network.last, network.shapes, lookup_bits)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
@@ -140,9 +142,11 @@ def _layer(
     bits: int,
     every: int = 1,
 ) -> tuple[Function, LoweredLayer]:
-    """Compute a layer's `wanted` accumulators, less `start` (C,) and so `bits` wide, and look them up.
+    """Return the function of a layer, and its description.
 
-    `every` is what one step is worth.
+    The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
+    and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
+    several.
     """
     table = layer.lookup
     plans = [
@@ -152,7 +156,7 @@ def _layer(
 
     @cache
     def made() -> tuple[list[Program], Array, Array]:
-        """Return the programs, the offset (1, m) that is left to add, and the rows of the table (m,)."""
+        """Return the programs, the offset (1, m) that remains to be added, and the table's rows (m,)."""
         outputs = np.flatnonzero(wanted)
         channels = outputs // math.prod(layer.shape[1:])
         programs = [plan.program() for plan in plans]
@@ -187,7 +191,7 @@ def _layer(
 def _maximum(
     layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork
 ) -> tuple[Function, LoweredLayer]:
-    """Take maxima of two at a time, one lookup each."""
+    """Return the function that takes maxima, and its description. Each maximum of two is one lookup."""
     places = np.full(masks[layer.source].size, OUTSIDE)
     places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
     candidates = places[layer.index[:, wanted]]

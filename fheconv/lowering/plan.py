@@ -1,7 +1,7 @@
-"""How one term of a layer is computed: what is chosen, and the program that does it.
+"""Chooses how to compute one term of a layer, and makes the program that computes it.
 
-What is chosen is known from shapes and counts. The index arrays, of the size of an image, are made with the
-program, and only those who run it need them.
+The choice (a `Plan`) depends on shapes and counts only. The program (a `Program`) also holds index arrays as
+large as an image, so it is made only when somebody runs it.
 """
 
 import math
@@ -27,10 +27,11 @@ Stage: TypeAlias = tuple[str, Plain] | Select
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """How to compute the values `wanted` (K, *Out) of a term, from those that are read of its source.
+    """The choice of how to compute the values `wanted` (K, *Out) of a term from its source tensor.
 
-    `read` (C, *S) is the mask of these, `pad` what its tensor is padded with. `stages` are the term's steps,
-    with the engine of each convolution. With the engine "matrix" all of them are one product.
+    `read` (C, *S) is the mask of the source values that are read. `pad` is the value that pads the source
+    tensor. `stages` are the term's steps, with the engine of each convolution. With the engine "matrix" all
+    steps are one product.
     """
 
     term: Term
@@ -46,7 +47,7 @@ class Plan:
     def of(cls, name: str, term: Term, pad: int, read: Array, wanted: Array, engine: Engine) -> "Plan":
         """Choose how to compute a term of the layer `name`.
 
-        Raises `InvalidArgumentError` if the engine named cannot.
+        Raises `InvalidArgumentError` if the named engine cannot compute it.
         """
         kept: list[tuple[Plain, dict[str, int]] | Select] = []
         around = pad
@@ -85,12 +86,12 @@ class Plan:
         )
 
     def program(self) -> "Program":
-        """Return what computes the term."""
+        """Return the program that computes the term."""
         shape = self.read.shape
         inputs, outputs = np.flatnonzero(self.read), np.flatnonzero(self.wanted)
         if self.engine == "matrix":
             none = np.zeros(0, np.int64)
-            # The matrix reads no padding: what a zero-point there adds is a constant.
+            # The matrix does not read the padding. The padded zero-points add a constant.
             constant = self.term.apply(np.zeros((1, *shape), np.int64), self.pad).ravel()[outputs]
             matrix = self.term.matrix(shape)[inputs][:, outputs].toarray()
             return Program(source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none)
@@ -119,11 +120,11 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """What computes one term from the values that are read of its source, (N, n), to (N, m).
+    """Computes one term (N, m) from the values (N, n) of its source that are read.
 
-    Either one product with `matrix` (n, m), or convolutions one after the other: `stages` holds each of them
-    with its engine and the places in the values before it that it reads; `places` is what is read at the end.
-    `constant` (m,) has to be added.
+    It is either one product with `matrix` (n, m), or several convolutions one after the other. `stages` holds
+    each convolution with its engine, the places where it reads the values before it, and its padding.
+    `places` are the places that are read at the end. The caller must add `constant` (m,).
     """
 
     source: int
@@ -133,7 +134,7 @@ class Program:
     places: Array
 
     def __call__(self, x: Any, every: int) -> Any:
-        """Return the term (N, m) of the values x (N, n); a constant counts `every` times."""
+        """Return the term (N, m) of the values x (N, n). Constants and padding are multiplied by `every`."""
         if self.matrix is not None:
             return x @ self.matrix
         for engine, plain, places, pad in self.stages:
@@ -144,7 +145,7 @@ class Program:
     def with_offset(self, offset: Array) -> "Program | None":
         """Return a program whose last convolution adds the offset (m,), or None if it cannot.
 
-        An addition of its own would see sums with signs, for which Concrete may take a bit more.
+        A separate addition would take signed sums, for which Concrete may use one bit more.
         """
         if self.matrix is not None or (self.places == OUTSIDE).any():
             return None
@@ -159,7 +160,7 @@ class Program:
 
 
 def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
-    """Return the engine to run with, and why."""
+    """Return the engine to run with, and the reason for it."""
     if engine == "auto":
         predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
         shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))

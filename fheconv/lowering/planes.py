@@ -1,9 +1,9 @@
-"""The last accumulators in planes: several narrow ones in place of a wide one, added up by the client.
+"""Splits each of the last accumulators into planes: several narrow sums, which the client adds up.
 
-Nothing is looked up in the last accumulators, but every width raises the price of the whole circuit. So the
-integer weights of the last layer are written in digits, w = Σ base^p · d_p, and each digit has an accumulator
-of its own. Where those are still too wide, the taps are dealt out to several blocks with one each. After
-decryption Σ base^p · plane is the accumulator, exactly, because everything is linear.
+The last accumulators have no lookup, but a wide accumulator raises the price of the whole circuit. So the
+integer weights of the last layer are written in digits, w = Σ base^p · d_p, and each digit gets its own
+accumulator, a plane. If planes are still too wide, the taps are divided among several blocks, with one plane
+for each block. After decryption, Σ base^p · plane is exactly the accumulator, because everything is linear.
 """
 
 import math
@@ -18,23 +18,24 @@ from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits, 
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Kernel, Select, Step
 
-# Beside lookups, results cost nothing extra while their width and the log2 of their weights' Euclidean norm,
-# by which noise grows, stay below so many bits together. tests/benchmarks/planes.py prints the complexity of
-# TinyCNN by that sum, at p_error 0.01 and 0.05: with lookups of 5 bits, exact or rounded, 22.9e9 and 20.9e9
-# up to 11.4 bits, 33.0e9 and 30.6e9 from 13 on; with 6 bits the step lies between 10.3 and 11.4 bits. With
-# lookups of 3 and 4 bits there is a smaller step below, at 7 bits, which would take six times the planes.
+# In a circuit with lookups, results cost nothing extra while the sum of their width and the log2 of their
+# weights' Euclidean norm (by which noise grows) stays below this. tests/benchmarks/planes.py prints the
+# complexity of TinyCNN by that sum, at p_error 0.01 and 0.05. With lookups of 5 bits, exact or rounded, it is
+# 22.9e9 and 20.9e9 up to 11.4 bits, and 33.0e9 and 30.6e9 from 13 bits on. With lookups of 6 bits the step
+# lies between 10.3 and 11.4 bits. With lookups of 3 and 4 bits there is a smaller step below, at 7 bits; to
+# stay under it would take six times the planes.
 FREE_BITS = 10.5
-# Planes cost ciphertexts and additions: next to nothing beside lookups, while they are few.
+# Planes cost ciphertexts and additions. Compared with lookups, this is almost nothing while planes are few.
 MOST_PLANES = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Planes:
-    """A layer without its bias, its channels replaced by their planes.
+    """A layer without its bias, whose channels are replaced by their planes.
 
-    `layer` (K·n, *S) computes them, plane p of channel c as channel c·n + p, and `bounds` are the bounds of
-    its accumulators. The layer's own accumulators, `accumulator_bits` wide in offset form, are
-    Σ `factors`[p] · plane p.
+    `layer` (K·n, *S) computes the planes: plane p of channel c is its channel c·n + p. `bounds` are the
+    bounds of its accumulators. The accumulators of the original layer are Σ `factors`[p] · plane p. They are
+    `accumulator_bits` wide in offset form.
     """
 
     layer: QuantizedLayer
@@ -44,10 +45,10 @@ class Planes:
 
 
 def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int) -> Planes:
-    """Return the fewest planes of a layer that cost nothing beside lookups of up to `lookup_bits` bits.
+    """Return the fewest planes of a layer that cost nothing extra with lookups of up to `lookup_bits` bits.
 
-    Where no planes cost nothing, the cheapest, and of those the fewest. `shapes` are those of the network's
-    tensors. Where there are no lookups, of 0 bits, it is one plane: the layer as it is.
+    If all planes cost something, return the cheapest, and the fewest of those. `shapes` are the shapes of the
+    network's tensors. Without lookups (`lookup_bits` is 0) the result is one plane: the layer as it is.
     """
     layer = without_bias(layer)
     bounds = layer_bounds(layer, shapes)
@@ -70,16 +71,16 @@ def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int) 
 
 
 def _price_bits(layer: QuantizedLayer, bounds: AccumulatorBounds, shapes: Sequence[Shape]) -> float:
-    """Return what `FREE_BITS` bounds: the more, the dearer the circuit."""
+    """Return the number of bits that is compared with `FREE_BITS`. More bits make the circuit dearer."""
     return bounds.offset_bits + float(norm_bits(layer, shapes).max())
 
 
 def _divisions(layer: QuantizedLayer) -> Iterator[tuple[int, int, int]]:
-    """Yield bases with their numbers of digits, and numbers of blocks, those of the fewest planes first."""
+    """Yield (base, number of digits, number of blocks). Divisions with the fewest planes come first."""
     greatest = max(int(np.abs(term.weighted()[1].weight).max(initial=0)) for term in layer.terms)
     bases: dict[int, int] = {}
     for digits in range(1, MOST_PLANES + 1):
-        # Digits from −base/2 to base/2: three values at least, or none but −1 and 0 would be left.
+        # Digits go from −base/2 to base/2. With base 2 they would be −1 and 0 only: the base is at least 3.
         base = next(b for b in range(3, 2 * greatest + 4) if (b**digits - 1) // 2 >= greatest)
         bases.setdefault(base, digits)
         if base == 3:
@@ -92,7 +93,7 @@ def _divisions(layer: QuantizedLayer) -> Iterator[tuple[int, int, int]]:
 def _divided(
     layer: QuantizedLayer, shapes: Sequence[Shape], base: int, digits: int, blocks: int
 ) -> QuantizedLayer:
-    """Return the layer of a layer's planes: for each digit, one for each block of taps."""
+    """Return the layer that computes a layer's planes: one plane for each digit and each block of taps."""
     planes = digits * blocks
     terms = []
     for term in layer.terms:
@@ -117,8 +118,8 @@ def _divided(
 
 
 def _repeated(step: Step, shape: Shape, planes: int) -> Step:
-    """Return what does for each plane of all channels what `step` does for the channels of `shape`."""
-    if isinstance(step, Kernel):  # a pooling, each channel by itself
+    """Return `step`, which works on the channels of `shape`, repeated for each plane of every channel."""
+    if isinstance(step, Kernel):  # a pooling, which treats each channel separately
         geometry = replace(step.geometry, groups=step.geometry.groups * planes)
         return replace(step, weight=frozen(np.repeat(step.weight, planes, axis=0)), geometry=geometry)
     size = math.prod(shape[1:])
@@ -129,9 +130,9 @@ def _repeated(step: Step, shape: Shape, planes: int) -> Step:
 
 
 def _digits(weight: Array, base: int, count: int) -> list[Array]:
-    """Return integers as `count` digits of about −base/2 to base/2, the last one in units first.
+    """Return integers as `count` digits from about −base/2 to base/2, the lowest digit first.
 
-    Signed digits: they are smaller than those of the magnitude, whose planes would be a bit wider.
+    Signed digits are smaller than the digits of the magnitude, whose planes would be one bit wider.
     """
     digits = []
     for _ in range(count - 1):
@@ -142,7 +143,7 @@ def _digits(weight: Array, base: int, count: int) -> list[Array]:
 
 
 def _blocks(weight: Array, count: int) -> list[Array]:
-    """Return weights (K, C/groups, *k) as `count` summands, which share their taps evenly."""
+    """Return weights (K, C/groups, *k) as `count` summands. The taps are divided evenly among them."""
     taps = weight[0].size
     block = (np.arange(taps) * count // taps).reshape(weight.shape[1:])
     return [np.where(block == number, weight, 0) for number in range(count)]

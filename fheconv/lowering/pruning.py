@@ -1,4 +1,4 @@
-"""What of a network has to be computed: not what nobody reads, and no weights that are zero."""
+"""Removes work that nobody reads from a convolution, and weights that are zero."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from fheconv.networks.linear import Kernel
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """Positions in a tensor of shape `within`: all combinations of those of `axes`.
+    """Positions in a tensor of shape `within`: all combinations of the positions along `axes`.
 
-    Those of an axis may be `OUTSIDE`, and then the position is.
+    A position along an axis may be `OUTSIDE`. Then every combination with it is `OUTSIDE`.
     """
 
     axes: tuple[Array, ...]
@@ -23,17 +23,20 @@ class Grid:
 
     @property
     def shape(self) -> Shape:
-        """How many positions there are along each axis."""
+        """The number of positions along each axis."""
         return tuple(map(len, self.axes))
 
     @property
     def inside(self) -> bool:
-        """Whether any of them lies in the tensor."""
+        """True if any position lies in the tensor."""
         return all((axis != OUTSIDE).any() for axis in self.axes)
 
     @cached_property
     def flat(self) -> Array:
-        """The flat positions, an array of `shape`, `OUTSIDE` where an axis is. Made when first used."""
+        """The flat positions, an array of `shape`. Where an axis is `OUTSIDE`, so are they.
+
+        The array is made when it is first used.
+        """
         grids = np.meshgrid(*self.axes, indexing="ij")
         outside = np.any([grid == OUTSIDE for grid in grids], axis=0)
         position = np.ravel_multi_index(tuple(np.where(outside, 0, grid) for grid in grids), self.within)
@@ -42,11 +45,12 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plain:
-    """A convolution without padding, of what is left of a kernel: `weight` (K', C'/groups, *k').
+    """A convolution without padding that does the remaining work of a kernel.
 
-    `inputs` (C', *S') says which values of the kernel's input it runs over, `OUTSIDE` for the padding;
-    `outputs` (K', *Out') which values of the kernel's output it computes. `constant` (K',) is what those taps
-    add that read nothing but padding.
+    `weight` (K', C'/groups, *k') are the remaining weights.
+    `inputs` (C', *S') are the values of the kernel's input that it reads, `OUTSIDE` for the padding.
+    `outputs` (K', *Out') are the values of the kernel's output that it computes. `constant` (K',) is the sum
+    that is added by the taps that read nothing but padding.
     """
 
     weight: Array
@@ -58,10 +62,10 @@ class Plain:
     constant: Array
 
     def multiply_adds(self) -> dict[str, int]:
-        """Return the number of multiplications of each engine that can run it."""
+        """Return the number of multiplications for each engine that can run the convolution."""
         outputs = math.prod(self.outputs.shape[1:])
         counts = {}
-        # Concrete builds no convolution from nothing but zeros.
+        # Concrete cannot build a convolution whose weights or inputs are all zero.
         if self.weight.any() and self.inputs.inside:
             counts["conv"] = self.weight.size * outputs
             counts["shifts"] = math.prod(self.weight.shape[:2]) * len(self.nonzero_taps()) * outputs
@@ -72,18 +76,18 @@ class Plain:
         return counts
 
     def nonzero_taps(self) -> list[tuple[int, ...]]:
-        """Return the taps at which some filter has a weight."""
+        """Return the taps at which some filter has a weight that is not zero."""
         return [tuple(map(int, tap)) for tap in np.argwhere(self.weight.any(axis=(0, 1)))]
 
     def separated(self) -> tuple[Array, Array] | None:
         """Return integer columns (K', 1, Hf, 1) and rows (K', 1, 1, Wf) whose product is the weight, or None.
 
-        That is, if every filter reads one channel and has rank one.
+        They exist if every filter reads one channel and has rank one.
         """
         weight = self.weight
         if weight.ndim != 4 or weight.shape[1] != 1 or min(weight.shape[2:]) == 1:
             return None
-        # The first row that is not zero, in lowest terms: the other rows must be integer multiples of it.
+        # The first row that is not zero, in lowest terms. The other rows must be integer multiples of it.
         first = np.argmax(weight[:, 0].any(axis=2), axis=1)
         row = weight[np.arange(len(weight)), 0, first]
         row = row // np.maximum(np.gcd.reduce(row, axis=1), 1)[:, None]
@@ -97,10 +101,10 @@ class Plain:
 
 
 def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
-    """Return what has to be computed of a kernel on inputs of `shape`, padded with `pad`.
+    """Return the part of a kernel that must be computed, on inputs of `shape` padded with `pad`.
 
-    `wanted` is a mask (K, *Out) of its outputs. What is computed beyond them is what lies between them on a
-    grid.
+    `wanted` is a mask (K, *Out) of the outputs that are read. Outputs are computed on a grid, so unread
+    outputs that lie between read ones on the grid are computed too.
     """
     geometry, weight = kernel.geometry, kernel.weight
     grids, starts, steps, counts, outputs = [], [], [], [], []
@@ -127,7 +131,8 @@ def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
     channels, filters = np.arange(shape[0]), np.arange(len(weight))
     used = weight.reshape(len(weight), -1).any(axis=1) & wanted.reshape(len(weight), -1).any(axis=1)
     if used.any():
-        # Whole groups, because those that stay must be alike; channels and filters if there is one group.
+        # With several groups only whole groups are removed, because all groups must have the same size.
+        # With one group, single channels and filters are removed.
         alive = np.flatnonzero(used.reshape(groups, -1).any(axis=1))
         channels = channels.reshape(groups, -1)[alive].ravel()
         filters = filters.reshape(groups, -1)[alive].ravel()
@@ -136,7 +141,7 @@ def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
             weight, filters = weight[used[filters]], filters[used[filters]]
             read_channels = weight.any(axis=(0, *range(2, weight.ndim)))
             channels, weight = channels[read_channels], weight[:, read_channels]
-    # Rows, columns… around the kernel in which no filter has a weight.
+    # Remove the outer rows, columns… of the kernel in which no filter has a weight.
     for axis, dilation in enumerate(geometry.dilation):
         others = tuple(a for a in range(weight.ndim) if a != 2 + axis)
         taps = np.flatnonzero(weight.any(axis=others)) if weight.any() else np.arange(weight.shape[2 + axis])

@@ -1,10 +1,10 @@
 """Runs circuits elsewhere: behind HTTP, and on the workers of a Dask cluster.
 
-keystore: evaluation keys on the disk.
-admission: which requests may run, and who runs them.
-problems: errors as answers.
-request_log: the log.
+keystore: stores evaluation keys on the disk.
+admission: decides which requests may run, and runs them.
+problems: turns errors into answers.
+request_log: writes the log.
 app: the entry: the server.
-remote: its client.
-distributed: batches and tiles over a cluster.
+remote: the server's client.
+distributed: runs batches and tiles on a cluster.
 """

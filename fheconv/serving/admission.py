@@ -1,7 +1,7 @@
-"""What `fheconv.serving.app` does with requests: who may read a body, where it goes, who runs it.
+"""Admits, reads and runs the requests of `fheconv.serving.app`.
 
-A body of ciphertexts is read into memory only by those who have a place, of which there are as many as
-workers and places in the queue. Keys go to the disk as they come.
+A request must have a place before its ciphertexts are read into memory. There are as many places as workers
+and queue places together. Keys are written to the disk while they arrive.
 """
 
 import asyncio
@@ -20,19 +20,19 @@ from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.server import MARGIN, Server
 from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
 
-# A request's ciphertexts: at most so many images, and fewer where they are large or take more than about a
-# minute together (of Concrete's unit, two cores do 10^10 a second), but one in any case.
+# A request's ciphertexts hold at most this many images, and fewer if they are large or take more than about a
+# minute together (two cores do 10^10 of Concrete's units in a second). One image is always allowed.
 MOST_IMAGES = 16
 MOST_BYTES = 2**25
 MOST_COMPLEXITY = 6e11
-# A body may take so long, and a second more for each so many bytes that came.
+# A body may take this many seconds, and one second more for each group of this many bytes that came.
 PATIENCE = 30.0
 SLOWEST = 10_000
 PIECE = 2**20
 
 
 class Refused(Exception):
-    """An answer that is an error: its status, the class of error that a client raises, and headers."""
+    """An error answer: its status, the class of error that a client raises, and its headers."""
 
     def __init__(self, status: int, error: type[FheConvError], message: str, **headers: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ STATUS: dict[type[FheConvError], int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may be: `images` in one ciphertext, and the bytes of its body, or of a set of keys."""
+    """The limits of a request: `images` in one ciphertext, the bytes of its body, and of a set of keys."""
 
     images: int
     ciphertext_bytes: int
@@ -71,13 +71,13 @@ class Limits:
 
 
 class Pool:
-    """Copies of a server, each in its own worker, and the places of those who use or wait for one."""
+    """Copies of a server, each in its own worker, and places for the requests that use or wait for one."""
 
     def __init__(self, workers: int, queue: int) -> None:
         self.places = workers + queue
         self.taken = self.running = 0
         self.workers, self._seconds = workers, 0.0
-        # The one that was used last: it has the keys in memory if any has.
+        # Last in, first out: the server that was used last probably has the keys in memory.
         self._idle: asyncio.Queue[Server] = asyncio.LifoQueue()
         self._threads = ThreadPoolExecutor(workers, "fheconv run")
 
@@ -87,9 +87,9 @@ class Pool:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Take a place while the block runs, before anything is read into memory."""
+        """Take a place while the block runs. Call it before anything is read into memory."""
         if self.taken >= self.places:
-            # As long as those who wait for one worker will take, if they are like the last one.
+            # The time that the requests for one worker will take, if they are like the last one.
             wait = math.ceil(self._seconds * self.places / self.workers)
             raise Refused(
                 429,
@@ -104,11 +104,11 @@ class Pool:
             self.taken -= 1
 
     async def run(self, request: Request, evaluate: Callable[[Server, Callable[[], bool]], bytes]) -> bytes:
-        """Call `evaluate` in a thread, with a server and whether the client has left.
+        """Call `evaluate` in a thread, with a server and a function that tells if the client has left.
 
         Raises `ClientDisconnect` if the client leaves before its turn.
         """
-        leaving = asyncio.ensure_future(request.receive())  # all there is to receive after the body
+        leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
         try:
             server = await self._turn(leaving)
             started = time.monotonic()
@@ -142,7 +142,7 @@ class Pool:
 
 
 async def _pieces(request: Request, most: int) -> AsyncIterator[bytes]:
-    """Yield a body of at most `most` bytes as it arrives, refusing one that comes too slowly."""
+    """Yield a body of at most `most` bytes while it arrives. Refuse it if it comes too slowly."""
     too_large = Refused(413, ArtifactError, f"The body has more bytes than the {most:,} that fit here.")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > len(str(most)) or int(declared) > most):
@@ -166,7 +166,7 @@ async def _pieces(request: Request, most: int) -> AsyncIterator[bytes]:
 
 
 class Service:
-    """What the routes do."""
+    """Does the work of the routes."""
 
     def __init__(self, fingerprint: str, store: KeyStore, limits: Limits, pool: Pool) -> None:
         self.store, self.limits, self.pool = store, limits, pool
@@ -174,7 +174,7 @@ class Service:
         self._uploads = 0
 
     async def receive_keys(self, request: Request, name: str) -> int:
-        """Store the keys of a body by their name, and return how many bytes they take."""
+        """Store the keys of a body under their name, and return how many bytes they take."""
         if self._uploads >= self.pool.places:
             raise Refused(
                 429, RemoteError, "The server is busy with other uploads. Try again.", **{"Retry-After": "5"}

@@ -1,12 +1,12 @@
-"""A server of one circuit over HTTP (the extra `serve`).
+"""Serves one circuit over HTTP (the extra `serve`).
 
-Evaluation keys come once and stay on the disk, by the name that their content has; ciphertexts are run with
-the keys of a name. Whatever arrives is checked before the native library sees a byte of it, and the library
-lives in worker processes: what makes it die costs one request.
+A client sends evaluation keys once. They stay on the disk under a name that is the digest of their content.
+Ciphertexts are run with the keys of a name. Everything that arrives is checked before the native library sees
+a byte of it. The library runs in worker processes, so if it dies, only one request fails.
 
-Whoever may talk to the server may run the circuit, store keys, and remove those whose name they know. What
-guards the token, and the ciphertexts on their way, is TLS: put a proxy that speaks it before a server that
-other machines reach.
+Everybody who may talk to the server may run the circuit, store keys, and remove keys whose name they know.
+TLS must protect the token and the ciphertexts on their way. If other machines reach the server, put a proxy
+with TLS in front of it.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ except ImportError as error:
         f'fheconv.serve needs FastAPI and uvicorn ({error}); install them with: pip install "fheconv[serve]".'
     ) from error
 
-# How long requests that have begun may take when the server is told to stop.
+# The time that running requests still have when the server is told to stop.
 GRACE_SECONDS = 10
-# More connections at once are answered 503 before anything of them is read.
+# The most connections at once. Further ones are answered 503 before anything of them is read.
 CONNECTIONS = 256
 SWEEP_SECONDS = 3600
 T = TypeVar("T")
@@ -52,7 +52,7 @@ Name = Annotated[str, PathParameter(pattern=f"^{NAME.pattern}$", description="Th
 
 
 class Health(BaseModel):
-    """Whether the server works, how many requests run and how many wait."""
+    """The state of the server: its status, and the numbers of requests that run and wait."""
 
     status: str
     running: int
@@ -60,7 +60,7 @@ class Health(BaseModel):
 
 
 class Stored(BaseModel):
-    """Keys that are here."""
+    """Evaluation keys that the server has."""
 
     name: str
     bytes: int
@@ -90,12 +90,12 @@ def application(
 ) -> FastAPI:
     """Return the ASGI application that serves a circuit.
 
-    Evaluation keys are stored in `folder`, together at most `quota` bytes, and for `expiry` seconds after
-    they were last used. `workers` processes run ciphertexts, each with up to `keys_in_memory` sets of keys;
-    `queue` requests may wait for them, further ones are answered 429. With a `token`, every request but
-    those for /health and the description of the API must bear it: one word of printable ASCII.
+    Evaluation keys are stored in `folder`, at most `quota` bytes of them, and for `expiry` seconds after
+    their last use. `workers` processes run ciphertexts, each with up to `keys_in_memory` sets of keys.
+    `queue` requests may wait for them. Further requests are answered 429. With a `token` (one word of
+    printable ASCII), every request must bear it, except those for /health and the description of the API.
 
-    Raises `InvalidArgumentError` for numbers without a meaning, and a folder that cannot be used.
+    Raises `InvalidArgumentError` for invalid numbers, and for a folder that cannot be used.
     """
     check_integer("workers", workers, 1)
     check_integer("queue", queue, 0)
@@ -126,7 +126,7 @@ def application(
 def _lifespan(
     server: Server, pool: Pool, store: KeyStore, keys_in_memory: int
 ) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
-    """Return what starts the workers before the first request, and stops them after the last."""
+    """Return a context that starts the workers before the first request and stops them after the last."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -148,19 +148,19 @@ def _lifespan(
 
 
 def _describe(app: FastAPI, server: Server, service: Service, guarded: Any) -> None:
-    """Add the routes that say what the circuit is."""
+    """Add the routes that describe the circuit."""
     client_zip = client_file(server.file)
 
     @app.get("/health")
     async def health() -> Health:
-        """Say that the server works, and how busy it is."""
+        """Tell that the server works, and how busy it is."""
         return Health(
             status="ok", running=service.pool.running, waiting=service.pool.taken - service.pool.running
         )
 
     @app.get("/circuit", responses=_answers(), **guarded)
     async def circuit() -> dict[str, Any]:
-        """Return what the circuit is, and what a request may be."""
+        """Return the description of the circuit, and the limits of a request."""
         return {"manifest": server.manifest.to_dict(), "limits": asdict(service.limits)}
 
     @app.get(
@@ -170,7 +170,7 @@ def _describe(app: FastAPI, server: Server, service: Service, guarded: Any) -> N
         **guarded,
     )
     async def client() -> Response:
-        """Return client.zip, with which keys are made, images encrypted and results decrypted."""
+        """Return client.zip, which is needed to make keys, encrypt images and decrypt results."""
         return Response(client_zip, media_type="application/zip")
 
 
@@ -179,7 +179,7 @@ def _store_keys(app: FastAPI, service: Service, guarded: Any) -> None:
 
     @app.get("/keys/{name}", responses=_answers(404, 422), **guarded)
     async def known(name: Name) -> Stored:
-        """Say whether evaluation keys are here."""
+        """Tell if the server has these evaluation keys."""
         return Stored(name=name, bytes=service.store.size_of(name))
 
     @app.put(
@@ -189,12 +189,12 @@ def _store_keys(app: FastAPI, service: Service, guarded: Any) -> None:
         **guarded,
     )
     async def send(name: Name, request: Request) -> Stored:
-        """Store evaluation keys, as EvaluationKeys.to_bytes() writes them, by the digest they end with."""
+        """Store evaluation keys, as EvaluationKeys.to_bytes() writes them, under the digest at their end."""
         return Stored(name=name, bytes=await _until_stopped(service.receive_keys(request, name)))
 
     @app.delete("/keys/{name}", status_code=204, responses=_answers(404, 409, 422), **guarded)
     async def forget(name: Name) -> None:
-        """Remove evaluation keys that nothing runs with."""
+        """Remove evaluation keys, unless a request is using them."""
         service.store.delete(name)
 
 
@@ -228,11 +228,11 @@ def serve(
 ) -> None:
     """Serve a circuit until the process is told to stop. Other `options` are those of `application`.
 
-    Port 0 takes any that is free; the log says which. Each line of the log, on standard error, is a JSON
-    object; it holds nothing of bodies and no token.
+    Port 0 takes any free port, and the log says which. The log is on standard error. Each of its lines is a
+    JSON object, which holds no token and nothing of the bodies.
 
-    Raises `InvalidArgumentError` like `application`, for an address that cannot be had, and, unless
-    `allow_remote`, for one that other machines reach without a token.
+    Raises `InvalidArgumentError` like `application`, for an address that cannot be used, and, unless
+    `allow_remote`, for an address that other machines can reach without a token.
     """
     if token is None and not allow_remote and not _is_loopback(host):
         raise InvalidArgumentError(
@@ -249,7 +249,7 @@ def serve(
 
 
 def configured(app: FastAPI) -> uvicorn.Config:
-    """Return how uvicorn serves an application."""
+    """Return uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,
         log_config=None,
@@ -263,12 +263,12 @@ def configured(app: FastAPI) -> uvicorn.Config:
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, of which one alone is known to be this machine's
+    except ValueError:  # a name; only "localhost" is known to be this machine
         return host == "localhost"
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises `InvalidArgumentError` if there is none to be had."""
+    """Return a socket that listens. Raises `InvalidArgumentError` if the address cannot be used."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)
@@ -291,7 +291,7 @@ def _guard(token: str | None) -> Callable[..., Awaitable[None]]:
 
 
 async def _until_stopped(work: Awaitable[T]) -> T:
-    """Wait for an answer; tell the client to ask again if the server is stopped before there is one."""
+    """Wait for an answer. If the server is stopped first, tell the client to ask again."""
     try:
         return await work
     except asyncio.CancelledError:
@@ -300,7 +300,7 @@ async def _until_stopped(work: Awaitable[T]) -> T:
 
 
 async def _sweep(store: KeyStore) -> None:
-    """Remove expired keys where no request does."""
+    """Remove expired keys regularly, also when no requests come."""
     while True:
         await asyncio.to_thread(store.expire)
         await asyncio.sleep(SWEEP_SECONDS)

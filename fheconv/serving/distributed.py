@@ -1,13 +1,13 @@
-"""Encrypted images spread over the workers of a Dask cluster (the extra `distributed`).
+"""Runs encrypted images on the workers of a Dask cluster (the extra `distributed`).
 
-The circuit and the keys are one piece of Dask's data, which it copies from worker to worker, once to each,
-also to those that join later or replace a dead one, and forgets at the end of the call. A worker opens it
-when its first image comes: it compiles the circuit in a process of the native library of its own, and gives
-it the keys. Images travel with their tasks, so that another worker can take up what a dead one left.
+The circuit and the keys are one piece of Dask's data, the job. Dask copies it from worker to worker, once to
+each, also to workers that join later or replace a dead one. Dask forgets it at the end of the call. A worker
+opens the job when its first image comes: it compiles the circuit in its own process of the native library,
+and gives it the keys. Images travel with their tasks, so another worker can run those of a dead one.
 
-The members of a Dask cluster trust one another: whoever reaches its scheduler can run code there. They see
-ciphertexts and evaluation keys, with which nothing can be decrypted. The scheduler and the workers need the
-same version of fheconv.
+The members of a Dask cluster must trust one another: everybody who reaches its scheduler can run code there.
+They see ciphertexts and evaluation keys, which cannot decrypt anything. The scheduler and the workers need
+the same version of fheconv.
 """
 
 import contextlib
@@ -42,12 +42,13 @@ except ImportError as error:
         f'fheconv.distributed needs Dask ({error}); install it with: pip install "fheconv[distributed]".'
     ) from error
 
-# Under this topic of Dask's events each worker tells that it opened a circuit.
+# The topic of Dask's events under which each worker tells that it opened a circuit.
 TOPIC = "fheconv"
-# So many images are under way for each thread of the cluster, and so many at least: workers find the next one
-# there, and the scheduler does not hold a whole batch.
+# The number of images under way for each thread of the cluster, and the least number in all. So the next
+# image is ready for a worker, and the scheduler does not hold a whole batch.
 AHEAD, LEAST_AHEAD = 3, 16
-# What failed is tried again, elsewhere if need be: the system may have ended the native library.
+# The number of times that a failed task is tried again, perhaps on another worker: the system may have ended
+# the native library.
 RETRIES = 2
 
 
@@ -80,8 +81,8 @@ def run(
 ) -> Ciphertext | list[Ciphertext]:
     """Evaluate a saved circuit on encrypted images, on the workers of a Dask cluster.
 
-    The arguments are those of `stream`. The result for a ciphertext is a ciphertext, as of `Server.run`; for
-    several it is a list of theirs, in their order. Raises like `stream`.
+    The arguments are those of `stream`. For one ciphertext, the result is a ciphertext, as from `Server.run`.
+    For several, it is a list of results in the same order. Raises like `stream`.
     """
     results = dict(stream(server, keys, ciphertexts, client=client))
     ordered = [results[index] for index in range(len(results))]
@@ -97,17 +98,17 @@ def stream(
     *,
     client: Client,
 ) -> Iterator[tuple[int, Ciphertext]]:
-    """Yield (index, result) as they finish on the workers of a Dask cluster, each index once.
+    """Yield (index, result) when each image finishes on the workers of a Dask cluster, each index once.
 
-    server: a `server.zip`, or what `load_server` made of it, with whose limits the workers run.
-    ciphertexts: encrypted images, which are spread one by one and whose results are yielded so; or several
-    ciphertexts, each of which goes to one worker. If they are an iterator, it is read no further than the
-    workers need, so that they need not all be in memory.
-    client: Dask's client; a cluster without workers is waited for.
+    server: a `server.zip`, or the server that `load_server` made of it. The workers use its limits.
+    ciphertexts: one ciphertext, whose images are sent and yielded one by one; or several ciphertexts, each of
+        which goes to one worker. An iterator is read only as far as the workers need, so the ciphertexts need
+        not all be in memory.
+    client: Dask's client. If the cluster has no workers yet, the call waits for them.
 
-    Where it is left early, or interrupted, what has not begun is cancelled. Raises `ArtifactError`, before
-    anything is sent, for files, keys and ciphertexts that do not belong together, `ExecutionError` if a
-    circuit fails on a worker, or too many workers die of it.
+    If the iteration is left early or interrupted, tasks that have not begun are cancelled. Raises
+    `ArtifactError`, before anything is sent, for files, keys and ciphertexts that do not belong together,
+    `ExecutionError` if a circuit fails on a worker, or if too many workers die of it.
     """
     if not isinstance(client, Client) or client.asynchronous:
         raise InvalidArgumentError(
@@ -132,7 +133,7 @@ def stream(
 
 
 class _Job:
-    """What every worker needs: the circuit and the keys, bytes where it travels, opened where it is used."""
+    """The circuit and the keys, which every worker needs. They travel as bytes, and a worker opens them."""
 
     def __init__(self, *parts: Any) -> None:
         self._parts = parts
@@ -163,13 +164,13 @@ class _Job:
         return server, evaluation_keys
 
 
-# Those of this process, by name.
+# The jobs of this process, by name.
 _jobs: weakref.WeakValueDictionary[str, _Job] = weakref.WeakValueDictionary()
 _jobs_lock = threading.Lock()
 
 
 def _job(name: str, *parts: Any) -> _Job:
-    """Return the job of that name: where Dask brings it again, it is the one that was opened."""
+    """Return the job of that name. If Dask brings it again, return the one that is already open."""
     with _jobs_lock:
         return _jobs.setdefault(name, _Job(name, *parts))
 
@@ -184,7 +185,7 @@ def _run(job: _Job, ciphertext: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _asking_dask() -> Iterator[None]:
-    """Turn what Dask, or a worker's Python, raises into the one tree of errors."""
+    """Turn errors of Dask, or of a worker's Python, into errors of fheconv."""
     try:
         yield
     except FheConvError:
@@ -213,10 +214,10 @@ def _stream(
 
     @_asking_dask()
     def reach() -> int:
-        """Have every worker hold the job; return how many threads they have.
+        """Make every worker hold the job, and return how many threads the workers have.
 
-        Dask takes copies of data away from workers that do not use them for seconds; a result of their own
-        they keep.
+        Dask removes copies of data from workers that do not use them for seconds. But workers keep their own
+        results, so each worker holds the job through a result of its own.
         """
         threads = client.nthreads()
         for address in threads.keys() - holds.keys():
@@ -225,7 +226,7 @@ def _stream(
         return sum(threads.values())
 
     def send() -> None:
-        """Send what is to be under way beyond what is."""
+        """Send images until enough of them are under way."""
         ahead = max(LEAST_AHEAD, AHEAD * reach())
         for index, ciphertext in islice(waiting, ahead - len(sent)):
             check_input(ciphertext, manifest, key_id)
@@ -237,7 +238,7 @@ def _stream(
         with _asking_dask():
             wait([job])
             reach()
-            wait([*holds.values()])  # else the first images would all go where the job is
+            wait([*holds.values()])  # otherwise the first images would all go to the worker with the job
         send()
         while sent:
             with _asking_dask():
@@ -248,19 +249,22 @@ def _stream(
             send()
             yield index, result
     finally:
-        with contextlib.suppress(Exception):  # a cluster that is gone has nothing to cancel
+        with contextlib.suppress(Exception):  # if the cluster is gone, there is nothing to cancel
             client.cancel([job, *holds.values(), *sent])
 
 
 @_asking_dask()
 def _submit(client: Client, function: Any, *arguments: Any, **options: Any) -> Future:
-    # Dask warns of megabytes in a task. Ciphertexts are, and there they survive the worker.
+    # Dask warns of megabytes in a task. Ciphertexts are that large, and in a task they survive the worker.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
         return client.submit(function, *arguments, retries=RETRIES, **options)
 
 
 def _checked(data: Any, index: int, ciphertext: Ciphertext) -> Ciphertext:
-    """Return the result for a ciphertext from its bytes. Raises `ArtifactError` for those of another."""
+    """Return the result for a ciphertext from its bytes.
+
+    Raises `ArtifactError` for the result of another ciphertext.
+    """
     result = Ciphertext.from_bytes(data)
     if not result.answers(ciphertext):
         raise ArtifactError(f"A worker returned for ciphertext {index} what belongs to another.")

@@ -1,7 +1,8 @@
-"""Evaluation keys on the disk of a server, each set in a file by its name, which is its content's digest.
+"""Stores evaluation keys on the disk of a server, each set in a file named by the digest of its content.
 
-A set is written beside its place, flushed to the disk and moved there: what has a name is whole, whenever the
-server dies. When a set was last used is the file's own time, and so outlives the server too.
+A set is written to a temporary file, flushed to the disk and moved to its place. So a file with a name is
+complete, whenever the server dies. The time of the last use is the file's own time, and so it survives the
+server.
 """
 
 import contextlib
@@ -29,11 +30,11 @@ _HALF = ".incoming-"
 
 
 class UnknownKeys(ArtifactError):
-    """No keys have that name here: they never came, have expired, or made room for others."""
+    """There are no keys of that name: they never came, have expired, or were removed to make room."""
 
 
 class ForeignKeys(ArtifactError):
-    """The keys are of another circuit, or do not have the name that they were sent by."""
+    """The keys belong to another circuit, or do not have the name under which they were sent."""
 
 
 class KeysInUse(RemoteError):
@@ -41,14 +42,14 @@ class KeysInUse(RemoteError):
 
 
 class StoreFull(RemoteError):
-    """There is no room for more keys, or the disk takes none."""
+    """There is no room for more keys, or the disk cannot store them."""
 
 
 @dataclass(kw_only=True)
 class _Entry:
-    """A file of the store: its size, when it was used last, and by how many it is being used.
+    """A file of the store: its size, the time of its last use, and the number of its present users.
 
-    `keys` are None until the file was checked by this process.
+    `keys` is None until this process has checked the file.
     """
 
     size: int
@@ -61,12 +62,12 @@ class _Entry:
 class KeyStore:
     """The evaluation keys of one circuit, in a folder that no other process uses.
 
-    They are in the folder of that circuit's fingerprint inside `folder`, which only their owner may enter.
-    Together they take at most `quota` bytes: those used longest ago make room. Those not used for `expiry`
-    seconds are removed. One set has at most `max_bytes`.
+    They are in a folder named by the circuit's fingerprint, inside `folder`. Only their owner may enter it.
+    All keys together take at most `quota` bytes. If there is no room, the keys used longest ago are removed.
+    Keys not used for `expiry` seconds are removed too. One set has at most `max_bytes` bytes.
 
-    Its methods may be called by several threads at once. Raises `InvalidArgumentError` for limits that have
-    no meaning, a folder that another server uses, and one that cannot be made.
+    Several threads may call its methods at once. Raises `InvalidArgumentError` for invalid limits, for a
+    folder that another server uses, and for one that cannot be made.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class KeyStore:
             ) from error
 
     def _guarded(self) -> IO[bytes]:
-        """Keep other processes out, as long as this one lives."""
+        """Keep other processes out of the folder as long as this process lives."""
         guard = (self.folder / ".lock").open("ab")
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +104,7 @@ class KeyStore:
         return guard
 
     def _read_folder(self) -> None:
-        """Take up what an earlier process left, and remove what it had not finished."""
+        """Read the files that an earlier process left, and remove unfinished ones."""
         for path in self.folder.iterdir():
             if path.name.startswith(_HALF):
                 path.unlink()
@@ -117,16 +118,16 @@ class KeyStore:
         self._guard.close()
 
     def size_of(self, name: str) -> int:
-        """Return how many bytes the keys of that name take. Raises `UnknownKeys`."""
+        """Return the number of bytes of the keys of that name. Raises `UnknownKeys`."""
         self.expire()
         with self._lock:
             return self._entry(name).size
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[StoredKeys]:
-        """Keep the keys of that name here while the block runs.
+        """Keep the keys of that name in the store while the block runs.
 
-        A file that an earlier process wrote is read through and checked first. Raises `UnknownKeys`.
+        A file that an earlier process wrote is first read completely and checked. Raises `UnknownKeys`.
         """
         self.expire()
         with self._lock:
@@ -149,7 +150,7 @@ class KeyStore:
             self._remove(name)
 
     def expire(self) -> None:
-        """Remove the keys that were not used for too long."""
+        """Remove the keys that were not used for `expiry` seconds."""
         oldest = time.time() - self._expiry
         with self._lock:
             for name, entry in list(self._entries.items()):
@@ -161,7 +162,7 @@ class KeyStore:
         return Upload(self)
 
     def reserve(self, size: int) -> None:
-        """Make room for so many bytes more that arrive. Raises `StoreFull`."""
+        """Make room for `size` more bytes that arrive. Raises `StoreFull`."""
         with self._lock:
             held = self._arriving + sum(entry.size for entry in self._entries.values())
             unused = sorted(
@@ -181,7 +182,7 @@ class KeyStore:
             self._arriving += size
 
     def keep(self, keys: StoredKeys, size: int) -> None:
-        """Move keys that arrived to their place, in the room of `size` bytes that was reserved for them."""
+        """Move keys that arrived to their place, and use the `size` bytes that were reserved for them."""
         place = self._path(keys.name)
         with self._lock:
             keys.path.replace(place)
@@ -190,7 +191,7 @@ class KeyStore:
             self._arriving -= size
 
     def release(self, size: int) -> None:
-        """Give back room that was reserved."""
+        """Give back reserved room."""
         with self._lock:
             self._arriving -= size
 
@@ -209,7 +210,7 @@ class KeyStore:
             return entry.keys
 
     def check(self, keys: StoredKeys, name: str) -> None:
-        """Raise `ForeignKeys` for keys of another circuit or of another name."""
+        """Raise `ForeignKeys` for keys of another circuit or another name."""
         if keys.fingerprint != self.fingerprint:
             raise ForeignKeys(
                 "The evaluation keys belong to another circuit; make keys with this one's client."
@@ -231,7 +232,7 @@ class KeyStore:
 
 
 class Upload:
-    """Keys that arrive, a context manager: without `keep` nothing of them stays."""
+    """A context manager for keys that arrive. Unless `keep` is called, nothing of them stays."""
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store
@@ -261,9 +262,9 @@ class Upload:
             self._file.write(piece)
 
     def keep(self, name: str) -> None:
-        """Store the keys, all of which have arrived.
+        """Store the keys after all their bytes have arrived.
 
-        Raises `ArtifactError` if they are damaged, `ForeignKeys` if they are others than said.
+        Raises `ArtifactError` if they are damaged, `ForeignKeys` if they are not the keys of that name.
         """
         keys = StoredKeys.arrived(self._path, self._incoming)
         self._store.check(keys, name)
@@ -280,7 +281,7 @@ def _private(path: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Turn what the disk refuses into `StoreFull`."""
+    """Turn errors of the disk into `StoreFull`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Turns errors into answers: a status, the class of fheconv's that a client raises, a message."""
+"""Turns errors into answers: a status, the class of fheconv's error that a client raises, and a message."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from fheconv.serving.admission import STATUS, Refused
 
 
 class Problem(BaseModel):
-    """An answer that is an error: the class of fheconv that a client raises, and its message."""
+    """An error answer: the class of fheconv's error that a client raises, and its message."""
 
     error: str
     message: str
@@ -46,7 +46,7 @@ async def _http(_: Request, error: Any) -> Response:
 
 
 async def _gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # to nobody, but for the log
+    return Response(status_code=499)  # the client has left; only the log reads it
 
 
 async def _unforeseen(_: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Runs a circuit behind a URL: the client side is here, `fheconv.serving.app` there."""
+"""Runs a circuit behind a URL. This is the client side; the server side is `fheconv.serving.app`."""
 
 import json
 import random
@@ -34,25 +34,32 @@ except ImportError as error:
     ) from error
 
 RETRIES = 8
-# Seconds without a sign of life from the server; an image of a large network takes minutes.
+# Seconds to wait without a sign of life from the server. An image of a large network takes minutes.
 TIMEOUT = 600.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_JSON = 2**24
 
 
 class RemoteCircuit(Client):
-    """A circuit whose keys are here and which runs at `url`, where `fheconv serve` serves it.
+    """A circuit that runs at `url`, where `fheconv serve` serves it. Its keys stay here.
 
-    `client` is the circuit's `client.zip`, or a `fheconv.Client`, whose keys it then shares. Without it
-    `client.zip` is fetched from the server: the server then chooses the parameters of the encryption, and
-    could choose some that protect nothing. Trust it with that, or get `client.zip` from whoever compiled it.
+    `client` is the circuit's `client.zip`, or a `fheconv.Client`, whose keys it then shares. Without it,
+    `client.zip` is fetched from the server. Then the server chooses the parameters of the encryption, and
+    could choose some that protect nothing. Do this only if you trust the server. Otherwise get `client.zip`
+    from the person who compiled it.
 
-    `token` is what the server asks for; send it to https only, unless the server is on this machine. A
-    request that finds no server, or a busy one, is repeated up to `retries` times, after as long as the
-    server says or longer each time; it is given up as lost after `timeout` seconds without a sign of life.
+    `token` is the token that the server asks for. Send it to https only, unless the server is on this
+    machine. If a request finds no server, or a busy one, it is repeated up to `retries` times. The wait is as
+    long as the server says, or gets longer each time. A request fails after `timeout` seconds without a sign
+    of life.
 
-    Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than
-    `client` is of, `InvalidArgumentError` for a URL, a token or a number that is none.
+    Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than that of
+    `client`, `InvalidArgumentError` for an invalid URL, token or number.
+
+    Example:
+        >>> circuit = RemoteCircuit("http://localhost:8000", "client.zip")  # doctest: +SKIP
+        >>> circuit.keygen()  # doctest: +SKIP
+        >>> circuit.predict(image)  # doctest: +SKIP
     """
 
     def __init__(
@@ -92,21 +99,21 @@ class RemoteCircuit(Client):
                 f"{url} serves the circuit {manifest.fingerprint}, and the client is of "
                 f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
             )
-        # One set of keys, whichever of the two makes new ones.
+        # Both share one set of keys, no matter which of the two makes new ones.
         self.manifest, self._one, self._lock = client.manifest, client._one, client._lock
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
-        """Evaluate the circuit on encrypted images, at the server, which gets the evaluation keys if need be.
+        """Evaluate the circuit on encrypted images at the server. Send the evaluation keys if it lacks them.
 
-        Raises `ArtifactError` for a ciphertext of another circuit or key set, here or by the server's
-        judgement, and for results that are not those of these images, `ExecutionError` if the evaluation
-        fails, `RemoteError` if there is no answer after all retries.
+        Raises `ArtifactError` for a ciphertext of another circuit or key set, found here or by the server,
+        and for results that do not belong to these images. Raises `ExecutionError` if the evaluation fails,
+        `RemoteError` if there is no answer after all retries.
         """
         with self._lock:
             self._one.check(ciphertext, "input", "run")
         values = ciphertext.values
         if values:
-            self._name_at_server(ciphertext.key_id)  # not within the images' bar, because it has its own
+            self._name_at_server(ciphertext.key_id)  # before the images' progress bar, because it has its own
         parts = [values[start : start + self._images] for start in range(0, len(values), self._images)]
         results: list[bytes] = []
         for part in track(parts, "Running on encrypted images…"):
@@ -114,9 +121,10 @@ class RemoteCircuit(Client):
         return ciphertext.with_results(results)
 
     def predict(self, x: Any, fhe: str = "execute") -> Array:
-        """Return float outputs for float images, in torch's shape: encrypted here, run there, decrypted here.
+        """Return float outputs for float images, in torch's shape.
 
-        Raises like `encrypt` and `run`, and `InvalidArgumentError` for another `fhe` than "execute".
+        Images are encrypted here, run at the server, and decrypted here. Raises like `encrypt` and `run`, and
+        `InvalidArgumentError` for another `fhe` than "execute".
         """
         if fhe != "execute":
             raise InvalidArgumentError(
@@ -126,7 +134,7 @@ class RemoteCircuit(Client):
         return self.decrypt(self.run(self.encrypt(x)))
 
     def _circuit(self) -> tuple[Manifest, int]:
-        """Return what the server says of its circuit, and how many images it takes at a time."""
+        """Return the manifest of the server's circuit, and how many images the server takes at a time."""
         answer = self._request("GET", "/circuit")
         try:
             read = json.loads(answer)
@@ -148,7 +156,7 @@ class RemoteCircuit(Client):
             try:
                 answer = self._request("POST", f"/run/{name}", content=body, most=most)
                 break
-            except _Unknown:  # they expired there in the meantime, or made room for others'
+            except _Unknown:  # in the meantime they expired there, or were removed
                 self._uploaded = None
                 if last:
                     raise
@@ -161,7 +169,7 @@ class RemoteCircuit(Client):
         return results.values
 
     def _name_at_server(self, key_id: str) -> str:
-        """Return the name by which the server has the evaluation keys, sending them if it has them not."""
+        """Return the server's name for the evaluation keys. Send them if the server does not have them."""
         uploaded = self._uploaded
         if uploaded is not None and uploaded[0] == key_id:
             return uploaded[1]
@@ -180,9 +188,10 @@ class RemoteCircuit(Client):
     def _request(
         self, method: str, path: str, *, content: bytes | Sequence[bytes] = b"", most: int = _MOST_JSON
     ) -> bytes:
-        """Return the answer to a request, of at most `most` bytes; repeat it as long as that may help.
+        """Return the answer to a request, at most `most` bytes. Repeat the request if that may help.
 
-        Chunks of `content` are sent with a bar. Raises the error that the server names, or `RemoteError`.
+        Chunks of `content` are sent with a progress bar. Raises the error that the server names, or
+        `RemoteError`.
         """
         for attempt in range(self._retries + 1):
             body: bytes | Iterable[bytes] = content
@@ -229,7 +238,7 @@ class _Unknown(ArtifactError):
 
 
 def _problem(response: httpx.Response, answer: bytes) -> FheConvError:
-    """Return the error of an answer that is one."""
+    """Return the error that an error answer describes."""
     try:
         read = json.loads(answer)
         name, message = str(read["error"]), str(read["message"])[:2000]

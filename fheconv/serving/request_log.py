@@ -1,4 +1,4 @@
-"""Logs a line of JSON for each request, without its contents and without the token."""
+"""Logs each request as a line of JSON, without its contents and without the token."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ LOGGER = logging.getLogger("fheconv.serving.app")
 
 
 class RequestLog:
-    """Writes a line for each request: who asked for what, how much of it came and went, how long it took."""
+    """Writes a line for each request: the client, the route, the bytes in and out, and the time it took."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -50,10 +50,10 @@ class RequestLog:
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON for each record."""
+    """Formats each record as a line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line."""
+        """Return the record as a line of JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -66,7 +66,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the lines of requests and of uvicorn to standard error."""
+    """Write the log lines of requests and of uvicorn to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in (LOGGER.name, "uvicorn"):

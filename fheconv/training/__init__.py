@@ -1,7 +1,7 @@
-"""Trains a network on within its widths.
+"""Fine-tunes a quantized network without making its accumulators wider.
 
-straight_through: gradients of lookups.
-trainable: an integer network as a torch module.
-thinning: networks with fewer lookups.
-finetuning: the entry: training on.
+straight_through: gives lookups a gradient.
+trainable: makes an integer network a torch module.
+thinning: removes lookups from a network.
+finetuning: the entry: fine-tunes a network.
 """

@@ -1,4 +1,4 @@
-"""Training a quantized network on, within the budgets of its accumulators."""
+"""Fine-tunes a quantized network within the budgets of its accumulators."""
 
 import math
 from collections.abc import Callable
@@ -19,29 +19,29 @@ from fheconv.quantizer.layerwise import quantize_network
 from fheconv.training.thinning import thinned
 from fheconv.training.trainable import TrainableNetwork
 
-# Images (N, C, *S), alone or with what is right for them (N, …).
+# Images (N, C, *S), alone or with their right classes (N, …).
 Data: TypeAlias = Any
 N = TypeVar("N", bound=IntegerNetwork)
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
-# Of so much of the data nothing is learned: it decides what is kept.
+# This share of the data is held out. It decides which network is kept.
 HELD_OUT = 0.2
-# Weights are trained between these shares of the epochs; scales and biases before and after get used to them.
+# Weights are trained between these shares of the epochs. Before and after, only scales and biases adapt.
 FROM, TO = 0.1, 0.8
-# The share of its time in which a learning rate rises, before it falls to 0.
+# A learning rate rises during this share of its time. Then it falls to 0.
 RISE = 0.1
-# How often the held-out loss is measured.
+# The number of times that the held-out loss is measured.
 MEASURED = 40
-# The float network's answers are learned at this temperature (Hinton et al. 2015).
+# The temperature at which the float network's answers are learned (Hinton et al. 2015).
 TEMPERATURE = 2.0
-# On so many images, at most, the ranges of accumulators are observed.
+# The ranges of accumulators are observed on at most this many images.
 MOST_OBSERVED = 1000
 
 
 class Examples(NamedTuple):
-    """Images (N, C, *S), the right classes (N, …) if they are known, and the float network's sums.
+    """Images (N, C, *S), their right classes (N, …) if these are known, and the float network's sums.
 
-    `spread` is the variance of all its sums, in which errors are counted.
+    `spread` is the variance of all these sums. It is the unit in which errors are measured.
     """
 
     images: Tensor
@@ -50,13 +50,13 @@ class Examples(NamedTuple):
     spread: Tensor
 
     def of(self, where: Tensor) -> "Examples":
-        """Return some of them."""
+        """Return the examples at the indices `where`."""
         labels = None if self.labels is None else self.labels[where]
         return Examples(self.images[where], labels, self.meant[where], self.spread)
 
 
 class _Schedule(NamedTuple):
-    """How long and how fast to train: it ends after `patience` epochs without a smaller held-out loss."""
+    """The length and speed of training. It ends after `patience` epochs without a smaller held-out loss."""
 
     epochs: int
     learning_rate: float
@@ -77,26 +77,32 @@ def finetune(
     lookup_budget: int | None = None,
     seed: int = 0,
 ) -> N:
-    """Return the network trained on, with the same widths, which stay proved.
+    """Fine-tune a network, and return the result. Its accumulators keep their widths, which stay proved.
 
-    `data` are images (N, C, *S), or a pair of them and their classes (N,). Without classes the network learns
-    the float network's results (mean squared error), with classes these too (cross-entropy, and the float
-    network's answers by distillation). A fifth of it is held out, or `validation` is given; what is returned
-    is the network with the least held-out loss of all that were measured, the first one included. Scales and
-    biases are trained all the time, weights from the first tenth of the epochs to the last fifth, by Adam;
-    learning rates fall to 0, and most of the gain comes at the end.
+    `data` are images (N, C, *S), or a pair of images and their classes (N,). Without classes the network
+    learns the float network's results (mean squared error). With classes it also learns the classes
+    (cross-entropy, and the float network's answers by distillation). A fifth of the data is held out, unless
+    `validation` is given. The result is the network with the least held-out loss of all that were measured,
+    including the network before training. Scales and biases are trained all the time. Weights are trained
+    from the first tenth of the epochs to the last fifth. The optimizer is Adam. Learning rates fall to 0, and
+    most of the gain comes at the end.
 
-    `augment` maps a batch of images to changed ones, each epoch anew. `patience` stops the training after so
-    many epochs without a better held-out loss. `lookup_budget` lets an image take so many lookups at most:
-    channels that hardly matter are taken out first, and average poolings moved before their activations (see
-    `fheconv.training.thinning`). The same `seed` gives the same network on one machine.
+    `augment` maps a batch of images to changed ones, anew in each epoch. `patience` stops the training after
+    so many epochs without a better held-out loss. `lookup_budget` is the most lookups that an image may take:
+    before training, channels that hardly matter are removed, and average poolings are moved before their
+    activations (see `fheconv.training.thinning`). The same `seed` gives the same network on one machine.
 
-    Accumulators keep to the widths that the network's config asks for. Where it asks for none, no filter of a
-    layer may span more than the widest one did.
+    Accumulators keep to the widths that the network's config asks for. If it asks for none, no filter of a
+    layer may have a larger span than the widest filter had before.
 
-    Raises `InputRangeError` for images that the network does not take, `AccumulatorOverflowError` where a
-    pooling before its activation leaves room for no weight, `InvalidArgumentError` for anything else that
-    does not fit.
+    Raises `InputRangeError` for images that the network does not take, `AccumulatorOverflowError` if a
+    pooling that is moved before its activation leaves no room for any weight, `InvalidArgumentError` for
+    other arguments that do not fit.
+
+    Example:
+        >>> tuned = finetune(network, (images, classes), epochs=50, seed=0)  # doctest: +SKIP
+        >>> tuned.budget().proved  # doctest: +SKIP
+        True
     """
     if not isinstance(network, IntegerNetwork):
         raise InvalidArgumentError(
@@ -140,7 +146,7 @@ def _train(
     augment: Augment | None,
     schedule: "_Schedule",
 ) -> IntegerNetwork:
-    """Return the network with the least held-out loss of all that training goes through."""
+    """Train, and return the network with the least held-out loss of all that were measured."""
     epochs, batch_size = schedule.epochs, schedule.batch_size
     module = TrainableNetwork(network).train()
     parameters = list(module.named_parameters())
@@ -178,7 +184,7 @@ def _train(
         if epoch % every == 0 or epoch in (start, end, epochs):
             try:
                 now = module.quantized(observed)
-            except CalibrationError:  # training has diverged, and nothing good comes of it any more
+            except CalibrationError:  # training has diverged and will not recover
                 break
             loss = _held_out_loss(now, held_out)
             if loss < least:
@@ -189,7 +195,7 @@ def _train(
 
 
 def _augmented(augment: Augment, images: Tensor) -> Tensor:
-    """Return what `augment` makes of a batch."""
+    """Return the batch that `augment` makes of `images`, checked."""
     changed = augment(images)
     if not isinstance(changed, Tensor) or changed.shape != images.shape:
         got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
@@ -201,7 +207,7 @@ def _augmented(augment: Augment, images: Tensor) -> Tensor:
 
 
 def _rate(step: int, start: int, end: int) -> float:
-    """Return the share of the learning rate at a step: 0 outside, a short rise and a long fall between."""
+    """Return the share of the learning rate at a step: a short rise and a long fall, and 0 outside."""
     at = (step - start) / max(end - start, 1)
     if not 0 <= at < 1:
         return 0.0

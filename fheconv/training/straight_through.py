@@ -1,4 +1,4 @@
-"""Gives lookups a gradient, which a table does not have."""
+"""Gives lookups a gradient, because a table has none."""
 
 from typing import Any
 
@@ -14,26 +14,27 @@ from fheconv.networks.quantization import Quantization
 class StraightThroughLookup(torch.autograd.Function):
     """Turns real sums into the integers of an activation, as a lookup does.
 
-    The slope is that of the activation over one accumulator step: a table has no points between.
+    The slope is the change of the activation over one accumulator step, because a table has no values between
+    two steps.
     """
 
     @staticmethod
-    @np.errstate(invalid="ignore", over="ignore")  # where training has diverged, `quantized` says so
+    @np.errstate(invalid="ignore", over="ignore")  # if training has diverged, `quantized` raises
     def forward(ctx: Any, real: Tensor, step: Tensor, activation: Expression, output: Quantization) -> Tensor:
-        """Return the integers of the activation, from the zero-point."""
+        """Return the integers of the activation, counted from the zero-point."""
         x, half = real.detach().double().numpy(), np.abs(step.detach().double().numpy()) / 2
 
         def level(x: Array) -> Array:
             steps = activation(x) / output.scale + output.zero_point
             return np.clip(steps, output.minimum, output.maximum)
 
-        # Where an activation is not a number, as a logarithm below 0, it has no slope either.
+        # Where an activation is not a number, such as a logarithm below 0, its slope is set to 0.
         slope = np.nan_to_num((level(x + half) - level(x - half)) / (2 * half))
         ctx.save_for_backward(torch.as_tensor(slope, dtype=real.dtype))
         return torch.as_tensor(np.rint(level(x)) - output.zero_point, dtype=real.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of the sums: that of the integers times the slope."""
+        """Return the gradient of the sums, which is the gradient of the integers times the slope."""
         (slope,) = ctx.saved_tensors
         return gradients[0] * slope, None, None, None

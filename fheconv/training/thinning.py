@@ -1,8 +1,9 @@
-"""Networks with fewer lookups: what hardly matters is taken out of a trained network.
+"""Removes lookups that hardly matter from a trained network.
 
-The price of an encrypted image is that of its lookups, one for each value of an activation. Two changes save
-them by the dozen: a channel is replaced by its mean, which the biases of its readers take up (structured
-pruning), and an average pooling moves before the activation that it follows, where it costs nothing.
+The price of an encrypted image is the price of its lookups, one for each value of an activation. Two changes
+save many lookups at once. First, a channel is replaced by its mean, which is added to the biases of the
+layers that read it (structured pruning). Second, an average pooling that follows an activation is moved
+before it, where it costs nothing.
 """
 
 from collections.abc import Iterator
@@ -19,14 +20,14 @@ from fheconv.networks.linear import Kernel, is_pooling
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.weights import Rows, least_squares
 
-# On so many images, at most, changes are compared.
+# Changes are compared on at most this many images.
 MOST_IMAGES = 200
-# Real numbers as they are, for `Rows`.
+# For `Rows`: real numbers without a scale.
 UNIT = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=1)
 
 
 def lookups(network: Network) -> int:
-    """Return how many lookups an image takes."""
+    """Return the number of lookups for one image."""
     masks = demand(network)
     count = 0
     for layer, mask in zip(network.layers, masks[1:], strict=True):
@@ -40,12 +41,12 @@ def lookups(network: Network) -> int:
 def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     """Return the network with the changes that matter least, and at most `lookup_budget` lookups.
 
-    Changes are made one at a time: the one that changes the results on `images` (N, C, *S) the least, by mean
-    square, for each lookup that it saves. After each, the weights are fitted again, layer by layer, to
-    compute from what is left what the trained network did (He et al. 2017). Training makes up for much of
-    the rest.
+    Changes are made one at a time. Each time, the change is taken that changes the results on `images`
+    (N, C, *S) the least, by mean square, for each lookup that it saves. After each change, the weights of the
+    smaller network are fitted again, layer by layer, to the sums of the trained network (He et al. 2017).
+    Training makes up for much of the remaining error.
 
-    Raises `InvalidArgumentError`, with the least number that it comes to, if that is more than the budget.
+    Raises `InvalidArgumentError` if the budget cannot be met. The message names the least possible number.
     """
     now, meant = _Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
     some = slice(None, None, -(-len(images) // MOST_IMAGES))
@@ -71,10 +72,11 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
 
 @dataclass(frozen=True, kw_only=True)
 class _Thinned:
-    """A network on its way: what is left of it, and what that is to compute.
+    """A network during thinning: the remaining network, and the original that it must imitate.
 
-    `original` is the trained network, with the poolings moved that were. `means` has, by the number of a
-    tensor, a number for each channel (C,): the mean that its readers' biases hold instead of it, or 0.
+    `original` is the trained network, with the same poolings moved. `means` maps the number of a tensor to
+    one number for each channel (C,). For a removed channel it is the mean that the biases of its readers hold
+    instead. For other channels it is 0.
     """
 
     network: Network
@@ -83,13 +85,13 @@ class _Thinned:
 
 
 def _fitted(now: _Thinned, images: Array) -> Network:
-    """Return the network with weights and biases that best give what the original's layers sum.
+    """Return the network with the weights and biases that best reproduce the sums of the original's layers.
 
-    What no filter of the network reads stays unread.
+    Values that no filter of the network reads stay unread.
     """
     network, original = now.network, now.original
     meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
-    # What the biases hold already is no longer the weights' business.
+    # The biases already hold the means, so the weights are fitted without them.
     beyond = [
         x - along_channels(now.means[n], x.ndim - 1) if n in now.means else x for n, x in enumerate(meant)
     ]
@@ -118,7 +120,7 @@ def _fitted(now: _Thinned, images: Array) -> Network:
 
 
 def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
-    """Yield what each of the changes that can be made leads to."""
+    """Yield the network after each change that can be made."""
     network = now.network
     masks, tensors = demand(network), network.tensors(images)
     for number, layer in enumerate(network.layers, 1):
@@ -134,7 +136,7 @@ def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
 
 
 def _without(now: _Thinned, number: int, channel: int, mean: float) -> _Thinned | None:
-    """Replace a channel of tensor `number` by its mean; None if that cannot be done."""
+    """Return the network with a channel of tensor `number` replaced by its mean, or None if impossible."""
     kept = np.ones(now.network.shapes[number][0])
     kept[channel] = 0
     rescaled = now.network.rescaled(number, kept)
@@ -157,9 +159,9 @@ def _without(now: _Thinned, number: int, channel: int, mean: float) -> _Thinned 
 
 
 def _pooled_before(network: Network, number: int) -> Network | None:
-    """Return the network with the average pooling that reads activation `number` before it, or None.
+    """Return the network with the average pooling after activation `number` moved before it, or None.
 
-    All that reads the activation must start with the same pooling, of windows without padding.
+    Every reader of the activation must start with the same pooling, whose windows have no padding.
     """
     layer = network.layers[number - 1]
     readers = [

@@ -1,10 +1,10 @@
-"""A quantized network as a torch module whose integer weights can be trained, under their budgets.
+"""Makes a quantized network a torch module whose integer weights can be trained within their budgets.
 
-Forward, it computes with the very integers that the circuit computes with; backward, roundings pass
-gradients through (straight-through estimator, Bengio et al. 2013) and a lookup has the slope of its
-activation. Weights are trained as latent reals, in units of one integer step. What they are rounded to always
-keeps to the budgets of the accumulators, so that their proof holds after each step of training; the latent
-weights stay near the L1 ball that a budget is (A2Q, Colbert et al. 2023), where rounding changes little.
+The forward pass computes with the same integers as the circuit. In the backward pass, roundings pass
+gradients through (straight-through estimator, Bengio et al. 2013), and a lookup has the slope of its
+activation. Weights are trained as latent real numbers, in units of one integer step. The integers they are
+rounded to always keep to the budgets of the accumulators, so the proof holds after each training step. The
+latent weights stay near the L1 ball of the budget (A2Q, Colbert et al. 2023), where rounding changes little.
 """
 
 import math
@@ -26,23 +26,24 @@ from fheconv.quantizer.building import Building
 from fheconv.quantizer.weights import IntegerTerms, Rows, read_taps
 from fheconv.training.straight_through import StraightThroughLookup
 
-# How far the latent weights of a filter may lie outside the ball of its budget, as a multiple of its radius:
-# on the ball itself, many small weights would hold each other below what rounds to 1.
+# The latent weights of a filter must lie in a ball this many times as large as that of its budget. In the
+# budget's own ball, many small weights would keep each other too small to be rounded to 1.
 BALL = 1.5
-# The standard deviation of the noise of approximate rounding, in its steps, that training gets used to.
+# The standard deviation of the noise that stands for approximate rounding in training, in rounding steps.
 ROUNDING_NOISE = 0.25
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class TrainableNetwork(nn.Module):
-    """What `IntegerNetwork.to_torch` returns: images (N, C, *S) in, the last layer's sums (N, K, *Out) out.
+    """A trainable integer network. It maps images (N, C, *S) to the last layer's sums (N, K, *Out).
 
-    Its parameters are, for each layer, the latent weights, the logarithm of how much the real size of an
-    accumulator step of each filter grew, and a shift of the bias of each channel, in such steps. Call
-    `draw_in` after each step of an optimizer; `quantized` returns the integer network that it has become.
+    `IntegerNetwork.to_torch` makes it. Each layer has three parameters: the latent weights, the logarithm of
+    the growth of each filter's accumulator step (its size as a real number), and a shift of each channel's
+    bias, in such steps. Call `draw_in` after each step of an optimizer. `quantized` returns the integer
+    network that training has reached.
 
-    In training mode, noise stands for the approximate rounding before lookups; in evaluation mode rounding is
-    left out.
+    In training mode, noise stands for the approximate rounding before lookups. In evaluation mode, this
+    rounding is left out.
     """
 
     def __init__(self, network: IntegerNetwork) -> None:
@@ -58,7 +59,7 @@ class TrainableNetwork(nn.Module):
         self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the real numbers that the last accumulators stand for; images are clipped to the range."""
+        """Return the real numbers that the last accumulators stand for. Images are clipped to the range."""
         image = self.network.input
         integers = (images / image.scale + image.zero_point).round().clamp(image.minimum, image.maximum)
         # Tensors count from their zero-point, so that padding is with zeros.
@@ -69,16 +70,16 @@ class TrainableNetwork(nn.Module):
 
     @torch.no_grad()
     def draw_in(self) -> None:
-        """Draw the latent weights to where they are rounded from, after a step of training."""
+        """Draw the latent weights into the balls of their budgets. Call it after each step of training."""
         for layer in self.layers:
             layer.draw_in()
 
     @torch.no_grad()
     def quantized(self, calibration: Array) -> IntegerNetwork:
-        """Return the integer network, with what it observes on calibration images (N, C, *S).
+        """Return the integer network, with the ranges that it observes on calibration images (N, C, *S).
 
-        Raises `CalibrationError` where training has diverged: parameters that are not finite, or steps in
-        which nothing can be counted.
+        Raises `CalibrationError` if training has diverged: parameters are not finite, or accumulator steps
+        are too small or too large to count in.
         """
         for name, parameter in self.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -109,7 +110,7 @@ class _Gather(nn.Module):
         self.register_buffer("index", torch.tensor(index), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The index of what is outside, −1, is that of a zero put last.
+        # `OUTSIDE` is the index −1: it reads the zero that is appended at the end.
         return functional.pad(x.flatten(1), (0, 1))[:, self.index]
 
 
@@ -152,16 +153,16 @@ class _Maximum(nn.Module):
         return self.gather(tensors[self.source]).amax(dim=1)
 
     def draw_in(self) -> None:
-        """There is nothing to draw in."""
+        """Do nothing: a maximum has no weights."""
 
 
 class _Layer(nn.Module):
-    """Σ terms with integer weights, times the steps, plus the bias; then the integers of its activation.
+    """A trainable layer: Σ terms with integer weights, times the steps, plus the bias, then the activation.
 
-    Filters that share a scale and a budget are one row. `index` (rows, n) tells where the weights of a row
-    are among all of the layer's, flattened, and `prices` (rows, n) by how much a unit of each widens the
-    accumulator's range. `alive` (rows, n) is 0 for what no filter of its group reads: what is pruned stays
-    pruned.
+    The activation gives integers. Filters that share a scale and a budget are one row. `index` (rows, n) are
+    the places of a row's weights among all weights of the layer, flattened. `prices` (rows, n) say how much
+    one unit of each weight adds to the accumulator's span. `alive` (rows, n) is 0 for taps that no filter of
+    the group reads, so that pruned weights stay pruned.
     """
 
     index: Tensor
@@ -187,7 +188,7 @@ class _Layer(nn.Module):
         index, prices = _packed(rows)
         self._buffer("index", index)
         self._buffer("prices", prices)
-        # Weights of one bit have no zero: they read what no trained filter does.
+        # Weights of one bit cannot be zero, so they read values that no trained filter reads.
         read = [
             read_taps(part.kernel) | read_taps(kernel)
             for part, kernel in zip(rows.parts, kernels, strict=True)
@@ -196,7 +197,7 @@ class _Layer(nn.Module):
         self._buffer("alive", alive[index].astype(np.float32))
         own = (self._by_row().detach().abs().long() * self.prices).sum(dim=1)
         limit = building.budget(source)
-        # Where no width was asked for, no filter may span more than the widest does.
+        # If no width was asked for, no filter may have a larger span than the widest filter has.
         self.budget = int(own.max()) if limit is None else limit.steps
         self._buffer("of_value", rows.of_value)
         self._buffer("scale", np.broadcast_to(layer.scale, layer.shape).astype(np.float32))
@@ -225,7 +226,7 @@ class _Layer(nn.Module):
         ):
             x = tensors[source]
             for place, step in enumerate(steps):
-                # Exactly the integers, with the gradient of the latent weights.
+                # The values are exactly the integers; the gradient is that of the latent weights.
                 x = step(x, integers + (latent - latent.detach())) if place == at else step(x)
             sums = sums + x
         if self.training and self.dropped and isinstance(sums, Tensor):
@@ -240,10 +241,11 @@ class _Layer(nn.Module):
 
     @torch.no_grad()
     def integers(self) -> list[Tensor]:
-        """Return the integers to which the latent weights are rounded, of their data type, within the budget.
+        """Return the latent weights rounded to integers of their data type, within the budget.
 
-        A latent of size v exceeds by v − (k − ½) what rounds to its k-th unit. Of all units, those that are
-        exceeded the most for their price are taken while the budget lasts.
+        A latent weight of size v rounds to at least k units if v is at least k − ½, and exceeds that by
+        v − (k − ½). Of all units of all weights, those with the greatest excess for their price are taken
+        while the budget lasts.
         """
         latent = self._by_row().nan_to_num().clamp(*self.layer.weight_range)
         sizes = latent.abs()
@@ -258,9 +260,9 @@ class _Layer(nn.Module):
         return self._unpacked(units * torch.sign(latent))
 
     def draw_in(self) -> None:
-        """Draw the latent weights of each row into the ball of its budget: the nearest point of it.
+        """Move the latent weights of each row to the nearest point in the ball of its budget.
 
-        The projection on a weighted L1 ball by sorting (Duchi et al. 2008).
+        This is the projection on a weighted L1 ball by sorting (Duchi et al. 2008).
         """
         least, greatest = self.layer.weight_range
         latent = self._by_row().clamp(least - 0.5, greatest + 0.5)
@@ -279,19 +281,19 @@ class _Layer(nn.Module):
             term.with_weight(weight.numpy().astype(np.int64))
             for term, weight in zip(self.layer.terms, self.integers(), strict=True)
         )
-        # From the layer's own numbers, so that what was not trained on stays the same to the last bit.
+        # Start from the layer's own numbers, so that untrained ones stay the same to the last bit.
         step = self.layer.scale * self.growth.double().exp()[self.of_value].numpy()
         bias = self.layer.real_bias + (self.unit * self.shift).double().numpy()
         rounded = IntegerTerms(terms, step, self.layer.weight_range)
         return rounded, np.broadcast_to(bias, self.layer.shape)
 
     def _by_row(self) -> Tensor:
-        """Return the latent weights (rows, n), filled up with zeros."""
+        """Return the latent weights (rows, n). Short rows are filled up with zeros."""
         flat = torch.cat([weight.flatten() for weight in self.weights])
         return functional.pad(flat, (0, 1))[self.index] * self.alive
 
     def _unpacked(self, by_row: Tensor) -> list[Tensor]:
-        """Return weights that were packed by row, in their own shapes."""
+        """Return weights that were packed by row, in their original shapes."""
         counts = [weight.numel() for weight in self.weights]
         flat = by_row.new_zeros(sum(counts) + 1)
         flat[self.index] = by_row
@@ -300,7 +302,7 @@ class _Layer(nn.Module):
 
 
 def _dropped(layer: QuantizedLayer, network: IntegerNetwork) -> int:
-    """Return how many bits are rounded away before the layer's lookups."""
+    """Return the number of bits that are rounded away before the layer's lookups."""
     rounding = network.config.of_layer("rounding_bits", layer.name)
     if layer.lookup is None or rounding is None:
         return 0
@@ -309,7 +311,7 @@ def _dropped(layer: QuantizedLayer, network: IntegerNetwork) -> int:
 
 
 def _packed(rows: Rows) -> tuple[Array, Array]:
-    """Return `index` and `prices` of the rows; what fills short ones up is at the end, for a price of 1."""
+    """Return `index` and `prices` of the rows. Short rows are filled up at the end, with a price of 1."""
     filters = [part.kernel.weight[0].size for part in rows.parts]
     counts = [part.kernel.weight.size for part in rows.parts]
     first = np.concatenate([[0], np.cumsum(counts)])

@@ -1,6 +1,6 @@
 """Searches for the cheapest circuit that is accurate enough.
 
-result: what was found.
-parameters: TFHE parameters that are fastest on this machine.
-search: the entry: the search.
+result: holds the circuits that were found.
+parameters: finds the TFHE parameters that are fastest on this machine.
+search: the entry: searches.
 """

@@ -1,8 +1,8 @@
-"""The parameters of TFHE that are fastest on this machine, or have the smallest keys.
+"""Finds the TFHE parameters that are fastest on this machine, or have the smallest keys.
 
-Concrete's optimiser takes those with the fewest operations. A lookup's time is also that of streaming the
-bootstrapping key from memory, so parameters with more operations and smaller keys may be as fast or faster.
-All have the security level that was asked for.
+Concrete's optimiser takes the parameters with the fewest operations. But a lookup also takes the time to
+stream the bootstrapping key from memory. So parameters with more operations and smaller keys may be as fast
+or faster. All parameters have the security level that was asked for.
 """
 
 import time
@@ -20,8 +20,9 @@ from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.quantized import QuantizedNetwork
 
-# Of one polynomial size or of any (lookups of several widths have several), of small dimensions, with the key
-# switch levels of fewest operations or with few, for smaller keys. Others were never faster, nor smaller.
+# One polynomial size or any (lookups of several widths have several sizes), small dimensions, and either the
+# key switch levels with the fewest operations, or few levels, for smaller keys. Other ranges were never
+# faster and never had smaller keys.
 RANGES = tuple(
     ParameterRange(log2_polynomial_sizes=sizes, glwe_dimensions=dimensions, keyswitch_levels=levels)
     for sizes, dimensions, levels in product(((), (10,), (11,), (12,)), ((), (1,), (2,)), ((), (1, 2, 3)))
@@ -30,10 +31,10 @@ RANGES = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterChoice:
-    """Parameters for one network: `config` compiles it with them.
+    """TFHE parameters for one network. Compile the network with `config` to use them.
 
-    `complexity` and `key_bytes` are those of `circuit.cost`, `seconds` is the median time of one encrypted
-    image on this machine, None before `measure`.
+    `complexity` and `key_bytes` are those of `circuit.cost`. `seconds` is the median time of one encrypted
+    image on this machine, or None before `measure`.
     """
 
     config: CompileConfig
@@ -43,7 +44,7 @@ class ParameterChoice:
     seconds: float | None = None
 
     def beaten_by(self, other: "ParameterChoice") -> bool:
-        """Whether the other has no more operations and no larger keys, and one of them less."""
+        """Return True if the other has no more operations and no larger keys, and less of one of them."""
         ours, theirs = (self.complexity, self.key_bytes), (other.complexity, other.key_bytes)
         return theirs != ours and theirs[0] <= ours[0] and theirs[1] <= ours[1]
 
@@ -53,12 +54,12 @@ def parameter_choices(
 ) -> tuple[ParameterChoice, ...]:
     """Return the parameters worth measuring for a network, the optimiser's own first.
 
-    Every one of `RANGES` is compiled, without keys, with everything else as in `config`. Left out are those
-    that Concrete cannot compile, repetitions, and those that another beats in both operations and key size.
-    An interruption ends the search with what it has.
+    The network is compiled without keys for each of `RANGES`, with everything else as in `config`. Parameters
+    are left out if Concrete cannot compile with them, if they are repetitions, or if others beat them in both
+    operations and key size. An interruption ends the search, and the choices found so far are returned.
 
     Raises `InvalidArgumentError` if `config` names parameters itself, `CompilationError` if Concrete cannot
-    compile the network with any.
+    compile the network with any parameters.
     """
     config = CompileConfig() if config is None else config
     if config.parameters is not None:
@@ -71,7 +72,7 @@ def parameter_choices(
             try:
                 found.append(_choice(network, replace(config, parameters=parameters)))
             except CompilationError:
-                continue  # no parameters of this range do
+                continue  # no parameters of this range fit
     except KeyboardInterrupt:
         pass
     distinct = {(choice.complexity, choice.key_bytes): choice for choice in reversed(found)}
@@ -84,8 +85,8 @@ def measure(
 ) -> tuple[ParameterChoice, ...]:
     """Return the choices with the seconds that one encrypted image takes, the fastest first.
 
-    Each makes keys, and then all take turns, `runs` times, so that what else the machine does disturbs them
-    alike. An interruption ends it with those that were timed at least once.
+    Keys are made for each choice. Then all choices take turns, `runs` times, so that other work on the
+    machine disturbs all of them equally. After an interruption, the choices timed at least once are returned.
 
     Raises `ExecutionError` if the native library fails.
     """
@@ -108,7 +109,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A circuit with keys, an image encrypted for it, and how long it ran each time."""
+    """A circuit with keys, an image encrypted for it, and the seconds of each run."""
 
     choice: ParameterChoice
     circuit: FheCircuit

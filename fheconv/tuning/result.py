@@ -1,4 +1,4 @@
-"""What `fheconv.tune` finds: circuits, how accurate and how dear they are, and which are worth having."""
+"""Holds the circuits that `fheconv.tune` found, with their accuracy and cost, and picks the best of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How a network was made: what was asked for, and whether it was fine-tuned."""
+    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned."""
 
     accumulator_bits: int
     rounding_bits: int | None = None
@@ -37,11 +37,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TunePoint:
-    """One circuit: `compile` makes it as it is.
+    """One circuit that the search tried. Its method `compile` makes exactly this circuit.
 
-    `accuracy` is predicted with the failures of its lookups, `clear_accuracy` is that of the exact integers,
-    both on the evaluation images. `cost` is as Concrete tells it; `seconds` is its estimate, or the median
-    of encrypted runs if `measured`.
+    `accuracy` is predicted with failing lookups, `clear_accuracy` is the accuracy of the exact integers, both
+    on the evaluation images. `cost` comes from Concrete. `seconds` is an estimate, or the median of encrypted
+    runs if `measured`.
     """
 
     setting: Setting
@@ -58,7 +58,7 @@ class TunePoint:
         return FheCircuit(self.network, self.config)
 
     def value(self, objective: Objective) -> float:
-        """Return what the objective makes small: seconds, complexity or bytes of keys."""
+        """Return the number that the objective makes small: seconds, complexity or bytes of keys."""
         if objective == "latency":
             return self.seconds
         return self.cost.complexity if objective == "complexity" else float(self.cost.key_bytes)
@@ -66,11 +66,15 @@ class TunePoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TuneResult(Report):
-    """What `fheconv.tune` found: every point, and the front of those that no other beats.
+    """The result of `fheconv.tune`: every point, and the front of the points that no other point beats.
 
-    `reason` says why the search ended, `limits` what stands in the way of cheaper circuits. `networks` are
-    those of each setting, and those that were fine-tuned as they were before; give the result to `tune` as
-    `previous`, and none of them is made again.
+    `reason` says why the search ended, `limits` what stands in the way of cheaper circuits. `networks` maps
+    each setting to its network; for fine-tuned networks it also holds the network before fine-tuning. If you
+    give the result to `tune` as `previous`, none of these networks is made again.
+
+    Example:
+        >>> result = tune(model, images, evaluation=(images, classes))  # doctest: +SKIP
+        >>> circuit = result.best(max_drop=0.01).compile()  # doctest: +SKIP
     """
 
     objective: Objective
@@ -81,12 +85,12 @@ class TuneResult(Report):
 
     @property
     def front(self) -> tuple[TunePoint, ...]:
-        """The points that are cheaper than all that are as accurate, the cheapest first."""
+        """The points that are cheaper than every point at least as accurate, the cheapest first."""
         return front_of(self.points, self.objective)
 
     @property
     def limits(self) -> str:
-        """What the cheapest point pays for."""
+        """The reasons for the price of the cheapest point."""
         if not self.points:
             return "Nothing was found."
         layers = self.front[0].cost.layers
@@ -100,16 +104,17 @@ class TuneResult(Report):
         )
 
     def best(self, *, max_drop: float | None = None, max_seconds: float | None = None) -> TunePoint:
-        """Return the cheapest point that loses at most `max_drop` (0.01 is a point) of the float accuracy.
+        """Return the cheapest point that loses at most `max_drop` of the float accuracy.
 
-        With `max_seconds` alone, the most accurate of those that are as fast; with both, what keeps to both.
-        Raises `TuningError` if there is none, naming the nearest, `InvalidArgumentError` without a limit.
+        A `max_drop` of 0.01 is one percentage point. With `max_seconds` alone, return the most accurate point
+        that takes at most so many seconds. With both, the point keeps to both limits. Raises `TuningError`,
+        which names the nearest point, if there is none, `InvalidArgumentError` without a limit.
         """
         if max_drop is None and max_seconds is None:
             raise InvalidArgumentError("Say what is best: give max_drop, max_seconds or both.")
         least = -np.inf if max_drop is None else self.float_accuracy - max_drop
         most = np.inf if max_seconds is None else max_seconds
-        # Shares of images are multiples of one over their number: an exact tie must count.
+        # Accuracies are multiples of one over the number of images. An exact tie must count as a fit.
         able = [p for p in self.points if p.accuracy >= least - 1e-9 and p.seconds <= most]
         if not able:
             raise TuningError(self._nearest(max_drop, max_seconds))
@@ -158,7 +163,7 @@ class TuneResult(Report):
 
 
 def front_of(points: Sequence[TunePoint], objective: Objective) -> tuple[TunePoint, ...]:
-    """Return the points that are cheaper than all that are as accurate, the cheapest first."""
+    """Return the points that are cheaper than every point at least as accurate, the cheapest first."""
     front: list[TunePoint] = []
     for point in sorted(points, key=lambda point: (point.value(objective), -point.accuracy)):
         if not front or point.accuracy > front[-1].accuracy:

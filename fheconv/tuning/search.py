@@ -1,4 +1,4 @@
-"""The search for the cheapest circuit that is still accurate."""
+"""Searches for the cheapest circuit that is still accurate."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,21 +22,21 @@ from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
 from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
 
-# Widths of accumulators, and what rounding leaves of them (None: all), the most generous first. Exact lookups
-# of 7 bits cost four times those of 6, which 9 bits rounded to 6 are as good as.
+# Widths of accumulators, each with the width after rounding (None: not rounded), the most generous first.
+# Exact lookups of 7 bits cost four times as much as those of 6 bits, and 9 bits rounded to 6 are as good.
 WIDTHS: tuple[tuple[int, int | None], ...] = (
     (9, 6), (8, 5), (7, 4), (6, None), (5, None), (4, None), (3, None)
 )  # fmt: skip
-# Failure probabilities of a lookup. More makes keys larger and nothing faster.
+# Failure probabilities of a lookup. Greater ones make keys larger and nothing faster.
 P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
-# Bits of weights before lookups, where the width of accumulators limits them anyway, and of the last layer's,
-# whose width costs little (see `fheconv.lowering.planes`).
+# Bits of the weights before lookups, which the width of accumulators limits anyway, and of the last layer's
+# weights, whose width costs little (see `fheconv.lowering.planes`).
 WEIGHT_BITS, LAST_WEIGHT_BITS = 4, 6
-# So often the evaluation images go through the failure model.
+# The number of times that the evaluation images go through the failure model.
 DRAWS = 8
-# What loses so much more than it may is not followed to narrower widths.
+# A setting that loses this much more accuracy than allowed is not followed to narrower widths.
 HOPELESS = 0.02
-# So many points of the front, at most, are timed.
+# At most this many points of the front are timed.
 MOST_MEASURED = 4
 
 
@@ -62,32 +62,37 @@ def tune(
     """Search the circuits of a trained classifier for the cheapest at each accuracy.
 
     model, calibration: as for `fheconv.quantize`.
-    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide what is
-        chosen, so measure what you choose on other images.
-    objective: what is to be small: "latency" (seconds of one encrypted image on this machine), "complexity"
-        (Concrete's count of operations) or "key_bytes".
-    training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`), each
-        setting for about as long as a training. Without it, quantization alone.
-    lookup_budgets: numbers of lookups that are tried too, by fine-tuning a network with fewer channels.
-    widths, p_errors: what is tried: widths of accumulators with what rounding leaves of them (None: all), the
-        most generous first, and failure probabilities of a lookup, the least first.
-    max_drop: what loses more accuracy than this is no point.
-    measure: time points of the front encrypted, four at most, with the optimiser's parameters and with others
-        of the same security that may be faster here; each takes a minute or two. Without it, seconds are
-        expected ones.
-    config, compile_config: with what else to quantize and to compile. The search sets the numbers of bits,
-        and p_error. `QuantConfig(weight_bits="auto", accumulator_bits="auto")` has it search those of weights
-        too, layer by layer, which takes longer and gains little where accumulators are narrow.
+    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide which
+        circuit is chosen, so measure the chosen circuit on other images.
+    objective: the number to make small: "latency" (seconds of one encrypted image on this machine),
+        "complexity" (Concrete's count of operations) or "key_bytes".
+    training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`). Each
+        setting takes about as long as a training. Without it, networks are only quantized.
+    lookup_budgets: numbers of lookups to try too, by fine-tuning a network with fewer channels.
+    widths: pairs to try: the width of accumulators, and the width after rounding (None: not rounded). The
+        most generous come first.
+    p_errors: failure probabilities of a lookup to try, the least first.
+    max_drop: a circuit that loses more accuracy than this is not a point of the result.
+    measure: time encrypted runs of at most four points of the front, with the optimiser's parameters and with
+        others of the same security that may be faster here. Each takes a minute or two. Without it, seconds
+        are estimates.
+    config, compile_config: the other options for quantizing and compiling. The search sets the numbers of
+        bits, and p_error. With `QuantConfig(weight_bits="auto", accumulator_bits="auto")` it also searches
+        the bits of weights, layer by layer. That takes longer, and gains little with narrow accumulators.
     previous: an earlier result for the same model and data, whose networks are used again.
 
-    From each width on, narrower ones are left out once accuracy is lost; image and activation bits follow by
-    held-out calibration loss ("auto" in `QuantConfig`), layer by layer; weights have 4 bits, those of the
-    last layer 6. All lookups of a circuit have one width, so that Concrete's strategies for parameters of
-    several widths come to the same.
-    Accuracy comes from the integer network and the failure model of lookups (`fheconv.failures`), cost from
-    compiling without keys. An interruption returns what was found so far.
+    Once a width loses too much accuracy, narrower widths are left out. The bits of images and activations are
+    chosen by held-out calibration loss, layer by layer ("auto" in `QuantConfig`). Weights have 4 bits, and 6
+    bits in the last layer. All lookups of a circuit have one width, so Concrete's strategies for parameters
+    of several widths give the same result. Accuracy comes from the integer network and the failure model of
+    lookups (`fheconv.failures`), cost from compiling without keys. After an interruption, the points found so
+    far are returned.
 
-    Raises `InvalidArgumentError` for arguments that do not go together, else like `quantize`.
+    Raises `InvalidArgumentError` for arguments that do not go together, otherwise like `quantize`.
+
+    Example:
+        >>> result = tune(model, images, evaluation=(images, classes))  # doctest: +SKIP
+        >>> circuit = result.best(max_drop=0.01).compile()  # doctest: +SKIP
     """
     settings = _settings(objective, training, lookup_budgets, widths)
     check_number("max_drop", max_drop, 0.0, 1.0)
@@ -152,7 +157,10 @@ def _settings(
     lookup_budgets: Sequence[int],
     widths: Sequence[tuple[int, int | None]],
 ) -> list[Setting]:
-    """Return what is tried, in order. Raises `InvalidArgumentError` for arguments that do not go together."""
+    """Return the settings to try, in order.
+
+    Raises `InvalidArgumentError` for arguments that do not go together.
+    """
     if objective not in get_args(Objective):
         raise InvalidArgumentError(
             f"objective={objective!r}; it must be one of {', '.join(get_args(Objective))}."
@@ -175,7 +183,7 @@ def _settings(
 
 @dataclass(kw_only=True)
 class _Search:
-    """What stays the same while settings change, and the networks made so far."""
+    """Tries settings one after the other. Holds the arguments of the search and the networks made so far."""
 
     model: Any
     calibration: Any
@@ -193,7 +201,7 @@ class _Search:
     last: str
 
     def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
-        """Yield the points of all settings but those narrower than one below the `least` accuracy."""
+        """Yield the points of the settings. Skip settings narrower than one below the `least` accuracy."""
         hopeless: set[tuple[int | None, bool]] = set()
         for setting in track(settings, "Tuning…"):
             family = setting.lookup_budget, setting.rounding_bits is None
@@ -251,7 +259,7 @@ class _Search:
                 cost = FheCircuit(network, config).cost
             except CompilationError:
                 continue
-            if cost.complexity >= cheapest:  # more failures for nothing
+            if cost.complexity >= cheapest:  # more failures, and not cheaper
                 continue
             cheapest = cost.complexity
             predicted = accuracies(
@@ -288,13 +296,13 @@ def _evaluation(evaluation: Any) -> tuple[Array, Array]:
 
 
 def _spread(front: Sequence[TunePoint]) -> list[TunePoint]:
-    """Return as many points of the front as are timed, from its cheapest to its most accurate."""
+    """Return at most `MOST_MEASURED` points of the front, from its cheapest to its most accurate."""
     places = np.linspace(0, len(front) - 1, min(len(front), MOST_MEASURED)).round().astype(int)
     return [front[place] for place in places]
 
 
 def _timed(point: TunePoint) -> list[TunePoint]:
-    """Return the point timed, with each of the parameters that may be worth having."""
+    """Return the point timed with each of the parameters that may be worth having."""
     choices = timed(point.network, parameter_choices(point.network, point.config))
     return [
         replace(

@@ -1,8 +1,8 @@
-"""Writes circuits, keys and ciphertexts, and reads them back from files that nobody vouches for.
+"""Writes circuits, keys and ciphertexts, and reads them back from files that are not trusted.
 
-envelope: bytes with a header and a digest.
-interface: a circuit's interface as plain data.
-manifest: what a file says of its circuit.
-security: which parameters a client accepts.
-archive: client.zip and server.zip.
+envelope: makes bytes with a header and a digest.
+interface: turns a circuit's interface into plain data.
+manifest: describes the circuit of a file.
+security: checks the parameters before a client accepts them.
+archive: writes and reads client.zip and server.zip.
 """

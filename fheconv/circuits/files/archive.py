@@ -1,9 +1,9 @@
-"""A circuit in two files: `client.zip` for the owner of the keys, `server.zip` for whoever computes.
+"""Writes and reads a circuit as two files: `client.zip` for the keys' owner, `server.zip` for the server.
 
 Both hold `manifest.json`, `interface.json` (see the modules of these names) and `specs.json` (Concrete's
-parameters); `server.zip` also `circuit.mlir`, the program as Concrete's text, and
-`config.json`, what to compile it with. `sha256.json` holds the digest of each of the others. There is no
-pickle in them and no library: the server compiles the text, so that a file from elsewhere is data only.
+parameters). `server.zip` also holds `circuit.mlir`, the program as Concrete's text, and `config.json`, the
+configuration to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
+pickle and no native library. The server compiles the text, so a file from elsewhere is only data.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from fheconv.lowering.interface import Interface
 CLIENT = ("manifest.json", "interface.json", "specs.json")
 SERVER = (*CLIENT, "circuit.mlir", "config.json")
 DIGESTS = "sha256.json"
-# No file, and nothing in it, may have more bytes.
+# The most bytes of a file, and of each part of it.
 MOST_BYTES = 2**30
-# What `config.json` holds of a `CompileConfig`: what the parameters depend on.
+# The fields of a `CompileConfig` that `config.json` holds: those on which the parameters depend.
 _CONFIG = (
     "p_error",
     "global_p_error",
@@ -45,7 +45,7 @@ _CONFIG = (
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A compiled circuit as plain data: what `save` writes. `specs` are Concrete's parameters."""
+    """A compiled circuit as plain data, which `save` writes. `specs` are Concrete's parameters."""
 
     interface: Interface
     fingerprint: str
@@ -57,7 +57,7 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientParts:
-    """What a `client.zip` holds, checked."""
+    """The checked contents of a `client.zip`."""
 
     manifest: Manifest
     interface: Interface
@@ -66,7 +66,7 @@ class ClientParts:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerParts:
-    """What a `server.zip` holds, checked. `file` is the zip itself."""
+    """The checked contents of a `server.zip`. `file` is the zip itself."""
 
     manifest: Manifest
     specs: bytes
@@ -78,13 +78,13 @@ class ServerParts:
 def save(
     exported: Exported, folder: str | Path, *, class_names: Sequence[str] | None = None
 ) -> tuple[Path, Path]:
-    """Write `client.zip` and `server.zip` into a folder, made if need be; return their paths.
+    """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-    They hold the circuit of one image in each ciphertext, no key, and nothing of the calibration images.
-    `class_names` names the results, for those who read them.
+    The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext. They
+    hold no key, and nothing of the calibration images. `class_names` are names for the results.
 
-    Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for names that are not as many as
-    results.
+    Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` if there is not one name for each
+    result.
     """
     interface = exported.interface
     manifest = Manifest(
@@ -116,7 +116,7 @@ def save(
 
 
 def read_client(file: str | Path | bytes) -> ClientParts:
-    """Return what a `client.zip`, or its bytes, holds.
+    """Return the contents of a `client.zip`, or of its bytes.
 
     Raises `ArtifactError` for a file that is damaged, altered or of another version, or whose parameters
     would not hide the images (`fheconv.circuits.files.security`).
@@ -130,7 +130,7 @@ def read_client(file: str | Path | bytes) -> ClientParts:
 
 
 def read_server(file: str | Path | bytes) -> ServerParts:
-    """Return what a `server.zip`, or its bytes, holds, without compiling it.
+    """Return the contents of a `server.zip`, or of its bytes, without compiling it.
 
     Raises `ArtifactError` for a file that is damaged, altered or of another version.
     """
@@ -155,12 +155,15 @@ def read_server(file: str | Path | bytes) -> ServerParts:
 
 
 def client_file(server_file: bytes) -> bytes:
-    """Return the `client.zip` that goes with the bytes of a `server.zip`."""
+    """Return the `client.zip` that belongs to the bytes of a `server.zip`."""
     return _zipped(_only(_read(server_file, SERVER)[1], CLIENT))
 
 
 def load_manifest(file: str | Path) -> Manifest:
-    """Return what a `client.zip` or a `server.zip` says of its circuit. Raises `ArtifactError` like them."""
+    """Return the manifest of a `client.zip` or a `server.zip`.
+
+    Raises `ArtifactError` like `read_client` and `read_server`.
+    """
     return _manifest(_read(file, SERVER, CLIENT)[1])
 
 
@@ -197,7 +200,7 @@ def _only(parts: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
 
 
 def _zipped(parts: Mapping[str, bytes]) -> bytes:
-    """Return a zip of the parts and their digests, the same bytes for the same parts."""
+    """Return a zip of the parts and their digests. The same parts give the same bytes."""
     digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -213,7 +216,7 @@ def _name(file: str | Path | bytes) -> str:
 def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, dict[str, bytes]]:
     """Return the bytes and the contents of a zip that holds exactly one of the `expected` lists of names.
 
-    Nothing is unpacked to the disk, and no more is read than sizes promise and `MOST_BYTES` allows.
+    Nothing is unpacked to the disk. No more bytes are read than the zip's sizes say and `MOST_BYTES` allows.
     """
     what = _name(file)
     try:
@@ -227,7 +230,7 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, di
             parts = _parts(archive, what, expected)
     except OSError as error:
         raise ArtifactError(f"{what} cannot be read: {error}.") from error
-    # What zipfile raises for damaged files is documented in part only.
+    # The errors that zipfile raises for damaged files are only partly documented.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{what} is truncated, altered or no file of fheconv: {error}. Get it again."

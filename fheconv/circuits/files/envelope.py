@@ -1,8 +1,8 @@
-"""The bytes in which ciphertexts and keys travel: a header, a payload, and a digest of both.
+"""Packs ciphertexts and keys into bytes with a header, a payload and a digest, and unpacks them.
 
-The bytes are, integers big-endian:
+The format is as follows, with big-endian integers:
 
-    8   magic: what it is
+    8   magic: the kind of bytes
     2   format version, 1
     4   length of the header
     8   length of the payload
@@ -10,9 +10,9 @@ The bytes are, integers big-endian:
         payload
     32  SHA-256 of everything before it
 
-The digest is there because the native library does not notice damage inside a ciphertext: it decrypts to
-noise. It protects from accidents. Whoever alters bytes on purpose can compute it anew, and no check without
-the secret key can tell: send ciphertexts over an authenticated channel.
+The digest is needed because the native library does not notice damage inside a ciphertext: it decrypts to
+noise. The digest protects against accidents only. Somebody who alters bytes on purpose can compute it anew,
+and no check without the secret key can detect that. So send ciphertexts over an authenticated channel.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ from fheconv.basics.errors import ArtifactError
 
 VERSION = 1
 MAX_BYTES = 2**31
-# Far more than any batch needs (8 bytes an image); it bounds what parsing the JSON of a stranger can take.
+# The most bytes of a header. This is far more than any batch needs (8 bytes an image). It bounds the cost of
+# parsing JSON from a stranger.
 HEADER_LIMIT = 2**24
 _PREFIX = struct.Struct(">8sHIQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -35,7 +36,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
-    """One kind of bytes: its magic (8 bytes), what it is called, who makes it, and its header's names."""
+    """One kind of bytes: its magic (8 bytes), its name, its maker, and the names in its header."""
 
     magic: bytes
     what: str
@@ -62,9 +63,9 @@ class Envelope:
         return b"".join(self.chunks(header, payload))
 
     def unpack(self, data: Any, max_bytes: int) -> tuple[dict[str, Any], memoryview]:
-        """Return the header and the payload of what `pack` made, of at most `max_bytes` bytes.
+        """Return the header and the payload of bytes that `pack` made, at most `max_bytes` of them.
 
-        Sizes are checked first, then the digest, and only then is anything read. Nothing is unpickled.
+        Sizes are checked first, then the digest. Only then is anything read. Nothing is unpickled.
         Raises `ArtifactError` that says what is wrong with `data`.
         """
         check_integer("max_bytes", max_bytes, 1)
@@ -72,16 +73,16 @@ class Envelope:
             raise ArtifactError(f"from_bytes takes bytes, not {type(data).__name__}.")
         incoming = Incoming(self, max_bytes)
         incoming.check_size(memoryview(data).nbytes)
-        data = memoryview(bytes(data))  # a copy that nobody changes between the check and the reading
+        data = memoryview(bytes(data))  # a copy, which nobody can change after the check
         incoming.feed(data)
         fields = incoming.close()
         return fields, data[incoming.payload_start : -_DIGEST_BYTES]
 
     def parse(self, header: bytes) -> dict[str, Any]:
-        """Return the fields of a header. Raises `ArtifactError` if it has others, or is none."""
+        """Return the fields of a header. Raises `ArtifactError` if it has other fields, or is no header."""
         try:
             fields = json.loads(header.decode())
-        except (ValueError, RecursionError) as error:  # ValueError: of UTF-8, of JSON, of endless integers
+        except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, too long integers
             raise ArtifactError(f"The {self.what}'s header is not JSON: {error}.") from error
         if not isinstance(fields, dict) or set(fields) != set(self.names):
             raise ArtifactError(
@@ -91,11 +92,11 @@ class Envelope:
 
 
 class Incoming:
-    """The check of bytes that arrive piece by piece, and need not be in memory all at once.
+    """Checks bytes that arrive piece by piece, so that they need not be in memory all at once.
 
-    `feed` raises `ArtifactError` as soon as something is wrong with them, `close` when they end too early or
-    their digest does not fit. `size` is how many there were; the payload begins at `payload_start` and has
-    `payload_size`; `digest` is the digest in hexadecimal.
+    `feed` raises `ArtifactError` as soon as something is wrong with the bytes. `close` raises it if they end
+    too early or their digest does not fit. `size` is the number of bytes so far. The payload begins at
+    `payload_start` and has `payload_size` bytes. `digest` is the digest in hexadecimal.
     """
 
     def __init__(self, envelope: Envelope, max_bytes: int) -> None:
@@ -109,7 +110,7 @@ class Incoming:
         self._tail = b""
 
     def check_size(self, size: int) -> None:
-        """Raise `ArtifactError` if so many bytes are too many."""
+        """Raise `ArtifactError` if `size` bytes are too many."""
         if size > self._max_bytes:
             raise ArtifactError(
                 f"The {self._envelope.what} has {size:,} bytes, more than {self._max_bytes:,}; pass a larger "
@@ -126,7 +127,7 @@ class Incoming:
             if self._head:
                 self._check_head()
             self._head += chunk[missing : missing + self.payload_start - len(self._head)]
-        # The last bytes are the digest, which is not of itself.
+        # The last bytes are the digest. They are not part of what is digested.
         if len(chunk) >= _DIGEST_BYTES:
             self._hash.update(self._tail)
             self._hash.update(memoryview(chunk)[:-_DIGEST_BYTES])
@@ -157,7 +158,7 @@ class Incoming:
         return self._envelope.parse(bytes(self._head[_PREFIX.size :]))
 
     def _check_head(self) -> None:
-        """Look at what has arrived of the prefix."""
+        """Raise `ArtifactError` if the part of the prefix that has arrived is wrong."""
         envelope, head = self._envelope, self._head
         if bytes(head[: len(envelope.magic)]) != envelope.magic[: len(head)] or not head:
             raise ArtifactError(

@@ -1,4 +1,4 @@
-"""Writes a circuit's interface as plain data, and reads it back from a file that nobody vouches for."""
+"""Writes a circuit's interface as plain data, and reads it back from a file that is not trusted."""
 
 import math
 from dataclasses import asdict
@@ -15,13 +15,13 @@ from fheconv.networks.floats import Finish
 from fheconv.networks.linear import Select
 from fheconv.networks.quantization import Quantization
 
-# Of what is read from a file: the greatest integer, and the most values of an image or a result.
+# Limits for data from a file: the greatest integer, and the most values of an image or a result.
 GREATEST = 2**62
 MOST_VALUES = 2**27
 
 
 def interface_to_dict(interface: Interface) -> dict[str, Any]:
-    """Return everything but the lanes as plain data, ready for JSON; `interface_from_dict` reads it."""
+    """Return everything but the lanes as plain data, ready for JSON. `interface_from_dict` reads it."""
     finish = interface.finish
     return {
         "input": asdict(interface.input),
@@ -43,9 +43,9 @@ def interface_to_dict(interface: Interface) -> dict[str, Any]:
 
 
 def interface_from_dict(data: Any) -> Interface:
-    """Return the interface that `interface_to_dict` made `data` of, with one lane.
+    """Return the interface, with one lane, from data that `interface_to_dict` made.
 
-    Raises `ArtifactError` for data that it does not make, such as positions outside the image.
+    Raises `ArtifactError` for data that `interface_to_dict` cannot make, such as positions outside the image.
     """
     try:
         return _interface(data)
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-# What is not as `_plain` makes it raises one of the errors that `interface_from_dict` expects.
+# Data that `_plain` cannot make raises one of the errors that `interface_from_dict` expects.
 
 
 def _interface(data: Any) -> Interface:

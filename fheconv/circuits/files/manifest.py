@@ -1,4 +1,4 @@
-"""What is written about a saved circuit in its files: which one it is, what made it, what it costs."""
+"""Describes a saved circuit in its files: its fingerprint, its maker and its cost."""
 
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -14,17 +14,29 @@ from fheconv.basics.report import Report
 from fheconv.circuits.cost import Cost
 from fheconv.lowering.lower import LoweredLayer
 
-# The format of the files. Others are refused.
+# The version of the file format. Other versions are refused.
 FORMAT = 1
 MOST_NAMES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Manifest(Report):
-    """A saved circuit: its `fingerprint` in hexadecimal, and who made it.
+    """The description of a saved circuit: its `fingerprint` in hexadecimal, its maker and its cost.
 
-    `input_shape` (C, *S) is that of an image, `output_shape` that of its results, `class_names` names those,
-    if they are scores of classes. `cost` is what `circuit.cost` said, without the seconds of that machine.
+    `input_shape` (C, *S) is the shape of an image, `output_shape` the shape of its results. `class_names` are
+    the names of the results, if these are scores of classes. `cost` is `circuit.cost` without the seconds of
+    the machine that compiled it.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import compile, load_client, quantize
+        >>> import tempfile
+        >>> image = np.arange(9).reshape(1, 3, 3)
+        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
+        >>> client_file, server_file = circuit.save(tempfile.mkdtemp())
+        >>> manifest = load_client(client_file).manifest
+        >>> manifest.input_shape, manifest.output_shape
+        ((1, 3, 3), (1, 2, 2))
     """
 
     fingerprint: str
@@ -36,7 +48,7 @@ class Manifest(Report):
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data, ready for JSON; `from_dict` reads it."""
+        """Return everything as plain data, ready for JSON. `from_dict` reads it."""
         return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -50,10 +62,10 @@ class Manifest(Report):
 
     @classmethod
     def from_dict(cls, data: Any) -> "Manifest":
-        """Return the manifest that `to_dict` made `data` of.
+        """Return the manifest from data that `to_dict` made.
 
-        Raises `ArtifactError` for one of another format or of another version of Concrete, and for data that
-        `to_dict` does not make.
+        Raises `ArtifactError` for another format or another version of Concrete, and for data that `to_dict`
+        cannot make.
         """
         if not isinstance(data, dict) or type(data.get("format")) is not int:
             raise ArtifactError("The manifest is altered, or not of fheconv: it names no format.")
@@ -109,7 +121,7 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:
-    """Return the numbers and words of a dataclass `kind`, each of the type that it has there."""
+    """Return the numbers and strings of a dataclass `kind`. Each has the type that the dataclass gives it."""
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     for name, value in data.items():
         allowed = (int, float) if types[name] is float else (types[name],)

@@ -1,9 +1,9 @@
-"""Runs Concrete in a process of its own, which may die without harm.
+"""Runs Concrete in its own process, which may die without harm.
 
-protocol: what the two processes say to each other.
-library: the calls to Concrete.
+protocol: defines the messages between the two processes.
+library: calls Concrete.
 child: the process that runs the library.
 worker: the caller's side of that process.
-handle: one circuit there, across its deaths.
-lookup_times: how long lookups take on this machine.
+handle: holds one circuit there, also after the process died.
+lookup_times: measures lookups on this machine.
 """

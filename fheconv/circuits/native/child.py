@@ -1,4 +1,4 @@
-"""Runs the native library: in a child process that serves requests, or in the caller's own."""
+"""Runs the native library in a child process that serves requests, or in the caller's own process."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ class InProcess:
     def request(
         self, failure: type[FheConvError], method: str, *arguments: Any, limits: CompileConfig = UNLIMITED
     ) -> Any:
-        """Call the method here, without limits: `CompileConfig` refuses them together with `in_process`."""
+        """Call the method here, without limits. `CompileConfig` refuses limits together with `in_process`."""
         self._circuits.release(drain(self.released))
         succeeded, value = call(self._circuits, failure, method, arguments)
         if not succeeded:
@@ -49,7 +49,7 @@ def call(
         return True, getattr(circuits, method)(*arguments)
     except FheConvError as error:
         return False, error
-    except Exception as error:  # Concrete raises whatever it likes; the user gets one tree of errors
+    except Exception as error:  # Concrete may raise any error; the user gets errors of fheconv only
         words = "".join(traceback.format_exception_only(error)).strip()
         return False, failure(f"Concrete failed during {method}: {words}")
 
@@ -67,7 +67,7 @@ def main() -> None:
             released, failure, method, arguments = connection.recv()
             circuits.release(released)
             connection.send(call(circuits, failure, method, arguments))
-    os._exit(0)  # the library's own exit handlers are not to be trusted
+    os._exit(0)  # the library's own exit handlers cannot be trusted
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Holds a circuit of the native library by number, across the deaths of its process."""
+"""Holds a circuit of the native library by number, and reopens it after its process died."""
 
 import itertools
 import weakref
@@ -12,9 +12,9 @@ _numbers = itertools.count()
 
 
 class Program:
-    """Something that the native library holds by number, and is given again where a worker is a new one.
+    """A circuit that the native library holds by number. A new worker is given it again.
 
-    `opening` is the method of `NativeCircuits` that makes it, with the arguments after the number.
+    `opening` is the method of `NativeCircuits` that makes the circuit, with its arguments after the number.
     """
 
     def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: CompileConfig) -> None:
@@ -26,11 +26,11 @@ class Program:
 
     @property
     def fingerprint(self) -> str:
-        """Which circuit it is, in hexadecimal."""
+        """The fingerprint of the circuit, in hexadecimal."""
         return str(self.compiled.fingerprint)
 
     def request(self, method: str, *arguments: Any) -> Any:
-        """Call a method of `NativeCircuits` for it.
+        """Call a method of `NativeCircuits` for this circuit.
 
         Raises `ExecutionError` if the native library fails.
         """
@@ -48,6 +48,6 @@ class Program:
         return self._session.request(CompilationError, self._method, *arguments, limits=self.limits)
 
     def _reopen(self, *more: Any) -> None:
-        """Give a new worker what the old one knew."""
+        """Open the circuit in a new worker, as it was in the old one."""
         if self._open(*more).fingerprint != self.fingerprint:
             raise ExecutionError("Compiling again gave another circuit; compile anew and make new keys.")

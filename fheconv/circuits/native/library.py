@@ -1,7 +1,7 @@
 """Calls Concrete: compiles circuits, makes keys, encrypts, runs and decrypts.
 
-Its users talk to it through `fheconv.circuits.native.worker`, because the native library may take the
-process down.
+Other modules call it through `fheconv.circuits.native.worker`, because the native library may end the
+process.
 """
 
 import math
@@ -30,11 +30,11 @@ LINEAR_P_ERROR = 2.0**-64
 
 
 class NativeCircuits:
-    """Compiled circuits by number, each with the key set that was generated for or loaded into it.
+    """Compiled circuits by number, each with the key set that was generated for it or loaded into it.
 
-    Every call names the key set that it means. A circuit that has another, or none yet, counts as forgotten:
-    a caller that was interrupted in `keygen` does not have the keys which the worker may have made, and
-    Concrete would make new ones without a word.
+    Every call names the key set that it means. A circuit that has another key set, or none yet, counts as
+    forgotten. The reason: a caller that was interrupted in `keygen` does not have the keys that the worker
+    may have made, and Concrete would make new ones without an error.
     """
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class NativeCircuits:
         key_id: str = "",
         keys: bytes | None = None,
     ) -> Compiled:
-        """Compile `network`, with `lanes` images in one, as circuit `number`.
+        """Compile `network` as circuit `number`, with `lanes` images in one ciphertext.
 
-        `keys` are what `keygen` returned for `key_id`.
+        `keys` are the keys that `keygen` returned for `key_id`.
 
-        Concrete would give each value the width that it sees on some inputs; here every width comes as a
-        hint, from the proof, and the inputs show no more than the sign.
+        By itself, Concrete gives each value the width that it sees on some inputs. Here every width comes as
+        a hint, from the proof, and the inputs show only the sign.
         """
         lowered = lower(network, config.engine, lanes)
         compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
@@ -91,14 +91,14 @@ class NativeCircuits:
             input_bytes=circuit.size_of_inputs,
             output_bytes=circuit.size_of_outputs,
             p_error=circuit.p_error,
-            # Concrete's own figure is not that of all lookups together.
+            # Concrete's own figure does not cover all lookups together.
             global_p_error=-math.expm1(
                 max(circuit.programmable_bootstrap_count, 1) * math.log1p(-circuit.p_error)
             ),
         )
 
     def export(self, number: int, key_id: str) -> tuple[bytes, str]:
-        """Return what a client has to know of the circuit's parameters, and what a server runs."""
+        """Return the circuit's parameters, which a client needs, and the program that a server runs."""
         circuit = self._named(number, key_id).circuit
         return circuit.client.specs.serialize(), circuit.mlir
 
@@ -116,7 +116,7 @@ class NativeCircuits:
     ) -> Opened:
         """Make the server side of an exported circuit, as number `number`.
 
-        It is compiled here, from text: a library from elsewhere could do anything.
+        It is compiled here from text, because a compiled library from elsewhere could do anything.
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
@@ -131,10 +131,10 @@ class NativeCircuits:
     def run_for(
         self, number: int, name: str, keys: bytes | StoredKeys | None, most: int, ciphertext: bytes
     ) -> bytes:
-        """Evaluate a server's circuit with evaluation keys by that name, which are kept for the next time.
+        """Evaluate a server's circuit with the evaluation keys of that name, and keep the keys.
 
-        Of at most `most` sets, those used least recently go. Raises `KeysForgotten` without `keys`, if they
-        are not here.
+        At most `most` key sets are kept. Those used least recently are removed. Raises `KeysForgotten` if the
+        keys are not here and `keys` is not given.
         """
         server = self._named(number, "").server
         if name in self._evaluation_keys:
@@ -149,15 +149,15 @@ class NativeCircuits:
         return server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=found).serialize()
 
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
-        """Make new keys for the circuit, by the name `new_id`, and return them, secret keys included."""
+        """Make new keys with the name `new_id` for the circuit. Return them, secret keys included."""
         held = self._named(number, key_id)
-        del self._held[number]  # if this fails, the circuit's keys are neither the old nor the new
+        del self._held[number]  # if this fails, the circuit has neither old nor new keys
         held.client.keygen(force=True)
         self._held[number] = replace(held, key_id=new_id)
         return held.client.keys.serialize()
 
     def evaluation_keys(self, number: int, key_id: str) -> bytes:
-        """Return the keys that whoever runs the circuit needs, no secret one among them."""
+        """Return the keys that a server needs to run the circuit. No secret key is among them."""
         return self._named(number, key_id).client.evaluation_keys.serialize()
 
     def encrypt(self, number: int, key_id: str, images: Array) -> list[bytes]:
@@ -183,7 +183,7 @@ class NativeCircuits:
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
     def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
-        """Return the complexity and the seconds of a lookup of so many bits, of which some run at once."""
+        """Return the complexity and the seconds of one lookup of `bits` bits, when `lookups` run at once."""
         table = fhe.LookupTable(list(range(2**bits)))
 
         def function(x: Any) -> Any:
@@ -202,7 +202,7 @@ class NativeCircuits:
         return circuit.complexity / lookups, min(seconds) / lookups
 
     def release(self, numbers: list[int]) -> None:
-        """Forget circuits that nobody holds any longer."""
+        """Remove circuits that nobody holds any longer."""
         for number in numbers:
             self._held.pop(number, None)
 
@@ -215,7 +215,7 @@ class NativeCircuits:
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """A circuit's two sides, of which a client holds only its own, and a server too; `circuit` simulates."""
+    """The two sides of a circuit. A client and a server hold only their own side. `circuit` simulates."""
 
     key_id: str = ""
     client: Any = None
@@ -233,7 +233,7 @@ def _load_keys(client: Any, keys: bytes | None) -> None:
 
 
 def _configuration(looks_up: bool, config: CompileConfig) -> Any:
-    """Return what Concrete is configured with."""
+    """Return Concrete's configuration for a circuit with or without lookups."""
     p_error = config.p_error
     chosen = (p_error, config.global_p_error, config.configuration)
     if not looks_up and all(choice is None for choice in chosen):
@@ -256,7 +256,7 @@ def _configuration(looks_up: bool, config: CompileConfig) -> Any:
 
 
 def _restriction(parameters: ParameterRange) -> RangeRestriction:
-    """Return what Concrete's optimiser is told of a range of parameters."""
+    """Return a range of parameters in the form that Concrete's optimiser takes."""
     restriction = RangeRestriction()
     for size in parameters.log2_polynomial_sizes:
         restriction.add_available_glwe_log_polynomial_size(size)
@@ -268,5 +268,5 @@ def _restriction(parameters: ParameterRange) -> RangeRestriction:
 
 
 def _each(images: Array) -> list[Array]:
-    """Return the images one by one, in C order: Concrete reads their memory without a look at the strides."""
+    """Return the images one by one, in C order, because Concrete ignores strides when it reads memory."""
     return [np.ascontiguousarray(image[None]) for image in images]

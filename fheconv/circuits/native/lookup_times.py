@@ -1,8 +1,8 @@
-"""How long a circuit will take on this machine, from a few lookups that are timed once.
+"""Predicts how long a circuit takes on this machine, from a few lookups that are timed once.
 
-The optimiser's complexity counts operations; what a lookup takes is bound by the memory through which its
-bootstrapping key streams, and depends on the machine. So some lookups of different complexities are run here,
-and what lies between is interpolated. The measurement is kept in the user's cache folder.
+The optimiser's complexity counts operations. But the time of a lookup is limited by the memory from which its
+bootstrapping key is streamed, and depends on the machine. So some lookups of different complexities are run
+here, and times between them are interpolated. The measurement is kept in the user's cache folder.
 """
 
 import json
@@ -18,7 +18,7 @@ from fheconv.basics.errors import ExecutionError, FheConvError
 from fheconv.basics.progress import status
 from fheconv.circuits.native.protocol import Session
 
-# Widths of the lookups that are timed, and how many of them at once.
+# Widths of the lookups that are timed, and the number of lookups that run at once.
 BITS = (2, 4, 5, 6)
 LOOKUPS = 48
 
@@ -26,7 +26,9 @@ _measured: list[tuple[float, float]] = []
 
 
 def expected_seconds(session: Session, lookups: int, complexity: float) -> float | None:
-    """Return about how long so many lookups, of that complexity in all, take; None if nothing can be timed.
+    """Return the estimated seconds of `lookups` lookups, or None if nothing can be timed.
+
+    `complexity` is the complexity of all of them together.
 
     The first call on a machine measures for some seconds.
     """
@@ -48,7 +50,7 @@ def _file() -> Path:
 
 
 def _read() -> list[tuple[float, float]]:
-    """Return what an earlier process measured, nothing if it is missing or damaged."""
+    """Return the measurement of an earlier process, or an empty list if it is missing or damaged."""
     try:
         pairs = [
             (float(complexity), float(seconds)) for complexity, seconds in json.loads(_file().read_text())
@@ -66,5 +68,5 @@ def _measure(session: Session) -> list[tuple[float, float]]:
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(pairs))
     except OSError:
-        pass  # then the next process measures again
+        pass  # the next process will measure again
     return pairs

@@ -1,13 +1,13 @@
-"""Where the native library lives: a process of its own, so that the user's survives it.
+"""Runs the native library in its own process, so that the user's process survives a crash.
 
-Concrete aborts, segfaults, holds the GIL through key generation, dies of Ctrl-C, and after a run makes its
-process exit with status 0 whatever happened. In a worker (a fresh interpreter in its own session) all of
-that stays there: a death becomes an exception that quotes the library's last words, Ctrl-C reaches only
-the caller, and exit statuses are the caller's own.
+Concrete aborts, segfaults, holds the GIL during key generation, dies of Ctrl-C, and after a run makes its
+process exit with status 0 whatever happened. A worker (a fresh interpreter in its own session) keeps all of
+that away from the caller. If the worker dies, the caller gets an exception that quotes the library's last
+output. Ctrl-C reaches only the caller, and the caller keeps its own exit status.
 
-Limits of time and memory are kept by a thread of the caller, which ends the worker. RLIMIT_AS in the worker
-would be no limit of memory: the library's first run takes 1.4 GiB of addresses for stacks that it never
-fills, and where it does not get them it hangs instead of failing.
+A thread of the caller enforces the limits of time and memory, by ending the worker. RLIMIT_AS in the worker
+cannot limit memory: the library's first run takes 1.4 GiB of addresses for stacks that it never fills, and if
+it does not get them, it hangs instead of failing.
 
 Requests and replies are pickled over a private socket between a process and its own child; nothing from
 elsewhere is ever unpickled.
@@ -35,12 +35,12 @@ from fheconv.basics.errors import FheConvError
 from fheconv.circuits.native.protocol import UNLIMITED, drain
 
 LAST_WORDS = 2000
-# LLVM says why it aborts before it prints the whole stack, of which only the reason is of use.
+# LLVM prints the reason for an abort, and then the whole stack. Only the reason is useful.
 LAST_OUTPUT = 100_000
 _FRAME = re.compile(r" *#\d+ 0x")
 WATCH_SECONDS = 0.02
-# For glibc: keep the memory of ciphertexts, megabytes each, for the next ones. Taking it anew from the system
-# costs as much time as a convolution of a small image.
+# For glibc: keep the memory of ciphertexts (megabytes each) for the next ones. To get it again from the
+# system takes as much time as a convolution of a small image.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
 _REMEDY = {
     "compile": 'a smaller image or engine="conv"',
@@ -51,7 +51,7 @@ _REMEDY = {
 
 
 class Worker:
-    """The native library in a child process, started at the first request and after each death."""
+    """The native library in a child process. It is started at the first request and after each death."""
 
     def __init__(self) -> None:
         self.released: deque[int] = deque()
@@ -66,19 +66,19 @@ class Worker:
     ) -> Any:
         """Call the method in the worker, within the time and the memory of `limits`.
 
-        An interruption ends the worker, as exceeding a limit does; the next request starts a new one.
+        An interruption ends the worker, and so does exceeding a limit. The next request starts a new one.
         """
         exceeded: list[str] = []
         with self._lock:
             try:
                 most = limits.memory_limit
                 if self.pid is not None and most is not None and self._held(self.pid) > most:
-                    self.stop()  # others filled it: this circuit's limit is for itself, in a new one
+                    self.stop()  # others filled it; in a new one, the limit counts this circuit only
                 connection = self._connection or self._start()
                 with self._watched(method, limits, exceeded):
                     connection.send((drain(self.released), failure, method, arguments))
                     succeeded, value = connection.recv()
-                if exceeded:  # just as the reply came
+                if exceeded:  # at the moment when the reply came
                     raise EOFError
             except (EOFError, ConnectionError) as error:
                 obituary = self._obituary(method)
@@ -103,7 +103,7 @@ class Worker:
         self._process = self._connection = self._stderr = None
 
     def abandon(self) -> None:
-        """Forget the worker without ending it: after a fork it is the parent's, and so is its socket."""
+        """Forget the worker without ending it. After a fork, the worker and its socket are the parent's."""
         if self._connection is not None:
             self._connection.close()
         if self._stderr is not None:
@@ -119,8 +119,8 @@ class Worker:
     def _start(self) -> "Connection[Any, Any]":
         connection, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
-        # -P and the caller's own path: the worker imports what the caller would, from anywhere. It works in a
-        # folder for such things because the library, when it aborts, leaves a log where it is.
+        # With -P and the caller's own path, the worker imports the same modules as the caller. Its working
+        # folder is a temporary one, because the library leaves a log there when it aborts.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         environment = {**_MALLOC, **os.environ, "PYTHONPATH": path}
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
@@ -145,7 +145,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self, method: str, limits: CompileConfig, exceeded: list[str]) -> Iterator[None]:
-        """End the worker, and tell `exceeded` why, if the block takes more than `limits`."""
+        """End the worker if the block takes more than `limits`, and add the reason to `exceeded`."""
         process, seconds, most = self._process, limits.time_limit, limits.memory_limit
         if process is None or (seconds is None and most is None):
             yield
@@ -173,7 +173,7 @@ class Worker:
                     os.killpg(process.pid, signal.SIGKILL)
                 return
 
-        # The process is reaped after the thread has ended, so its number is still its own.
+        # The process is reaped after the thread has ended, so its number still belongs to it.
         watcher = threading.Thread(target=watch, name="fheconv limits", daemon=True)
         watcher.start()
         try:
@@ -183,7 +183,7 @@ class Worker:
             watcher.join()
 
     def _obituary(self, method: str) -> str:
-        """Say how the worker died, and bury it."""
+        """Return a message that says how the worker died, and clean up after it."""
         process, stderr = self._process, self._stderr
         if process is None or stderr is None:
             return f"The worker process ended during {method}."
@@ -203,7 +203,7 @@ class Worker:
 
 
 def _memory(pid: int) -> int:
-    """Return how many bytes of its own a process holds; 0 where the system has no such file."""
+    """Return how many bytes of its own a process holds, or 0 if the system does not tell."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as lines:
         for line in lines:
             if line.startswith("RssAnon:"):
@@ -213,7 +213,7 @@ def _memory(pid: int) -> int:
 
 @functools.cache
 def worker() -> Worker:
-    """Return the worker that all circuits of this process share: it takes seconds to start."""
+    """Return the worker that all circuits of this process share, because it takes seconds to start."""
     shared = Worker()
     atexit.register(shared.stop)
     os.register_at_fork(after_in_child=shared.abandon)
