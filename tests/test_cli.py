@@ -143,7 +143,7 @@ def test_the_result_is_not_written_over_a_folder(tmp_path):
 )
 def test_status_1_is_kept_for_answers(raised, status, words):
     code = (
-        "import sys, fheconv.checkpoint as c\n"
+        "import sys, fheconv.capture.checkpoint as c\n"
         f"def fail(*_, **__): raise {raised}\n"
         "c.load_layer = fail\n"
         "from fheconv.cli.main import main\n"

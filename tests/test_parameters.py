@@ -9,7 +9,7 @@ from torch import nn
 
 import fheconv
 from fheconv.tuning.parameters import ParameterChoice, measure, parameter_choices
-from fheconv.tuning.result import parameters
+from fheconv.tuning import parameters
 from tests import nets
 
 CONFIG = fheconv.CompileConfig(p_error=0.01)

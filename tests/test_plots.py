@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 import fheconv
 from fheconv import InvalidArgumentError, QuantConfig
-from fheconv.analysis import plots
+from fheconv.analysis import drawing, plots
 
 plt.switch_backend("Agg")
 
@@ -228,7 +228,7 @@ class TestFilterMatrix:
         matrix = fheconv.filter_matrix(np.array([[1, -3]]), (25, 25))
         ax = plots.filter_matrix(matrix)
         dots = ax.images[0].get_array()
-        assert max(dots.shape) <= plots.DOTS
+        assert max(dots.shape) <= drawing.DOTS
         step = 3
         for row, column in np.ndindex(*dots.shape):
             under = matrix[row * step : (row + 1) * step, column * step : (column + 1) * step]
@@ -322,5 +322,5 @@ def test_without_matplotlib_the_error_names_the_extra():
 
 
 def test_importing_fheconv_does_not_import_matplotlib():
-    code = "import sys, fheconv, fheconv.budget; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, fheconv, fheconv.analysis.budget; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -514,7 +514,7 @@ def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     ],
 )
 def test_the_command_says_what_is_wrong(server, folder, tmp_path, monkeypatch, options, environment, words):
-    monkeypatch.setattr("fheconv.circuits.files.archive.load_server", lambda path: server)
+    monkeypatch.setattr("fheconv.circuits.server.load_server", lambda path: server)
     monkeypatch.setattr("fheconv.circuits.native.worker.worker", Worker)
     arguments = ["serve", str(folder / "server.zip"), "--port", "0", "--folder", str(tmp_path), *options]
     done = CliRunner().invoke(app, arguments, env=environment)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.tuning.result import Setting, TunePoint, TuneResult, parameters
-from fheconv.tuning.result import search as tuner
+from fheconv.tuning import parameters
+from fheconv.tuning import search as tuner
+from fheconv.tuning.result import Setting, TunePoint, TuneResult
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (60, 1, 4, 4))
 

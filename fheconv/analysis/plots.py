@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fheconv.analysis import drawing
 from fheconv.analysis.budget_report import BudgetReport
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
@@ -17,6 +16,8 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fheconv.analysis import drawing
 except ImportError as error:
     raise MissingExtraError(
         f'fheconv.plots needs matplotlib ({error}); install it with: pip install "fheconv[plots]".'
