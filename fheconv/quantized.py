@@ -32,7 +32,7 @@ class QuantizedNetwork(IntegerNetwork):
         """
         return report(self, accumulator_bits)
 
-    def to_torch(self) -> "TrainableNetwork":
+    def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
         """Return a torch module that computes the same but for rounding, whose weights can be trained."""
         from fheconv.training.trainable import TrainableNetwork  # imports torch, which takes seconds
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.tuning.parameters import ParameterChoice, measure, parameter_choices
 from fheconv.tuning import parameters
+from fheconv.tuning.parameters import ParameterChoice, measure, parameter_choices
 from tests import nets
 
 CONFIG = fheconv.CompileConfig(p_error=0.01)

@@ -13,7 +13,7 @@ from tests.test_artifacts import parts_of, zipped
 
 
 def specs_of(network, **options):
-    return fheconv.compile(network, fheconv.CompileConfig(**options)).exported()[2]
+    return fheconv.compile(network, fheconv.CompileConfig(**options)).exported().specs
 
 
 @pytest.mark.parametrize("security_level", [128, 132])

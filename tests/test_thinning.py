@@ -189,7 +189,7 @@ def test_what_was_taken_out_stays_out_when_quantized(block, options):
         except fheconv.InvalidArgumentError:
             continue
         again = quantize_network(fewer, images, given.calibrated, given.config)
-        assert again.budget().lookups == lookups(fewer) <= budget
+        assert fheconv.QuantizedNetwork.of(again).budget().lookups == lookups(fewer) <= budget
         for mask, wanted in zip(demand(again), demand(fewer), strict=True):
             np.testing.assert_array_equal(mask, wanted)
 
@@ -199,7 +199,8 @@ def test_a_circuit_takes_as_many_lookups():
     given = quantized(7, "depthwise", size=SIZE, accumulator_bits=9)
     budget = lookups(given.source) * 3 // 4
     fewer = thinned(given.source, images, budget)
-    circuit = fheconv.compile(quantize_network(fewer, images, given.calibrated, given.config))
+    network = quantize_network(fewer, images, given.calibrated, given.config)
+    circuit = fheconv.compile(fheconv.QuantizedNetwork.of(network))
     assert circuit.cost.lookups == lookups(fewer) <= budget
 
 

@@ -230,5 +230,7 @@ class IntegerNetwork:
 
     @classmethod
     def of(cls, network: "IntegerNetwork") -> Self:
-        """Return the same network as an object of this class."""
+        """Return the same network as an object of this class: itself if it is one."""
+        if type(network) is cls:
+            return network
         return cls(**{field.name: getattr(network, field.name) for field in fields(network)})
