@@ -39,8 +39,8 @@ AnyNetwork = TypeVar("AnyNetwork", bound=IntegerNetwork)
 class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
     """A trainable integer network. It maps images (N, C, *S) to the last layer's sums (N, K, *Out).
 
-    `QuantizedNetwork.to_torch` makes it. Each layer has three parameters: the latent weights, the logarithm of
-    the growth of each filter's accumulator step (its size as a real number), and a shift of each channel's
+    `QuantizedNetwork.to_torch` makes it. Each layer has three parameters: the latent weights, the logarithm
+    of the growth of each filter's accumulator step (its size as a real number), and a shift of each channel's
     bias, in such steps. Call `draw_in` after each step of an optimizer. `quantized` returns the integer
     network that training has reached.
 
