@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv.capture.model import single_convolution
 from fheconv.networks.bounds import layer_bounds
-from tests.layers import KINDS, random_module, random_network, unlike_calibration
+from tests.support.layers import KINDS, random_module, random_network, unlike_calibration
 
 SEEDS = st.integers(0, 2**31)
 # Every option is drawn per axis from these many seeds; what runs encrypted takes a second each.

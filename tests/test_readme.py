@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from fheconv.cli.main import app
-from tests.supported import table
+from tests.support.supported import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

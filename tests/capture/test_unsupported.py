@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fheconv import CalibrationError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.capture.model import capture
-from tests.capture.test_graph import Fn, check, conv
+from tests.support.captured import Fn, check, conv
 
 torch.set_num_threads(1)
 

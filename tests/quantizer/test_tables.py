@@ -9,7 +9,7 @@ from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.tables import LOOKUP_LIMIT, Window, compressed, lookup, reserve, width
-from tests.nets import quantized
+from tests.support.nets import quantized
 
 # Computed by torch, on tensors of doubles.
 FUNCTIONS = {
