@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from fheconv.cli.main import app
+from tests.support.rooms import FLOORS, PACKAGE
 from tests.support.supported import table
 
 ROOT = Path(__file__).parent.parent
@@ -76,11 +78,15 @@ def test_the_table_of_what_is_supported_is_what_was_tried():
     assert shown == table() + "\n"
 
 
-def test_every_module_is_in_the_layout():
-    entries = [path for path in (ROOT / "fheconv").iterdir() if not path.name.startswith("_")]
-    modules = {path.stem for path in entries if path.suffix == ".py" or path.is_dir()}
-    named = set(re.findall(r"`(\w+)(?:\.py|/)`", README))
-    assert modules - {"__init__"} <= named
+def test_the_layout_shown_is_what_the_rooms_say_in_floor_order():
+    section = README.partition("## How the code is laid out\n")[2].partition("\n## ")[0]
+    captions = []
+    for room in [room for floor in FLOORS for room in floor if (PACKAGE / room).is_dir()]:
+        caption = import_module(f"fheconv.{room}").__doc__.partition("\n")[0]
+        captions.append(f"- `{room}/` {caption[0].lower()}{caption[1:]}")
+    assert re.findall(r"^- .*$", section, re.MULTILINE) == captions
+    assert len(captions) == len([room for room in PACKAGE.iterdir() if (room / "__init__.py").exists()])
+    assert len(section.strip().splitlines()) <= 15
 
 
 def test_there_are_exactly_two_commands_and_ci_runs_them():
