@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedNetwork(IntegerNetwork):
-    """An integer network with what users ask of it. Made by `fheconv.quantize` and `fheconv.finetune`."""
+    """Computes exact integers, tells their widths, and can be trained. `quantize` and `finetune` make it.
+
+    Example:
+        >>> network = quantize([[1, 0], [0, -1]], np.arange(16).reshape(1, 1, 4, 4))
+        >>> network(np.arange(16).reshape(1, 4, 4))  # the convolution, as float64
+        array([[[-5., -5., -5.],
+                [-5., -5., -5.],
+                [-5., -5., -5.]]])
+    """
 
     def budget(self, accumulator_bits: int | None = None) -> BudgetReport:
         """Return the proved accumulator widths, held against a limit if one is given.
@@ -42,19 +50,26 @@ class QuantizedNetwork(IntegerNetwork):
 def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
-    `module` is a `torch.nn.Module`, what `torch.export.export` returned, a weight array (K, C/groups, *k) or
-    (Hf, Wf), or a `fheconv.Conv`; `calibration` a batch of images (N, C, *S), or one (C, *S) for a single
-    convolution, which fix the image size and the scales. Integer images that fit `input_bits` are taken as
-    they are, with scale 1 and the whole range of the data type; other images are scaled so that their range,
-    and 0, is covered.
+    `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
+    (Hf, Wf), or a `fheconv.Conv`. `calibration` is a batch of images (N, C, *S), or one image (C, *S) for a
+    single convolution. It sets the image size and the scales. Integer images that fit `input_bits` keep
+    their values: the scale is 1, and the range is that of the data type. Integer images that do not fit, and
+    float images, are scaled so that `input_bits` cover their range and 0. Small differences are then lost.
 
-    Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
-    the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
-    deliver. What is "auto" in `config` is chosen before, on images that are held out.
+    Every activation becomes one lookup in a table of integers. Linear operations merge into the layer before
+    or after them. Layers are quantized in order, on the outputs of the quantized layers before them. Options
+    that are "auto" in `config` are chosen first, on images that are held out.
 
-    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
-    chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
-    images that do not go with the model.
+    Raises `UnsupportedLayerError` for an operation that cannot be compiled, `CalibrationError` if no scale
+    can be chosen, `AccumulatorOverflowError` if `accumulator_bits` cannot be kept, and `InvalidArgumentError`
+    for images that do not fit the model.
+
+    Example:
+        >>> sobel = [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
+        >>> images = np.random.default_rng(0).integers(0, 64, (5, 1, 8, 8))
+        >>> network = quantize(sobel, images, QuantConfig(weight_bits=3, input_bits=6))
+        >>> bool((network(images)[0, 0, 0, 0] == (images[0, 0, :3, :3] * sobel).sum()).all())
+        True
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):

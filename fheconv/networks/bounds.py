@@ -24,10 +24,18 @@ from fheconv.networks.integers import QuantizedLayer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AccumulatorBounds:
-    """The attainable minimum and maximum of every accumulator of a layer.
+    """Holds the attainable minimum and maximum of every accumulator of a layer.
 
     Output positions that see the same taps share their bounds: `class_minimum` and `class_maximum` are
     (K, n_1, …, n_d), and `classes[axis][o]` says to which of the n_axis classes position `o` belongs.
+
+    Example:
+        >>> geometry = ConvGeometry.of((1, 2))
+        >>> bounds = accumulator_bounds([[[[-1, 2]]]], geometry, (4, 4), (0, 15))
+        >>> bounds.channel_minimum, bounds.channel_maximum, bounds.channel_span
+        (array([-15]), array([30]), array([45]))
+        >>> bounds.offset_bits, bounds.twos_complement_bits
+        (6, 6)
     """
 
     class_minimum: Array
@@ -102,6 +110,10 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
     allows three or four times as many taps.
 
     Raises `InvalidArgumentError` for widths that are not positive integers.
+
+    Example:
+        >>> max_taps(input_bits=2, weight_bits=2, accumulator_bits=7)
+        14
     """
     for name, bits in (
         ("input_bits", input_bits),
@@ -127,6 +139,12 @@ def accumulator_bounds(
     `weight` (K, C/groups, *k) and `bias` (K,) are integers, `spatial` the input's sizes, `input_range`
     the (smallest, greatest) input. Raises `AccumulatorOverflowError` if the bounds or their span may
     pass 2⁶³, `InvalidArgumentError` for fractions or an empty range.
+
+    Example:
+        >>> geometry = ConvGeometry.of((2, 2), padding=1)
+        >>> bounds = accumulator_bounds([[[[1, -1], [1, 1]]]], geometry, (3, 3), (0, 3), bias=[5])
+        >>> bounds.channel_minimum, bounds.channel_maximum
+        (array([2]), array([14]))
     """
     weight = _integers(weight, "weight")
     if weight.ndim != 2 + len(geometry.kernel) or weight.shape[2:] != geometry.kernel:

@@ -29,10 +29,14 @@ from fheconv.networks.linear import Kernel, Select, Term
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conv:
-    """A convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
+    """Holds a convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
 
-    The weight of a transposed convolution is kept flipped and in this layout, for the plain convolution over
-    the expanded input that `geometry` describes.
+    A transposed convolution is kept as the plain convolution over the expanded input that `geometry`
+    describes: its weight is flipped and has this layout. `Conv.of` makes one.
+
+    Example:
+        >>> Conv.of([[1, 2], [3, 4]], stride=2).geometry.output_size((8, 8))
+        (4, 4)
     """
 
     name: str
@@ -60,6 +64,10 @@ class Conv:
         A transposed convolution's weight is (C, K/groups, *k), as torch keeps it.
 
         Raises `InvalidArgumentError` for arguments that do not go together.
+
+        Example:
+            >>> Conv.of([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], padding=1).weight.shape
+            (1, 1, 3, 3)
         """
         weight = as_array(weight, "weight")
         if weight.ndim == 2:
