@@ -27,7 +27,7 @@ QUICK = "from fheconv.quantizer import allocation\nallocation.LEVELS, allocation
 PRINTED = [
     ["Accumulator budget", "Cost of one encrypted image"],
     ["Cheapest circuits by accuracy"],
-    ["[[", "8"],
+    [*blocks("console")],
     ["edges as in clear: True"],
 ]
 
