@@ -1,4 +1,4 @@
-"""Says what a network is, in floats and in integers, and what holds of it for every image.
+"""Defines networks in floats and in integers, and computes the exact ranges of their accumulators.
 
 An *accumulator* is one sum of integer products, before an activation. A *lookup* turns accumulators into the
 integers of an activation, by a table. The *span* of an accumulator is its maximum minus its minimum over all
