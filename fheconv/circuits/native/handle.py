@@ -11,7 +11,7 @@ from fheconv.circuits.native.protocol import CircuitForgotten, Session
 _numbers = itertools.count()
 
 
-class Program:
+class Handle:
     """A circuit that the native library holds by number. A new worker is given it again.
 
     `opening` is the method of `NativeCircuits` that makes the circuit, with its arguments after the number.
