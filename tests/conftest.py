@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -26,7 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that are marked slow, unless `--run-slow` asks for them."""
+    """Leave out the tests that are marked slow, unless `--run-slow` asks for them.
+
+    Of the cases of a test that is marked `sampled(n)`, each n-th is quick, and the others are slow.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
     if config.getoption("--run-slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

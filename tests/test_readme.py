@@ -32,7 +32,17 @@ PRINTED = [
 ]
 
 
-@pytest.mark.parametrize(("example", "titles"), [*zip(blocks("python"), PRINTED, strict=True)])
+EXAMPLES = [*zip(blocks("python"), PRINTED, strict=True)]
+CLIENT_AND_SERVER = 2
+
+
+@pytest.mark.parametrize(
+    ("example", "titles"),
+    [
+        pytest.param(*example, marks=[] if number == CLIENT_AND_SERVER else pytest.mark.slow)
+        for number, example in enumerate(EXAMPLES)
+    ],
+)
 def test_the_python_examples_run(example, titles, tmp_path):
     (tmp_path / "models").symlink_to(ROOT / "models")
     done = subprocess.run(
@@ -51,6 +61,7 @@ def test_the_budget_report_shown_is_the_one_printed():
     assert " ".join(shown.split()) in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_shell_commands_run(tmp_path):
     """With a model of four lookups by the name of the shown one."""
     (tmp_path / "models").mkdir()
@@ -71,6 +82,7 @@ def test_the_shell_commands_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.slow
 def test_the_table_of_what_is_supported_is_what_was_tried():
     (shown,) = re.findall(
         r"^(?:\|.*\n)+", README.partition("## What is supported")[2].partition("\n## ")[0], re.M

@@ -127,6 +127,7 @@ MIXED = {"accumulator_bits": {"0.0": 4, "1.0": 6}, "activation_bits": 2}
     ],
     ids=["exact", "rounded", "maxima", "two widths", "two widths, one parameter set"],
 )
+@pytest.mark.slow
 def test_as_many_images_have_wrong_results_as_simulated(names, options, strategy):
     from concrete import fhe
 
@@ -157,6 +158,7 @@ def test_a_constant_table_never_fails():
     np.testing.assert_array_equal(noisy(network, q, 0.3, np.random.default_rng(0)), network.accumulate(q))
 
 
+@pytest.mark.slow
 def test_the_predicted_accuracy_of_tinycnn_is_that_of_its_simulation():
     data, runs = digits.digits(), 4
     network = fheconv.quantize(shipped(), data.train_images, fheconv.QuantConfig(rounding_bits=5))

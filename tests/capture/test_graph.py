@@ -339,6 +339,7 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 
 
 @pytest.mark.parametrize("move", [move for _, move in CASES], ids=[name for name, _ in CASES])
+@pytest.mark.sampled(4)
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():
@@ -392,6 +393,7 @@ MAX_POOLS = [
 
 
 @pytest.mark.parametrize("pool", MAX_POOLS, ids=[f"{n}-{type(p).__name__}" for n, p in enumerate(MAX_POOLS)])
+@pytest.mark.sampled(4)
 def test_an_activation_after_a_maximum_costs_what_it_costs_before(pool):
     before = check(nn.Sequential(conv(1, 4), nn.ReLU(), pool), (1, 5, 6), lookups=120)
     after = check(nn.Sequential(conv(1, 4), pool, nn.ReLU()), (1, 5, 6), lookups=120)
@@ -512,6 +514,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=[f"{n}-{a}" for n, a in enumerate(ACTIVATIONS)])
+@pytest.mark.sampled(4)
 def test_activations_and_chains_of_them_are_one_layer(activation):
     check(nn.Sequential(conv(1, 2), activation), (1, 4, 3), lookups=0, layers=1)
     parts = {"a": conv(1, 2), "n": nn.BatchNorm2d(2), "f": activation, "b": conv(2, 2)}
@@ -677,6 +680,7 @@ def random_model(seed):
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_random_networks(seed):
     model, shape = random_model(seed)
     check(model, shape)

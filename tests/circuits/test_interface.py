@@ -22,6 +22,7 @@ def made_again(interface):
 
 @settings(max_examples=25)
 @given(st.integers(0, 400))
+@pytest.mark.slow
 def test_written_and_read_it_does_the_same(seed):
     network = quantized(seed)
     lowered = lower(network)

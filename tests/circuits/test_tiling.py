@@ -127,6 +127,7 @@ def test_an_image_smaller_than_the_kernel_and_tiles_without_meaning_are_refused(
         fresh.predict(np.zeros((1, 9, 9)), fhe="execute")
 
 
+@pytest.mark.slow
 def test_a_photograph_of_512_pixels_runs_encrypted_within_4_gigabytes():
     photograph = load_sample_image("china.jpg").mean(axis=-1)
     image = np.pad(photograph[:, :512], ((0, 512 - len(photograph)), (0, 0)), mode="reflect")[None]

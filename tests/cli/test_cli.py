@@ -95,6 +95,7 @@ def test_check_takes_stride_and_padding_from_the_card_unless_told():
         (["demo", "--output", "y"], ".png"),
     ],
 )
+@pytest.mark.sampled(8)
 def test_an_error_is_one_message_on_standard_error_and_status_2(arguments, words):
     done = fheconv_command(*arguments)
     assert done.returncode == 2
@@ -105,6 +106,7 @@ def test_an_error_is_one_message_on_standard_error_and_status_2(arguments, words
 
 @pytest.mark.parametrize("content", ["nothing", "a zip archive", "half a zip archive", "noise"])
 @pytest.mark.parametrize("name", ["image.npy", "image.png"])
+@pytest.mark.sampled(8)
 def test_an_image_that_cannot_be_read_is_an_error_and_no_answer(tmp_path, name, content):
     buffer = io.BytesIO()
     np.savez(buffer, np.ones((8, 8)))
@@ -230,6 +232,7 @@ def test_run_filters_an_encrypted_image_file(tmp_path):
     assert np.abs(edges - exact).max() <= 9 * 255 * 0.5 * 8 / 127
 
 
+@pytest.mark.slow
 def test_run_takes_arrays_and_both_engines(tmp_path):
     np.save(tmp_path / "digit.npy", np.random.default_rng(0).random((8, 8)) * 16)
     results = []

@@ -96,6 +96,7 @@ def files() -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path().rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_whole_path_gives_the_right_class(made):
     folder, printed = made
     y = expected(folder)[0]

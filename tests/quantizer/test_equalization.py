@@ -21,6 +21,7 @@ def changed(module, images, **options):
 
 @settings(max_examples=20)  # torch takes most of a second to export each
 @given(st.integers(0, 2**32))
+@pytest.mark.slow
 def test_the_network_computes_the_same(seed):
     module, images = random_net(seed)
     network, equal, _ = changed(module, images)

@@ -115,6 +115,7 @@ def until(true, seconds=30):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     network, circuit, file, dask, cluster, opened
 ):
@@ -152,6 +153,7 @@ def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     np.testing.assert_array_equal(client.decrypt(results[1]), expected[3])
 
 
+@pytest.mark.slow
 def test_tiles_of_a_photograph_even_when_all_workers_are_killed(tiled, tile_file, dask, opened):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 4, (1, 30, 33))
@@ -201,6 +203,7 @@ def test_workers_keep_to_the_limits_of_a_loaded_server(tiled, tile_file, dask, m
     assert file == tile_file.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_left_early_is_cancelled(tiled, tile_file, dask, cluster):
     stream = distributed.stream(
         tile_file, tiled.circuit.evaluation_keys, tiled.encrypt(np.zeros((1, 40, 40))), client=dask

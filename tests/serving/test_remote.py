@@ -302,6 +302,7 @@ def test_results_that_are_not_of_these_images_are_refused(url, server, client):
 # A server that dies.
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_path):
     """Its keys are there when it is back, no half-written file is, and the same call returns the results."""
     store = tmp_path / "keys" / load_manifest(folder / "server.zip").fingerprint
