@@ -144,7 +144,7 @@ class Term:
         return self.masks(wanted, shape)[0]
 
     def masks(self, wanted: Array, shape: Shape) -> list[Array]:
-        """Return masks of the values before each step that the outputs in `wanted` depend on, and `wanted`."""
+        """Return masks of the values before each step that `wanted` outputs depend on, and `wanted`."""
         masks = [wanted]
         for step, before in reversed(list(zip(self.steps, self.shapes(shape)[:-1], strict=True))):
             masks.insert(0, step.read(masks[0], before))
