@@ -39,7 +39,7 @@ class QuantizedNetwork(IntegerNetwork):
         """
         return report(self, accumulator_bits)
 
-    def to_torch(self) -> "TrainableNetwork":
+    def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
         """Return a torch module that computes the same except for rounding. Its weights can be trained."""
         from fheconv.training.trainable import TrainableNetwork  # imports torch, which takes seconds
 
@@ -52,8 +52,8 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
     (Hf, Wf), or a `fheconv.Conv`. `calibration` is a batch of images (N, C, *S), or one image (C, *S) for a
     single convolution. It fixes the image size and the scales. Integer images that fit `input_bits` stay as
-    they are, with scale 1 and the whole range of the data type. Other images are scaled so that the integers
-    cover their range, and 0.
+    they are, with scale 1 and the whole range of the data type. Other images, integers that do not fit among
+    them, are scaled so that the integers cover their range and 0: small differences are lost.
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
