@@ -1,7 +1,7 @@
 """Loads layers and models from files.
 
-There are two kinds of files. Safetensors files hold weights; a JSON card beside one describes its layers. Files
-with the suffix `.pt2` hold programs that `torch.export.save` wrote.
+There are two kinds of files. Safetensors files hold weights; a JSON card beside one describes its layers.
+Files with the suffix `.pt2` hold programs that `torch.export.save` wrote.
 """
 
 import json

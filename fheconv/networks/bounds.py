@@ -28,6 +28,11 @@ class AccumulatorBounds:
 
     Output positions that see the same taps share their bounds: `class_minimum` and `class_maximum` are
     (K, n_1, …, n_d), and `classes[axis][o]` says to which of the n_axis classes position `o` belongs.
+
+    Example:
+        >>> bounds = accumulator_bounds([[[1, -1]]], ConvGeometry.of((2,)), (4,), (0, 3))
+        >>> bounds.minimum.tolist(), bounds.maximum.tolist()
+        ([[-3, -3, -3]], [[3, 3, 3]])
     """
 
     class_minimum: Array
@@ -101,6 +106,7 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
     It holds for any weights. `AccumulatorBounds` is exact for given weights, and usually allows three or four
     times as many taps.
 
+    Example:
         >>> max_taps(input_bits=4, weight_bits=4, accumulator_bits=8)
         1
 
@@ -130,6 +136,7 @@ def accumulator_bounds(
     `weight` (K, C/groups, *k) and `bias` (K,) are integers, `spatial` the input's sizes, `input_range`
     the (smallest, greatest) input.
 
+    Example:
         >>> sobel = [[[[1, 0, -1], [2, 0, -2], [1, 0, -1]]]]
         >>> geometry = ConvGeometry.of((3, 3))
         >>> bounds = accumulator_bounds(sobel, geometry, (8, 8), (0, 15))
