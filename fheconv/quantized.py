@@ -27,6 +27,7 @@ class QuantizedNetwork(IntegerNetwork):
 
     `fheconv.quantize` and `fheconv.finetune` return it.
 
+    Example:
         >>> network = quantize(np.ones((3, 3), np.int64), np.arange(64).reshape(1, 8, 8))
         >>> network.accumulator_shape
         (1, 6, 6)
@@ -59,6 +60,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
     are "auto" in `config` are chosen first, on held-out images.
 
+    Example:
         >>> sobel, image = [[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.arange(64).reshape(1, 8, 8)
         >>> network = quantize(sobel, image, QuantConfig(input_bits=6))
         >>> network(image)[0, 0].tolist()

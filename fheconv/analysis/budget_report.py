@@ -20,6 +20,11 @@ class ChannelBudget:
 
     `minimum` and `maximum` are its attainable range, `position` is where the maximum is attained, and
     `observed` is the range on the calibration images. `observed` is None if there were none.
+
+    Example:
+        >>> budget = ChannelBudget(channel=0, minimum=-60, maximum=60, position=(0, 0), observed=None)
+        >>> budget.span, budget.offset_bits, budget.twos_complement_bits
+        (120, 7, 7)
     """
 
     channel: int

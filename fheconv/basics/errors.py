@@ -39,6 +39,11 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
 
     Attributes: `layer` and `channel` (where it happens), `value` (what is needed), `limit` (what is
     available) and `remedy` (what to change). Each is None if it does not apply.
+
+    Example:
+        >>> error = AccumulatorOverflowError("Too wide.", layer="conv1", value=300, limit=127)
+        >>> error.layer, error.value - error.limit, error.remedy
+        ('conv1', 173, None)
     """
 
     def __init__(

@@ -30,12 +30,9 @@ class AccumulatorBounds:
     (K, n_1, …, n_d), and `classes[axis][o]` says to which of the n_axis classes position `o` belongs.
 
     Example:
-        >>> geometry = ConvGeometry.of((1, 2))
-        >>> bounds = accumulator_bounds([[[[-1, 2]]]], geometry, (4, 4), (0, 15))
-        >>> bounds.channel_minimum, bounds.channel_maximum, bounds.channel_span
-        (array([-15]), array([30]), array([45]))
-        >>> bounds.offset_bits, bounds.twos_complement_bits
-        (6, 6)
+        >>> bounds = accumulator_bounds([[[1, -1]]], ConvGeometry.of((2,)), (4,), (0, 3))
+        >>> bounds.minimum.tolist(), bounds.maximum.tolist()
+        ([[-3, -3, -3]], [[3, 3, 3]])
     """
 
     class_minimum: Array
@@ -109,6 +106,7 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
     It holds for any weights. `AccumulatorBounds` is exact for given weights, and usually allows three or four
     times as many taps.
 
+    Example:
         >>> max_taps(input_bits=4, weight_bits=4, accumulator_bits=8)
         1
 
@@ -142,6 +140,7 @@ def accumulator_bounds(
     `weight` (K, C/groups, *k) and `bias` (K,) are integers, `spatial` the input's sizes, `input_range`
     the (smallest, greatest) input.
 
+    Example:
         >>> sobel = [[[[1, 0, -1], [2, 0, -2], [1, 0, -1]]]]
         >>> geometry = ConvGeometry.of((3, 3))
         >>> bounds = accumulator_bounds(sobel, geometry, (8, 8), (0, 15))

@@ -59,6 +59,7 @@ class Conv:
 
         The weight of a transposed convolution is (C, K/groups, *k), as in torch.
 
+        Example:
             >>> conv = Conv.of([[1, 0, -1], [2, 0, -2], [1, 0, -1]], stride=2, name="sobel")
             >>> conv.name, conv.weight.shape, conv.in_channels
             ('sobel', (1, 1, 3, 3), 1)

@@ -200,7 +200,7 @@ def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
         where = first_position(np.abs(steps) >= BIAS_LIMIT)
         raise CalibrationError(
             f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
-            f"is {step[where]:g}: the bias has too many steps (2^53 or more). Its weights are vanishingly "
-            "small; prune the channel."
+            f"is {step[where]:g}: the bias has too many steps (2^53 or more). Its weights are "
+            "vanishingly small; prune the channel."
         )
     return steps.astype(np.int64)

@@ -21,7 +21,12 @@ Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned."""
+    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned.
+
+    Example:
+        >>> print(Setting(accumulator_bits=8, rounding_bits=5, fine_tuned=True))
+        8 bits, rounded to 5, fine-tuned
+    """
 
     accumulator_bits: int
     rounding_bits: int | None = None
