@@ -161,7 +161,7 @@ def test_what_belongs_to_others_is_refused_before_the_library_sees_it(
     wrong = fheconv.compile(quantized(4, depth=1, size=(1, 4, 4), accumulator_bits=4))
     wrong.keygen()
     stopped = server.beside(session)
-    stopped._program.request = None  # nothing may get to it
+    stopped._handle.request = None  # nothing may get to it
     with pytest.raises(fheconv.ArtifactError, match="other keys"):
         stopped.run(encrypted, other.evaluation_keys)
     with pytest.raises(fheconv.ArtifactError, match="belongs to another circuit"):
@@ -208,7 +208,7 @@ def test_no_file_and_no_server_holds_a_secret(circuit, client, server, keys, fol
     assert secret_rows(keys.to_bytes()) == 0
     held = pickle.dumps([value for value in vars(server).values() if isinstance(value, bytes | str | tuple)])
     assert secret_rows(held) == 0
-    assert not hasattr(server._program, "keys")
+    assert not hasattr(server._handle, "keys")
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         for side in (client, server):
             with pytest.raises(fheconv.ArtifactError, match="cannot be copied"):
