@@ -24,7 +24,7 @@ from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
 from fheconv.circuits.native.child import in_process
 from fheconv.circuits.native.lookup_times import expected_seconds
-from fheconv.circuits.native.protocol import Session
+from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.circuits.verification import VerifyReport, compare
@@ -45,14 +45,14 @@ MOST_LANES = 4
 SIMULATED = 40
 
 
-class _CompiledHandle(KeyedHandle):
-    """The circuit's function for one image, or for the images that share a ciphertext."""
+class _LoweredHandle(KeyedHandle):
+    """A handle of the function for one image, or for the images that share a ciphertext."""
 
     def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
         self.lowered = lowered
         opening = "compile", (network, config, lowered.interface.lanes.count)
         with status("Compiling…"):
-            super().__init__(session, opening, lowered.interface, config)
+            super().__init__(session, opening, lowered.interface, Limits.of(config))
 
 
 class FheCircuit(KeyOwner):
@@ -81,15 +81,15 @@ class FheCircuit(KeyOwner):
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine)
         self._lanes = _lanes(one, config)
-        self._one: _CompiledHandle = self._compile(one)
-        self._many: _CompiledHandle | None = None
+        self._one: _LoweredHandle = self._compile(one)
+        self._many: _LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
-            self._handle(config.lanes)
+            self._handle_for(config.lanes)
 
-    def _compile(self, lowered: Lowered) -> _CompiledHandle:
-        return _CompiledHandle(self._session, self.network, lowered, self.config)
+    def _compile(self, lowered: Lowered) -> _LoweredHandle:
+        return _LoweredHandle(self._session, self.network, lowered, self.config)
 
-    def _handle(self, images: int) -> _CompiledHandle:
+    def _handle_for(self, images: int) -> _LoweredHandle:
         """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
@@ -99,7 +99,7 @@ class FheCircuit(KeyOwner):
             self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
 
-    def _is_current(self, handle: _CompiledHandle) -> bool:
+    def _is_current(self, handle: _LoweredHandle) -> bool:
         """Return True if a handle's keys are the present ones, or were made with them for several lanes.
 
         Keys for several lanes have their own name. A key file does not hold them, so they are made anew after
@@ -110,7 +110,7 @@ class FheCircuit(KeyOwner):
     def _promised(self, images: int) -> float:
         """Return the probability that a value of such a batch is wrong, or with lookups an image of it."""
         with self._lock:
-            compiled = self._handle(images).compiled
+            compiled = self._handle_for(images).compiled
             return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
 
     @property
@@ -183,7 +183,7 @@ class FheCircuit(KeyOwner):
     def _encrypt(self, q: Array, batched: bool) -> Ciphertext:
         with self._lock:
             self._one.require_keys("encrypt")
-            return self._handle(len(q)).encrypt(q, batched)
+            return self._handle_for(len(q)).encrypt(q, batched)
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
         """Evaluate the circuit on encrypted images.
@@ -222,7 +222,7 @@ class FheCircuit(KeyOwner):
             return self.decrypt(self.run(encrypted), dequantize=False)
         if fhe == "simulate" and len(q):
             with self._lock:
-                handle = self._handle(len(q))
+                handle = self._handle_for(len(q))
                 results = handle.request("simulate", handle.interface.prepare(q))
             return handle.interface.accumulators(results, len(q))
         if fhe not in ("disable", "simulate"):
@@ -261,7 +261,7 @@ class FheCircuit(KeyOwner):
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
         return (count + 1) / (len(tried) + 1)  # never 0: a difference that was not seen may still happen
 
-    def _check(self, ciphertext: Any, kind: str, step: str) -> _CompiledHandle:
+    def _check(self, ciphertext: Any, kind: str, step: str) -> _LoweredHandle:
         """Return the handle that a ciphertext belongs to. Raises `ArtifactError` if there is none."""
         self._one.require_keys(step)
         several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint

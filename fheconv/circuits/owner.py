@@ -8,13 +8,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import ArtifactError, NotCompiledError
 from fheconv.basics.progress import status
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
 from fheconv.circuits.keys import EvaluationKeys, read_keys, write_keys
 from fheconv.circuits.native.handle import Handle
-from fheconv.circuits.native.protocol import UNLIMITED, Session
+from fheconv.circuits.native.protocol import UNLIMITED, Limits, Session
 from fheconv.lowering.interface import Interface
 
 
@@ -30,7 +29,7 @@ class KeyedHandle(Handle):
         session: Session,
         opening: tuple[str, tuple[Any, ...]],
         interface: Interface,
-        limits: CompileConfig = UNLIMITED,
+        limits: Limits = UNLIMITED,
     ) -> None:
         self.interface = interface
         self.key_id = ""

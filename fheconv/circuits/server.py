@@ -12,7 +12,7 @@ from fheconv.circuits.files.archive import ServerParts, read_server
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
 from fheconv.circuits.native.handle import Handle
-from fheconv.circuits.native.protocol import KeysForgotten, Session
+from fheconv.circuits.native.protocol import KeysForgotten, Limits, Session
 from fheconv.circuits.native.worker import worker
 
 # The number of key sets that are kept in memory: those used last.
@@ -50,7 +50,7 @@ class Server:
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
         opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
         self._handle = Handle(
-            worker() if session is None else session, ("open_server", opening), parts.config
+            worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
         )
 
     def __reduce__(self) -> NoReturn:

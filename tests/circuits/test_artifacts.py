@@ -248,7 +248,7 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: changed(p, "manifest.json", format=2), "format 2, and this fheconv reads format 1"),
         (lambda p: changed(p, "manifest.json", format="1"), "names no format"),
         (lambda p: changed(p, "manifest.json", concrete="2.9.0"), "concrete-python 2.9.0"),
-        (lambda p: changed(p, "manifest.json", fingerprint="0" * 64), "altered: its program has"),
+        (lambda p: changed(p, "manifest.json", fingerprint="0" * 64), "altered: its contents have"),
         (lambda p: changed(p, "manifest.json", fingerprint=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", more=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", cost={}), "manifest is altered"),
@@ -260,8 +260,8 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: {**p, "config.json": b"{}"}, "compile options in .* are altered"),
         (lambda p: {**p, "config.json": b"[" * 10**5}, "not JSON"),
         (lambda p: {**p, "manifest.json": b"\xff"}, "not JSON"),
-        (lambda p: {**p, "circuit.mlir": p["circuit.mlir"] + b" "}, "altered: its program has"),
-        (lambda p: {**p, "specs.json": b"{}"}, "altered: its program has"),
+        (lambda p: {**p, "circuit.mlir": p["circuit.mlir"] + b" "}, "altered: its contents have"),
+        (lambda p: {**p, "specs.json": b"{}"}, "altered: its contents have"),
     ],
 )
 def test_files_of_others_are_refused_and_say_why(change, words, parts, tmp_path):

@@ -3,12 +3,12 @@
 import os
 import signal
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import fheconv
+from fheconv.circuits.native.protocol import Limits
 from fheconv.circuits.native.worker import Worker, worker
 from tests.support.layers import random_network, unlike_calibration
 
@@ -46,12 +46,12 @@ def test_a_compilation_over_its_time_is_ended():
 def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
     x = unlike_calibration(slow.network, 1)
     encrypted = slow.encrypt(x)
-    slow._one.limits = replace(slow.config, time_limit=0.05)
+    slow._one.limits = Limits(seconds=0.05)
     try:
         with pytest.raises(fheconv.ExecutionError, match=r"run took longer than time_limit=0\.05.*smaller"):
             slow.run(encrypted)
     finally:
-        slow._one.limits = replace(slow.config, time_limit=None)
+        slow._one.limits = Limits()
     np.testing.assert_array_equal(slow.decrypt(slow.run(encrypted)), slow.network(x))
 
 
@@ -64,11 +64,11 @@ def test_a_worker_that_never_answers_is_ended(step, images):
     circuit = fheconv.compile(network, fheconv.CompileConfig(time_limit=60, lanes=1))
     circuit.keygen()
     x = unlike_calibration(network, 2, images)
-    circuit._one.limits = replace(circuit.config, time_limit=1)
+    circuit._one.limits = Limits(seconds=1)
     os.kill(worker().pid, signal.SIGSTOP)
     with pytest.raises(fheconv.ExecutionError, match=f"{step} took longer than time_limit=1 seconds"):
         circuit.keygen() if step == "keygen" else circuit.encrypt(x)
-    circuit._one.limits = replace(circuit.config, time_limit=60)
+    circuit._one.limits = Limits(seconds=60)
     assert circuit.verify(x[:1]).ok
 
 

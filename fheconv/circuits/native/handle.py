@@ -4,9 +4,8 @@ import itertools
 import weakref
 from typing import Any
 
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import CompilationError, ExecutionError
-from fheconv.circuits.native.protocol import CircuitForgotten, Session
+from fheconv.circuits.native.protocol import CircuitForgotten, Limits, Session
 
 _numbers = itertools.count()
 
@@ -17,7 +16,7 @@ class Handle:
     `opening` is the method of `NativeCircuits` that makes the circuit, with its arguments after the number.
     """
 
-    def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: CompileConfig) -> None:
+    def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: Limits) -> None:
         self.number = next(_numbers)
         weakref.finalize(self, session.released.append, self.number).atexit = False
         self._session, self.limits = session, limits

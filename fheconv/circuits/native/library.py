@@ -98,7 +98,7 @@ class NativeCircuits:
         )
 
     def export(self, number: int, key_id: str) -> tuple[bytes, str]:
-        """Return the circuit's parameters, which a client needs, and the program that a server runs."""
+        """Return the circuit's parameters, which a client needs, and the MLIR text that a server compiles."""
         circuit = self._named(number, key_id).circuit
         return circuit.client.specs.serialize(), circuit.mlir
 
