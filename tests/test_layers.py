@@ -127,6 +127,22 @@ def test_each_room_names_its_files():
         assert sorted(named) == sorted(inside), folder
 
 
+def test_no_test_module_imports_another():
+    """What tests share is in tests/support."""
+    tests = PACKAGE.parent / "tests"
+    found = {}
+    for path in tests.rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        names = [f"{node.module}.{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                 for alias in node.names]  # fmt: skip
+        names += [
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        ]
+        if wrong := [name for name in names if re.search(r"(^|\.)test_\w+", name)]:
+            found[str(path.relative_to(tests))] = wrong
+    assert found == {}
+
+
 def test_no_file_is_long():
     lengths = {
         str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")

@@ -1,12 +1,13 @@
 """Turns a torch module or an array of weights into a float network."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fheconv.basics.arrays import Shape, as_array
 from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
-from fheconv.networks.floats import Conv, Layer, Network
+from fheconv.networks.floats import Conv, Layer, Maximum, Network
 from fheconv.networks.linear import Kernel
 
 
@@ -23,10 +24,14 @@ def capture(module: Any, input_shape: Shape) -> Network:
     """
     conv = single_convolution(module)
     network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
+    layers: list[Layer | Maximum] = []
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
-    return network
+            terms = [term.without_dead_weights(network.shapes[term.source]) for term in layer.terms]
+            layer = replace(layer, terms=tuple(terms))
+        layers.append(layer)
+    return replace(network, layers=tuple(layers))
 
 
 def single_convolution(module: Any) -> Conv | None:

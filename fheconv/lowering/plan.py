@@ -17,7 +17,7 @@ from fheconv.basics.config import Engine
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering import engines
 from fheconv.lowering.dialect import take
-from fheconv.lowering.engines import UNIT_COST, WHY
+from fheconv.lowering.engines import ENGINES, MATRIX_COST, multiply_adds
 from fheconv.lowering.pruning import Plain, prune
 from fheconv.networks.linear import Kernel, Select, Term
 
@@ -55,14 +55,14 @@ class Plan:
         for step, before, after in steps:
             if isinstance(step, Kernel):
                 plain = prune(step, before, after, around)
-                kept.append((plain, plain.multiply_adds()))
+                kept.append((plain, multiply_adds(plain)))
                 around = 0
             else:
                 kept.append(step)
         counts = [one[1] for one in kept if not isinstance(one, Select)]
         possible = {
             one: sum(count.get(one, count.get("conv", 0)) for count in counts)
-            for one in ("conv", "separable", "shifts")
+            for one in ENGINES
             if any(one in count for count in counts)
         }
         if not all(counts):
@@ -164,13 +164,17 @@ class TermProgram:
 def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
     """Return the engine to run with, and the reason for it."""
     if engine == "auto":
-        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
+        costs = {one: ENGINES[one].unit_cost if one in ENGINES else MATRIX_COST for one in possible}
+        predicted = {one: possible[one] * costs[one] / 1000 for one in possible}
         shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
         return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
     if engine not in possible:
-        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
+        if engine in ENGINES:
+            reason = ENGINES[engine].needs
+        else:
+            reason = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
         raise InvalidArgumentError(
             f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
-            + WHY.get(engine, too_large)
+            + reason
         )
     return engine, "asked for"

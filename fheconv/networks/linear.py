@@ -47,6 +47,19 @@ class Kernel:
         """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""
         return csr_filter_matrix(self.weight, self.geometry, shape[1:], self.output_shape(shape)[1:])
 
+    def meeting(self, inputs: Array) -> Array:
+        """Return a mask like `weight`: those that are multiplied by any of the mask `inputs` (C, *S)."""
+        geometry, groups = self.geometry, self.geometry.groups
+        output = geometry.output_size(inputs.shape[1:])
+        expanded = expand(inputs[None], geometry, False)[0]
+        mask = np.zeros(self.weight.shape, bool)
+        for tap in np.ndindex(*geometry.kernel):
+            met = (
+                expanded[(slice(None), *_window(tap, output, geometry))].reshape(len(inputs), -1).any(axis=1)
+            )
+            mask[(..., *tap)] = np.repeat(met.reshape(groups, -1), len(self.weight) // groups, axis=0)
+        return mask
+
     def read(self, wanted: Array, shape: Shape) -> Array:
         """Return a mask (C, *S) of the inputs that the outputs in the mask `wanted` (K, *Out) depend on."""
         geometry, groups = self.geometry, self.geometry.groups
@@ -54,10 +67,7 @@ class Kernel:
         used = (self.weight != 0).reshape(groups, -1, *self.weight.shape[1:])
         expanded = np.zeros((shape[0], *geometry.expanded_size(shape[1:])), bool)
         for tap in np.ndindex(*geometry.kernel):
-            window = tuple(
-                slice(t * d, t * d + (o - 1) * s + 1, s)
-                for t, d, s, o in zip(tap, geometry.dilation, geometry.stride, wanted.shape[1:], strict=True)
-            )
+            window = _window(tap, wanted.shape[1:], geometry)
             read = np.einsum("gkc,gk...->gc...", used[(..., *tap)], by_group)
             expanded[(slice(None), *window)] |= read.reshape(shape[0], *wanted.shape[1:])
         for axis, size in enumerate(shape[1:]):
@@ -168,6 +178,26 @@ class Term:
         steps = (*self.steps[:at], replace(kernel, weight=frozen(weight)), *self.steps[at + 1 :])
         return replace(self, steps=steps)
 
+    def without_dead_weights(self, shape: Shape) -> "Term":
+        """Return the term with 0 for weights that are only ever multiplied by zeros, for a source of `shape`.
+
+        Such weights do not change a result, but they would count when a scale is chosen. They occur where a
+        convolution reads several tensors side by side: each term has the weights of all channels, and zeros
+        in the channels of the other tensors.
+        """
+        if not self.inexact():
+            return self
+        at, kernel = self.weighted()
+        alive = np.ones((1, *shape), bool)
+        for step in self.steps[:at]:
+            if isinstance(step, Kernel):
+                step = replace(step, weight=np.ones(step.weight.shape, np.int64))
+                alive = step.apply(alive.astype(np.int64), 0) > 0
+            else:
+                alive = step.apply(alive, 0)
+        met = kernel.meeting(alive[0])
+        return self if met.all() else self.with_weight(np.where(met, kernel.weight, 0))
+
     def is_plain(self) -> bool:
         """Whether the term only moves values, all with the weight 1 or all with −1."""
         kernels = [step for step in self.steps if isinstance(step, Kernel)]
@@ -232,6 +262,14 @@ class Term:
         linear = pointwise(self.matrix(shape).toarray().T, 0)
         unflatten = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
         return replace(self, steps=(flatten, linear, unflatten))
+
+
+def _window(tap: Shape, output: Shape, geometry: ConvGeometry) -> tuple[slice, ...]:
+    """Return the slice of each axis of the expanded input that a tap reads for all outputs."""
+    return tuple(
+        slice(t * d, t * d + (o - 1) * s + 1, s)
+        for t, d, s, o in zip(tap, geometry.dilation, geometry.stride, output, strict=True)
+    )
 
 
 def pointwise(weight: Array, axes: int, groups: int = 1) -> Kernel:

@@ -1,6 +1,7 @@
 """Chooses the scales of images and activations, by calibration images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -70,16 +71,43 @@ def activation_quantizations(
             found.append(None)
         else:
             found.append(least_error(layer.name, values, config.activation_levels_of(layer.name)))
+    for number, (layer, mine) in enumerate(zip(network.layers, found[1:], strict=True), 1):
+        if isinstance(layer, Layer) and mine is not None and not tensors[number].any():
+            scale = _scale_of_zeros(network, number, layer.sums(tensors), tensors, found)
+            found[number] = replace(mine, scale=scale)
     for together in sharing(network):
         quantizations = [found[number] for number in together]
         scale = max(quantization.scale for quantization in quantizations if quantization is not None)
         for number, quantization in zip(together, quantizations, strict=True):
             if quantization is not None:
                 found[number] = _at_scale(quantization, scale)
-    return [
-        found[layer.source] if number and isinstance(layer := network.layers[number - 1], Maximum) else mine
-        for number, mine in enumerate(found)
-    ]
+    return [found[_origin(network, number)] for number in range(len(found))]
+
+
+def _scale_of_zeros(
+    network: Network,
+    number: int,
+    sums: Array,
+    tensors: Sequence[Array],
+    found: Sequence[Quantization | None],
+) -> float:
+    """Return a scale for an activation that is 0 on all calibration images.
+
+    Its `sums` before the activation tell how large its values may become on other images. Tensors that are
+    read together with it are known better, so its scale is at most theirs: in the layer that reads both, all
+    weights share a scale, which a large unit would make too coarse for them.
+    """
+    mine = found[number]
+    beside = {
+        _origin(network, source)
+        for reader in network.layers
+        if number in (origins := [_origin(network, source) for source in reader.sources])
+        for source in origins
+    }
+    scales = [q.scale for at in beside if tensors[at].any() and (q := found[at]) is not None]
+    if mine is not None:
+        scales.append(float(sums.max() - sums.min()) / max(mine.maximum, 1))
+    return min((scale for scale in scales if scale > 0), default=1.0)
 
 
 def least_error(name: str, values: Array, levels: int) -> Quantization:
