@@ -24,10 +24,16 @@ def capture(module: Any, input_shape: Shape) -> Network:
     """
     conv = single_convolution(module)
     network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
-    layers: list[Layer | Maximum] = []
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
+    return _without_dead_weights(network)
+
+
+def _without_dead_weights(network: Network) -> Network:
+    layers: list[Layer | Maximum] = []
+    for layer in network.layers:
+        if isinstance(layer, Layer):
             terms = [term.without_dead_weights(network.shapes[term.source]) for term in layer.terms]
             layer = replace(layer, terms=tuple(terms))
         layers.append(layer)

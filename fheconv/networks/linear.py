@@ -183,11 +183,14 @@ class Term:
 
         Such weights do not change a result, but they would count when a scale is chosen. They occur where a
         convolution reads several tensors side by side: each term has the weights of all channels, and zeros
-        in the channels of the other tensors.
+        in the channels of the other tensors. A convolution of a whole tensor keeps all its weights, also
+        those that meet nothing but its own padding.
         """
         if not self.inexact():
             return self
         at, kernel = self.weighted()
+        if not at:
+            return self
         alive = np.ones((1, *shape), bool)
         for step in self.steps[:at]:
             if isinstance(step, Kernel):
