@@ -184,7 +184,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
 
 
 def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a single operator reads the activation or maximum of a node, also through other views."""
+    """Return whether a single operator reads the activation or maximum of a node, also through views."""
     looked_up = _functions(values[node])
     if not looked_up:
         return True

@@ -305,7 +305,7 @@ def _with_an_axis(value: Pending) -> tuple[Affine, Select | None]:
 
 
 def _is_tensor(value: Affine) -> bool:
-    """Whether a value only holds elements of one tensor."""
+    """Return whether a value only holds elements of one tensor."""
     if len(value.terms) != 1 or value.terms[0].factor != 1 or value.bias.any():
         return False
     return all(isinstance(s, Select) and (s.index != OUTSIDE).all() for s in value.terms[0].steps)
@@ -318,7 +318,7 @@ def _same_view(a: Select | None, b: Select | None) -> bool:
 
 
 def _increases(function: Expression) -> bool:
-    """Whether a function is one operator that never decreases, and is the same for all elements."""
+    """Return whether a function is one operator that never decreases, and is the same for all elements."""
     variable, *numbers = function.arguments
     if variable is not X or function.arrays():
         return False

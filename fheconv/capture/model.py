@@ -95,7 +95,7 @@ def _from_torch(module: Any) -> Conv:
 
 
 def _is_plain_convolution(module: Any) -> bool:
-    """Whether weights and options define what a module computes: no hooks, no `forward` of its own."""
+    """Return whether weights and options define what a module computes: no hooks, no `forward` of its own."""
     import torch
 
     names = (f"{word}{axes}d" for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3))

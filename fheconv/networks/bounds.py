@@ -69,12 +69,12 @@ class AccumulatorBounds:
 
     @property
     def offset_bits(self) -> int:
-        """The width when each channel's minimum is subtracted first, so that values start at zero."""
+        """The width in offset form: each channel's minimum is subtracted first."""
         return int(self.channel_span.max()).bit_length()
 
     @property
     def twos_complement_bits(self) -> int:
-        """The width when nothing is subtracted: signed if an accumulator can be negative."""
+        """The width when nothing is subtracted; it includes a sign bit if an accumulator can be negative."""
         return twos_complement_bits(int(self.channel_minimum.min()), int(self.channel_maximum.max()))
 
     def minimum_position(self, channel: int) -> tuple[int, ...]:
@@ -107,14 +107,10 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
     times as many taps.
 
     Example:
-        >>> max_taps(input_bits=4, weight_bits=4, accumulator_bits=8)
-        1
-
-    Raises `InvalidArgumentError` for widths that are not positive integers.
-
-    Example:
         >>> max_taps(input_bits=2, weight_bits=2, accumulator_bits=7)
         14
+
+    Raises `InvalidArgumentError` for widths that are not positive integers.
     """
     for name, bits in (
         ("input_bits", input_bits),

@@ -33,6 +33,11 @@ class Conv:
 
     A transposed convolution is kept as a plain convolution over the expanded input that `geometry` describes:
     its weight is flipped and has this layout.
+
+    Example:
+        >>> up = Conv.of(np.ones((2, 1, 4, 4)), stride=2, padding=1, transposed=True)
+        >>> up.weight.shape, up.in_channels
+        ((1, 2, 4, 4), 2)
     """
 
     name: str

@@ -109,7 +109,7 @@ class Select:
         return mask.reshape(shape)
 
     def is_identity(self, shape: Shape) -> bool:
-        """Whether it leaves a tensor of `shape` as it is."""
+        """Return whether it leaves a tensor of `shape` as it is."""
         return self.index.shape == shape and bool((self.index.ravel() == np.arange(math.prod(shape))).all())
 
 
@@ -202,7 +202,7 @@ class Term:
         return self if met.all() else self.with_weight(np.where(met, kernel.weight, 0))
 
     def is_plain(self) -> bool:
-        """Whether the term only moves values, all with the weight 1 or all with −1."""
+        """Return whether the term only moves values, all with the weight 1 or all with −1."""
         kernels = [step for step in self.steps if isinstance(step, Kernel)]
         plain = all(_is_pointwise(kernel) and _is_depthwise(kernel) for kernel in kernels)
         return plain and abs(self.factor) == 1 and all((kernel.weight == 1).all() for kernel in kernels)
@@ -306,12 +306,12 @@ def _merged(a: Step, b: Step) -> Step | None:
 
 
 def is_pooling(step: Step) -> bool:
-    """Whether a step sums windows of each channel on its own."""
+    """Return whether a step sums windows of each channel on its own."""
     return isinstance(step, Kernel) and step.exact and _is_depthwise(step)
 
 
 def _is_depthwise(kernel: Kernel) -> bool:
-    """Whether each output channel reads the input channel of its own number."""
+    """Return whether each output channel reads the input channel of its own number."""
     return kernel.weight.shape[1] == 1 and len(kernel.weight) == kernel.geometry.groups
 
 

@@ -160,7 +160,7 @@ class Building:
         return zero
 
     def _feeds_maxima(self) -> bool:
-        """Whether maxima are taken of the next tensor.
+        """Return whether maxima are taken of the next tensor.
 
         Maxima are right only for values in range; for a value that wrapped around, the result is unknown.
         """

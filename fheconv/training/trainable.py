@@ -46,6 +46,13 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
 
     In training mode, noise stands for the approximate rounding before lookups. In evaluation mode, this
     rounding is left out.
+
+    Example:
+        >>> import fheconv
+        >>> image = np.arange(16).reshape(1, 4, 4)
+        >>> module = fheconv.quantize([[1, -2, 1]], image).to_torch().eval()
+        >>> module(torch.tensor(image[None])).shape
+        torch.Size([1, 1, 4, 2])
     """
 
     def __init__(self, network: AnyNetwork) -> None:

@@ -47,6 +47,10 @@ class TunePoint:
     `accuracy` is predicted with failing lookups, `clear_accuracy` is the accuracy of the exact integers, both
     on the evaluation images. `cost` comes from Concrete. `seconds` is an estimate, or the median of encrypted
     runs if `measured`.
+
+    Example:
+        >>> point = result.best(max_drop=0.01)  # doctest: +SKIP
+        >>> circuit = point.compile()  # doctest: +SKIP
     """
 
     setting: Setting

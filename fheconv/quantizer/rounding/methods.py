@@ -35,7 +35,7 @@ def chosen_method(network: Network, config: QuantConfig) -> Method:
 
 
 def _is_one_filter(network: Network, config: QuantConfig) -> bool:
-    """Whether the network is a single convolution without a limit for the width."""
+    """Return whether the network is a single convolution without a limit for the width."""
     first = network.layers[0]
     if len(network.layers) > 1 or not isinstance(first, Layer) or len(first.terms) > 1:
         return False
