@@ -63,7 +63,7 @@ def test_encrypted_results_are_the_clear_integers_on_images_unlike_calibration(s
     circuit.keygen()
     q = integer_images(network, seed, 3)
     expected = network.accumulate(q)
-    assert len(np.unique(expected)) > 5
+    assert len(np.unique(expected)) > 3
     np.testing.assert_array_equal(encrypted(circuit, q), expected)
     assert circuit.verify(real_images(network, q[1:2])).ok
 
