@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fheconv.arithmetic import tap_slices
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering.dialect import convolve
@@ -71,10 +72,7 @@ def _shifts_engine(plain: Plain, x: Any, constant: Array) -> Any:
     ones = (1,) * len(output)
     y = None
     for tap in plain.nonzero_taps():
-        window = tuple(
-            slice(t * d, t * d + (o - 1) * s + 1, s)
-            for t, o, s, d in zip(tap, output, plain.stride, plain.dilation, strict=True)
-        )
+        window = tap_slices(tap, output, plain.stride, plain.dilation)
         weight = plain.weight[(slice(None), slice(None), *(slice(t, t + 1) for t in tap))]
         bias = constant if y is None else np.zeros_like(constant)
         term = convolve(x[(slice(None), slice(None), *window)], weight, bias, ones, ones, plain.groups)

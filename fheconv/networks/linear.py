@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import scipy.sparse
 
-from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand
+from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand, tap_slices
 from fheconv.arithmetic.matrix import csr_filter_matrix
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
 
@@ -54,9 +54,8 @@ class Kernel:
         expanded = expand(inputs[None], geometry, False)[0]
         mask = np.zeros(self.weight.shape, bool)
         for tap in np.ndindex(*geometry.kernel):
-            met = (
-                expanded[(slice(None), *_window(tap, output, geometry))].reshape(len(inputs), -1).any(axis=1)
-            )
+            window = tap_slices(tap, output, geometry.stride, geometry.dilation)
+            met = expanded[(slice(None), *window)].reshape(len(inputs), -1).any(axis=1)
             mask[(..., *tap)] = np.repeat(met.reshape(groups, -1), len(self.weight) // groups, axis=0)
         return mask
 
@@ -67,7 +66,7 @@ class Kernel:
         used = (self.weight != 0).reshape(groups, -1, *self.weight.shape[1:])
         expanded = np.zeros((shape[0], *geometry.expanded_size(shape[1:])), bool)
         for tap in np.ndindex(*geometry.kernel):
-            window = _window(tap, wanted.shape[1:], geometry)
+            window = tap_slices(tap, wanted.shape[1:], geometry.stride, geometry.dilation)
             read = np.einsum("gkc,gk...->gc...", used[(..., *tap)], by_group)
             expanded[(slice(None), *window)] |= read.reshape(shape[0], *wanted.shape[1:])
         for axis, size in enumerate(shape[1:]):
@@ -265,14 +264,6 @@ class Term:
         linear = pointwise(self.matrix(shape).toarray().T, 0)
         unflatten = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
         return replace(self, steps=(flatten, linear, unflatten))
-
-
-def _window(tap: Shape, output: Shape, geometry: ConvGeometry) -> tuple[slice, ...]:
-    """Return the slice of each axis of the expanded input that a tap reads for all outputs."""
-    return tuple(
-        slice(t * d, t * d + (o - 1) * s + 1, s)
-        for t, d, s, o in zip(tap, geometry.dilation, geometry.stride, output, strict=True)
-    )
 
 
 def pointwise(weight: Array, axes: int, groups: int = 1) -> Kernel:
