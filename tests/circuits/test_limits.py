@@ -100,7 +100,7 @@ def test_a_compilation_over_its_memory_is_ended():
 
 
 def test_an_encryption_over_its_memory_is_ended_and_fewer_images_go_through():
-    circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=400 * MEBI))
+    circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=300 * MEBI))
     circuit.keygen()
     one = unlike_calibration(circuit.network, 4)
     before = circuit.encrypt(one)
