@@ -7,15 +7,14 @@ import pytest
 
 import fheconv
 from fheconv.circuits.files.security import check_security
+from tests.support import serving
 from tests.support.files import parts_of, zipped
-from tests.support.nets import quantized
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("circuit")
-    network = quantized(3, depth=1, size=(1, 4, 4), accumulator_bits=4)
-    fheconv.compile(network, fheconv.CompileConfig(p_error=1e-4)).save(folder)
+    serving.save(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import fheconv
 from fheconv.circuits.files.security import check_security
+from tests.support import serving
 from tests.support.files import parts_of, zipped
 from tests.support.nets import quantized
 
@@ -79,7 +80,7 @@ def make_tiny(specs):
 def test_less_noise_or_shorter_secrets_are_not_secure(change, specs):
     altered = copy.deepcopy(specs)
     change(altered)
-    with pytest.raises(fheconv.ArtifactError, match=r"not secure|altered"):
+    with pytest.raises(fheconv.ArtifactError, match="not secure"):
         check_security(json.dumps(altered).encode())
 
 
@@ -124,8 +125,7 @@ def test_what_are_no_parameters_is_refused(data):
 
 
 def test_a_client_file_with_weak_parameters_is_not_loaded(specs, tmp_path):
-    network = quantized(3, depth=1, size=(1, 4, 4), accumulator_bits=4)
-    fheconv.compile(network, fheconv.CompileConfig(p_error=1e-4)).save(tmp_path)
+    serving.save(tmp_path)
     weak = copy.deepcopy(specs)
     change_noise(image)(weak)
     parts = {**parts_of(tmp_path / "client.zip"), "specs.json": json.dumps(weak).encode()}

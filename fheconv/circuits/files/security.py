@@ -1,4 +1,4 @@
-"""What a client checks of the parameters in a file from elsewhere before it makes keys with them.
+"""Checks the parameters in a file from elsewhere before a client makes keys with them.
 
 Whoever writes `client.zip` chooses how its owner encrypts. Parameters without enough noise, or an input that
 is declared clear, would give the images away to whoever sees the ciphertexts. So what Concrete is told must
@@ -30,12 +30,10 @@ def check_security(specs: bytes) -> None:
         parameters = json.loads(specs)
         keyset, circuits = parameters["keyset"], parameters["circuits"]
         dimensions = [_dimension(key, position) for position, key in enumerate(keyset["lweSecretKeys"])]
-        for kind in ("lweBootstrapKeys", "lweKeyswitchKeys", "packingKeyswitchKeys"):
-            for key in keyset[kind]:
-                params, output = key["params"], _at(dimensions, key["outputId"])
-                _require(params["inputLweDimension"], _at(dimensions, key["inputId"]))
-                _require(params.get("outputLweDimension", output), output)
-                _check(output, params["variance"])
+        kinds = "lweBootstrapKeys", "lweKeyswitchKeys", "packingKeyswitchKeys"
+        keys = [key for kind in kinds for key in keyset[kind]]
+        for key in keys:
+            _check(_at(dimensions, key["outputId"]), key["params"]["variance"])
         if not dimensions or min(dimensions) < LEAST_DIMENSION:
             raise ArtifactError(
                 f"The encryption's parameters are not secure: there are secrets of {dimensions} bits, and "
@@ -47,6 +45,10 @@ def check_security(specs: bytes) -> None:
                 raise ArtifactError("This circuit takes images in clear: nothing would be encrypted.")
             encryption = one["typeInfo"]["lweCiphertext"]["encryption"]
             _check(_at(dimensions, encryption["keyId"]), encryption["variance"])
+        for key in keys:
+            params, output = key["params"], _at(dimensions, key["outputId"])
+            _require(params["inputLweDimension"], _at(dimensions, key["inputId"]))
+            _require(params.get("outputLweDimension", output), output)
         for one in (*inputs, *(one for circuit in circuits for one in circuit["outputs"])):
             _check_shapes(one, dimensions)
         if len(circuits) != 1 or len(inputs) != 1:
