@@ -51,6 +51,16 @@ def test_a_stored_circuit_with_lookups_runs_with_new_keys():
     assert result.item() == pytest.approx(expected, abs=9 * 12 / 31 / 2 + 1e-6)
 
 
+def test_keys_that_are_missing_or_larger_than_allowed_are_refused(tmp_path):
+    path = FOLDER / "filter" / "evaluation.keys"
+    size = path.stat().st_size
+    assert fheconv.EvaluationKeys.load(path, max_bytes=size) == fheconv.EvaluationKeys.load(path)
+    with pytest.raises(fheconv.ArtifactError, match=f"{size - 1:,}"):
+        fheconv.EvaluationKeys.load(path, max_bytes=size - 1)
+    with pytest.raises(fheconv.ArtifactError, match="evaluation keys cannot be read from"):
+        fheconv.EvaluationKeys.load(tmp_path / "missing")
+
+
 @pytest.mark.parametrize("name", ["client.zip", "server.zip"])
 def test_stored_circuits_are_of_the_first_format(name):
     """Made again by mistake, they would test nothing."""
