@@ -73,8 +73,12 @@ def activation_quantizations(
             found.append(least_error(layer.name, values, config.activation_levels_of(layer.name)))
     for number, (layer, mine) in enumerate(zip(network.layers, found[1:], strict=True), 1):
         if isinstance(layer, Layer) and mine is not None and not tensors[number].any():
-            scale = _scale_of_zeros(network, number, layer.sums(tensors), tensors, found)
-            found[number] = replace(mine, scale=scale)
+            # The sums before the activation tell how large its values may become on other images.
+            reach = float(np.ptp(layer.sums(tensors))) / max(mine.maximum, 1)
+            scales = _scales_beside(network, number, tensors, found)
+            if 0 < reach < np.inf:
+                scales.append(reach)
+            found[number] = replace(mine, scale=min(scales, default=mine.scale))
     for together in sharing(network):
         quantizations = [found[number] for number in together]
         scale = max(quantization.scale for quantization in quantizations if quantization is not None)
@@ -84,30 +88,21 @@ def activation_quantizations(
     return [found[_origin(network, number)] for number in range(len(found))]
 
 
-def _scale_of_zeros(
-    network: Network,
-    number: int,
-    sums: Array,
-    tensors: Sequence[Array],
-    found: Sequence[Quantization | None],
-) -> float:
-    """Return a scale for an activation that is 0 on all calibration images.
+def _scales_beside(
+    network: Network, number: int, tensors: Sequence[Array], found: Sequence[Quantization | None]
+) -> list[float]:
+    """Return the scales of the tensors that some layer reads together with tensor `number`.
 
-    Its `sums` before the activation tell how large its values may become on other images. Tensors that are
-    read together with it are known better, so its scale is at most theirs: in the layer that reads both, all
-    weights share a scale, which a large unit would make too coarse for them.
+    Tensors of zeros are left out. A tensor of zeros gets no greater scale than these: in the layer that reads
+    both, all weights share a scale, and a large unit of one tensor makes it too coarse for the others.
     """
-    mine = found[number]
     beside = {
-        _origin(network, source)
+        source
         for reader in network.layers
-        if number in (origins := [_origin(network, source) for source in reader.sources])
-        for source in origins
+        if number in (sources := {_origin(network, source) for source in reader.sources})
+        for source in sources
     }
-    scales = [q.scale for at in beside if tensors[at].any() and (q := found[at]) is not None]
-    if mine is not None:
-        scales.append(float(sums.max() - sums.min()) / max(mine.maximum, 1))
-    return min((scale for scale in scales if scale > 0), default=1.0)
+    return [q.scale for at in beside if tensors[at].any() and (q := found[at]) is not None]
 
 
 def least_error(name: str, values: Array, levels: int) -> Quantization:
