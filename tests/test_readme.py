@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from fheconv.cli.main import app
-from tests.support.rooms import FLOORS
+from tests.support.rooms import FLOORS, PACKAGE
 from tests.support.supported import table
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_the_layout_is_the_captions_in_floor_order():
     section = README.partition("## How the code is laid out\n")[2].partition("\n## ")[0].strip()
     lines = []
     for room in (room for floor in FLOORS for room in floor):
-        folder = ROOT / "fheconv" / room
+        folder = PACKAGE / room
         path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         caption = ast.get_docstring(ast.parse(path.read_text())) or ""
         lines.append(f"- `{room}{'/' if folder.is_dir() else '.py'}`: {caption.splitlines()[0]}")

@@ -18,6 +18,7 @@ from fheconv.lowering.pruning import Plain
 
 # Microseconds of one multiply-add of a dense matrix, measured by tests/benchmarks/engines.py.
 MATRIX_COST = 0.3
+NO_WORK = "It has no weights, or reads nothing but padding."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ ENGINES = {
         compute=_conv_engine,
         count=lambda plain: plain.weight.size * _outputs(plain),
         unit_cost=1.2,
-        needs="It has no weights, or reads nothing but padding.",
+        needs=NO_WORK,
     ),
     "separable": ConvolutionEngine(
         compute=_separable_engine,
@@ -110,6 +111,6 @@ ENGINES = {
         compute=_shifts_engine,
         count=lambda plain: math.prod(plain.weight.shape[:2]) * len(plain.nonzero_taps()) * _outputs(plain),
         unit_cost=2.7,
-        needs="It has no weights, or reads nothing but padding.",
+        needs=NO_WORK,
     ),
 }

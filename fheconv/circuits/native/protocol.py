@@ -32,14 +32,14 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Which circuit the native library holds, in hexadecimal."""
+    """Names the circuit that the native library holds, in hexadecimal."""
 
     fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Opened):
-    """What is known of a circuit once it is compiled, before any key is made. Sizes in bytes."""
+    """Holds the figures of a compiled circuit, known before any key is made. Sizes are in bytes."""
 
     output_bits: int
     lookups: int
