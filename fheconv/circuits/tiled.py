@@ -100,7 +100,7 @@ class TiledCircuit:
         check_integer("show", show, 0)
         q = self._quantize(x)
         expected = self.network.accumulate(q[None])[0]
-        return compare(expected, self._integers(q, "execute"), self.circuit._promised(self.cost.lanes), show)
+        return compare(expected, self._integers(q, "execute"), self.circuit.promised(self.cost.lanes), show)
 
     def encrypt(self, x: Any) -> Iterator[Ciphertext]:
         """Encrypt one float image (C, *S) of any size. Yield its tiles one by one, each as a ciphertext.
@@ -156,7 +156,7 @@ class TiledCircuit:
         for start in track(range(0, len(numbers), together), "Running tile by tile…"):
             chunk = numbers[start : start + together]
             tiles = np.stack([windows[np.unravel_index(number, counts)] for number in chunk])
-            finished.update(zip(chunk, self.circuit._integers(tiles, fhe), strict=True))
+            finished.update(zip(chunk, self.circuit.accumulate(tiles, fhe), strict=True))
         self._unfinished = ("", {})
         return self._assemble(finished, counts, output)
 

@@ -169,7 +169,7 @@ def _train(
         ],
     )
     observed = examples.images[:MOST_OBSERVED].double().numpy()
-    best, least, best_at = network, _held_out_loss(network, held_out), 0
+    best, least, best_at = network, held_out_loss(network, held_out), 0
     every = -(-epochs // MEASURED)
     for epoch in track(range(1, epochs + 1), "Fine-tuning…"):
         for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
@@ -187,7 +187,7 @@ def _train(
                 now = module.quantized(observed)
             except CalibrationError:  # training has diverged and will not recover
                 break
-            loss = _held_out_loss(now, held_out)
+            loss = held_out_loss(now, held_out)
             if loss < least:
                 best, least, best_at = now, loss, epoch
             if epoch - best_at >= schedule.patience:
@@ -271,8 +271,8 @@ def _loss(sums: Tensor, examples: Examples) -> Tensor:
     return functional.cross_entropy(sums, examples.labels) + TEMPERATURE**2 * distilled
 
 
-def _held_out_loss(network: IntegerNetwork, held_out: Examples) -> float:
-    """Return the loss of the integer network itself."""
+def held_out_loss(network: IntegerNetwork, held_out: Examples) -> float:
+    """Return the loss of the integer network itself. It decides which network `finetune` returns."""
     accumulators = network.accumulate(network.quantize_input(held_out.images)[0])
     sums = torch.as_tensor(accumulators * network.last.scale, dtype=torch.float32)
     return float(_loss(sums, held_out))

@@ -137,7 +137,7 @@ def tune(
                 found.append(point)
         if not found:
             reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
-        for point in _spread(front_of(found, objective)) if measure else ():
+        for point in spread(front_of(found, objective)) if measure else ():
             found.extend(_timed(point))
             found.remove(point)
     except KeyboardInterrupt:
@@ -295,7 +295,7 @@ def _evaluation(evaluation: Any) -> tuple[Array, Array]:
     return images, labels
 
 
-def _spread(front: Sequence[TunePoint]) -> list[TunePoint]:
+def spread(front: Sequence[TunePoint]) -> list[TunePoint]:
     """Return at most `MOST_MEASURED` points of the front, from its cheapest to its most accurate."""
     places = np.linspace(0, len(front) - 1, min(len(front), MOST_MEASURED)).round().astype(int)
     return [front[place] for place in places]
