@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
 from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import (
@@ -176,7 +176,7 @@ class FheCircuit(KeyOwner):
         """
         return save(self.exported(), folder, class_names=class_names)
 
-    def encrypt(self, x: Any) -> Ciphertext:
+    def encrypt(self, x: ArrayLike) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -209,7 +209,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
-    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+    def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
@@ -240,7 +240,7 @@ class FheCircuit(KeyOwner):
         results = lowered.function(lowered.interface.prepare(q))
         return lowered.interface.accumulators(results, len(q))
 
-    def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
+    def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
         The report counts all differences and names the first `show`. It compares their rate with the failure
