@@ -37,7 +37,7 @@ def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):
     x = real_images(network, q)
     np.testing.assert_array_equal(circuit.predict(x), network(x))
     np.testing.assert_array_equal(circuit.predict(x, fhe="simulate"), network(x))
-    np.testing.assert_array_equal(circuit._integers(q, "simulate"), network.accumulate(q))
+    np.testing.assert_array_equal(circuit.accumulate(q, "simulate"), network.accumulate(q))
 
 
 def folds(network):
@@ -129,7 +129,7 @@ def test_what_overflows_wraps_encrypted_as_it_does_in_clear(seed, size):
     turn = 2 ** (circuit.cost.assigned_bits + 1)
     np.testing.assert_array_equal((got - expected) % turn, np.zeros_like(got))
     np.testing.assert_array_equal(got[~wraps], expected[~wraps])
-    np.testing.assert_array_equal(circuit._integers(q, "simulate"), got)
+    np.testing.assert_array_equal(circuit.accumulate(q, "simulate"), got)
     seen = blank_images(network.input, network.input_shape)
     assert not outside(network, seen)[0]
     np.testing.assert_array_equal(encrypted(circuit, seen), network.accumulate(seen))
