@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv.circuits.files import archive as artifacts
+from fheconv.circuits.files.identity import Identity
 from fheconv.circuits.keys import EVALUATION, StoredKeys
 from fheconv.circuits.native.worker import Worker, worker
 from tests.nets import integer_images, quantized
@@ -277,10 +278,10 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: {**p, "../../escaped": b"x"}, "escaped"),
         (lambda p: {**p, "/etc/passwd": b"x"}, "belong"),
         (lambda p: {name: part for name, part in p.items() if name != "circuit.mlir"}, "belong"),
-        (lambda p: changed(p, "manifest.json", format=2), "format 2, and this fheconv reads format 1"),
+        (lambda p: changed(p, "manifest.json", format=3), "format 3, and this fheconv reads formats 1 and 2"),
         (lambda p: changed(p, "manifest.json", format="1"), "names no format"),
         (lambda p: changed(p, "manifest.json", concrete="2.9.0"), "concrete-python 2.9.0"),
-        (lambda p: changed(p, "manifest.json", fingerprint="0" * 64), "altered: its program has"),
+        (lambda p: changed(p, "manifest.json", fingerprint="0" * 64), "altered: its contents have"),
         (lambda p: changed(p, "manifest.json", fingerprint=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", more=7), "manifest is altered"),
         (lambda p: changed(p, "manifest.json", cost={}), "manifest is altered"),
@@ -292,8 +293,8 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: {**p, "config.json": b"{}"}, "compile options in .* are altered"),
         (lambda p: {**p, "config.json": b"[" * 10**5}, "not JSON"),
         (lambda p: {**p, "manifest.json": b"\xff"}, "not JSON"),
-        (lambda p: {**p, "circuit.mlir": p["circuit.mlir"] + b" "}, "altered: its program has"),
-        (lambda p: {**p, "specs.json": b"{}"}, "altered: its program has"),
+        (lambda p: {**p, "circuit.mlir": p["circuit.mlir"] + b" "}, "altered: its contents have"),
+        (lambda p: {**p, "specs.json": b"{}"}, "altered: its contents have"),
     ],
 )
 def test_files_of_others_are_refused_and_say_why(change, words, parts, tmp_path):
@@ -304,8 +305,8 @@ def test_files_of_others_are_refused_and_say_why(change, words, parts, tmp_path)
 
 def sealed(parts):
     """With a fingerprint that fits whatever is in them."""
-    found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
-    return changed(parts, "manifest.json", fingerprint=found)
+    found = Identity.of(*(parts[name] for name in ("specs.json", "circuit.mlir", "interface.json")))
+    return changed(parts, "manifest.json", fingerprint=found.fingerprint, identity=vars(found))
 
 
 @pytest.mark.parametrize("mlir", [b"", b"no program", b"module { }", b"\x00" * 99], ids=str)

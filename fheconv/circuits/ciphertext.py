@@ -5,6 +5,7 @@ The format is that of `fheconv.circuits.files.envelope`. The header is an object
 `lengths` are their lengths.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,8 @@ class Ciphertext:
         """
         try:
             with Path(path).open("rb") as file:
-                data = file.read(max_bytes + 1)
+                # Python reserves as many bytes as it is told to read, so it is told what the file has.
+                data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
         except OSError as error:
             raise ArtifactError(f"The ciphertext cannot be read from {path}: {error}.") from error
         return cls.from_bytes(data, max_bytes=max_bytes)
@@ -153,7 +155,10 @@ def check_ciphertext(
         needs = "what encrypt() returned" if kind == "input" else "what run() returned"
         raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
     if ciphertext.fingerprint != fingerprint:
-        raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
+        raise ArtifactError(
+            "The ciphertext belongs to another circuit; encrypt with this one, with the client.zip that was "
+            "saved together with the server.zip. (With one of file format 1, a client of format 1 goes.)"
+        )
     if ciphertext.key_id != key_id:
         raise ArtifactError(OTHER_KEYS)
     if len(ciphertext.values) != -(-ciphertext.images // lanes):
