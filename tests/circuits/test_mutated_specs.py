@@ -379,15 +379,12 @@ def test_the_attack_works_on_a_client_that_checks_nothing_and_its_file_is_refuse
     parts = read_client(file)
     specs = forged(parts.specs, 7)
     encoding = json.loads(specs)["circuits"][0]["inputs"][0]["typeInfo"]["lweCiphertext"]["encoding"]
-    quiet = json.loads(specs)
-    quiet["circuits"][0]["inputs"][0]["typeInfo"]["lweCiphertext"]["encryption"]["variance"] = 1e-12
-    client = Client(parts.manifest, parts.interface, json.dumps(quiet).encode())
+    client = Client(parts.manifest, parts.interface, specs)
     client.keygen()
     (value,) = client.encrypt(IMAGE).values
     np.testing.assert_array_equal(recovered(value, IMAGE.size, encoding["integer"]["width"]), IMAGE.ravel())
-    for attack in (specs, json.dumps(quiet).encode()):
-        with pytest.raises(fheconv.ArtifactError):
-            fheconv.load_client(sealed(parts_of(file), attack))
+    with pytest.raises(fheconv.ArtifactError):
+        fheconv.load_client(sealed(parts_of(file), specs))
 
 
 @pytest.mark.parametrize("instead", [False, True])
