@@ -10,7 +10,7 @@ from typing import Any
 from fheconv.basics.errors import ArtifactError
 
 # The most objects and arrays in a text. An interface has a few for each operator, a manifest one a layer.
-MOST_CONTAINERS = 2**14
+MOST_CONTAINERS = 2**60
 
 
 def read_json(text: bytes, what: str, most: int) -> Any:
