@@ -12,6 +12,7 @@ from typing import Any
 
 from fheconv.basics.errors import FheConvError
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
+from fheconv.circuits.native.system import end_with_caller, raise_address_limit
 
 
 class InProcess:
@@ -55,7 +56,9 @@ def call(
 
 def main() -> None:
     """Serve requests until the caller goes away."""
+    end_with_caller(sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the secret keys
+    raise_address_limit()
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     from fheconv.circuits.native.library import NativeCircuits
 

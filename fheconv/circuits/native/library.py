@@ -4,9 +4,12 @@ Other modules call it through `fheconv.circuits.native.worker`, because the nati
 process.
 """
 
+import atexit
 import math
+import shutil
 import time
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +20,7 @@ from fheconv.basics.config import SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
+from fheconv.circuits.native.system import require_addresses
 from fheconv.lowering.lower import lower
 from fheconv.networks.integers import IntegerNetwork
 
@@ -27,6 +31,16 @@ with warnings.catch_warnings():
 
 
 LINEAR_P_ERROR = 2.0**-64
+
+# What removes the folder of each compiled circuit.
+_removals: "weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any]]" = weakref.WeakKeyDictionary()
+
+
+# Concrete ends the process in its own exit handler. This one is registered later, so it comes first.
+@atexit.register
+def _remove_folders() -> None:
+    for remove in list(_removals.values()):
+        remove()
 
 
 class NativeCircuits:
@@ -40,6 +54,7 @@ class NativeCircuits:
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
         self._evaluation_keys: dict[str, Any] = {}
+        self._has_run = False
 
     def compile(
         self,
@@ -72,6 +87,7 @@ class NativeCircuits:
                 "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
                 "larger p_error."
             ) from error
+        _tie_folder(circuit.server)
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
             raise CompilationError(
@@ -120,6 +136,7 @@ class NativeCircuits:
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
+        _tie_folder(server)
         if server.client_specs.serialize() != specs:
             raise ArtifactError(
                 "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
@@ -146,7 +163,7 @@ class NativeCircuits:
         self._evaluation_keys[name] = found
         while len(self._evaluation_keys) > most:
             del self._evaluation_keys[next(iter(self._evaluation_keys))]
-        return server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=found).serialize()
+        return self._evaluate(server, found, ciphertext)
 
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
         """Make new keys with the name `new_id` for the circuit. Return them, secret keys included."""
@@ -168,8 +185,7 @@ class NativeCircuits:
     def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on one encrypted image."""
         held = self._named(number, key_id)
-        value = fhe.Value.deserialize(ciphertext)
-        return held.server.run(value, evaluation_keys=held.client.evaluation_keys).serialize()
+        return self._evaluate(held.server, held.client.evaluation_keys, ciphertext)
 
     def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
         """Return the integer results (N, K, *Out) in offset form."""
@@ -179,7 +195,9 @@ class NativeCircuits:
     def simulate(self, number: int, key_id: str, images: Array) -> Array:
         """Return the results (N, K, *Out) of Concrete's simulation, in offset form."""
         circuit = self._named(number, key_id).circuit
+        self._require_addresses()
         circuit.enable_fhe_simulation()
+        _tie_folder(circuit.simulator)
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
     def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
@@ -192,8 +210,10 @@ class NativeCircuits:
         configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
         zeros = np.zeros(lookups, np.int64)
         circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
+        _tie_folder(circuit.server)
         circuit.keygen()
         encrypted = circuit.encrypt(zeros)
+        self._require_addresses()
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
@@ -205,6 +225,18 @@ class NativeCircuits:
         """Remove circuits that nobody holds any longer."""
         for number in numbers:
             self._held.pop(number, None)
+
+    def _evaluate(self, server: Any, keys: Any, ciphertext: bytes) -> bytes:
+        value = fhe.Value.deserialize(ciphertext)
+        self._require_addresses()
+        result = server.run(value, evaluation_keys=keys)
+        self._has_run = True
+        return result.serialize()
+
+    def _require_addresses(self) -> None:
+        """Raise `ExecutionError` before a first run for which there are too few addresses."""
+        if not self._has_run:
+            require_addresses()
 
     def _named(self, number: int, key_id: str) -> "_Held":
         held = self._held.get(number)
@@ -221,6 +253,13 @@ class _Held:
     client: Any = None
     server: Any = None
     circuit: Any = None
+
+
+def _tie_folder(server: Any) -> None:
+    """Remove the folder of a compiled circuit when nobody holds the circuit any longer. Concrete does not."""
+    if server not in _removals:
+        folder = server._library.get_output_dir_path()
+        _removals[server] = weakref.finalize(server, shutil.rmtree, folder, ignore_errors=True)
 
 
 def _load_keys(client: Any, keys: bytes | None) -> None:
