@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fheconv.basics.errors import FheConvError
+from fheconv.circuits.native.folders import remove_empty
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
 from fheconv.circuits.native.system import end_with_caller, raise_address_limit
 
@@ -68,7 +69,9 @@ def main() -> None:
         while True:
             released, failure, method, arguments = connection.recv()
             circuits.release(released)
-            connection.send(call(circuits, failure, method, arguments))
+            reply = call(circuits, failure, method, arguments)
+            remove_empty(os.curdir)  # a worker works in its private folder
+            connection.send(reply)
     os._exit(0)  # the library's own exit handlers cannot be trusted
 
 

@@ -32,6 +32,14 @@ def make_folder() -> tuple[str, int]:
     return folder, descriptor
 
 
+def remove_empty(folder: str) -> None:
+    """Remove the empty folders in a worker's folder: a compilation that fails leaves one."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                os.rmdir(entry)
+
+
 def _remove_abandoned(parent: str) -> None:
     """Remove the folders whose callers died. Those of other users cannot be opened and stay."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:

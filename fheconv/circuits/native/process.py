@@ -58,7 +58,7 @@ class Process:
     def _open(self, ending: contextlib.ExitStack) -> None:
         """Make the process's folder, and the files that the two sides share."""
         with _explained(
-            f"There can be no temporary folder for the native library's process in {_temporary()}",
+            "There can be no temporary folder for the native library's process",
             "Set the environment variable TMPDIR to a folder that can be written and has room.",
         ):
             self.folder, lock = make_folder()
@@ -194,27 +194,28 @@ def _path() -> str:
     return os.pathsep.join(found)
 
 
-def _temporary() -> str:
-    """Return where temporary files go, for an error message."""
-    try:
-        return tempfile.gettempdir()
-    except OSError:
-        return "none of the usual ones can be written"
-
-
 @contextlib.contextmanager
 def _explained(what: str, remedy: str = "") -> Iterator[None]:
     """Raise `CannotStart` for an error of the system in this block: what cannot be, why, and what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if error.errno in (errno.EMFILE, errno.ENFILE) or not _can_open():
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             remedy = f"All file descriptors are in use (this process may have {most}): close some, or raise "
             remedy += "`ulimit -n`."
         elif error.errno in (errno.EAGAIN, errno.ENOMEM):
             remedy = "End other processes, or raise the limits that `ulimit -a` shows."
         raise CannotStart(f"{what}: {error}. {remedy}".strip()) from error
+
+
+def _can_open() -> bool:
+    """Return whether a file can be opened. If not, `tempfile` says that it found no usable folder."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 def _kill(popen: "subprocess.Popen[bytes]") -> None:
