@@ -100,41 +100,52 @@ def test_a_worker_whose_folder_somebody_removed_is_replaced():
 
 # ------------------------------------------------------------------------------- its caller dies
 
+# Each step takes many seconds, so that a worker that goes on until its reply is seen.
 KILLED = """
 import sys, numpy as np, torch, fheconv
 from fheconv.circuits.native.worker import worker
 step = sys.argv[1]
 rng = np.random.default_rng(0)
 torch.manual_seed(0)
-if step == "keygen":  # takes seconds, and holds the GIL throughout
-    module = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 2), torch.nn.ReLU(), torch.nn.Conv2d(1, 1, 2))
-    config = fheconv.QuantConfig(weight_bits=2, input_bits=2, activation_bits=2, accumulator_bits=6)
-    network = fheconv.quantize(module, rng.random((20, 1, 4, 4)), config)
-    circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-6))
-else:
+
+def looking_up(size, bits, p_error):
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 2))
+    config = fheconv.QuantConfig(weight_bits=2, input_bits=2, activation_bits=2, accumulator_bits=bits)
+    network = fheconv.quantize(module, rng.random((20, 1, size, size)), config)
+    return fheconv.compile(network, fheconv.CompileConfig(p_error=p_error))
+
+def linear(size):
     config = fheconv.QuantConfig(weight_bits=3, input_bits=3)
-    network = fheconv.quantize(rng.normal(size=(1, 1, 3, 3)), rng.random((1, 1, 40, 40)), config)
-    engine = "matrix" if step == "run" else "conv"
-    circuit = fheconv.compile(network, fheconv.CompileConfig(engine=engine, lanes=1))
-images = rng.random((30, 1, 40, 40))
-if step in ("run", "decrypt"):
-    circuit.keygen()
-    encrypted = circuit.encrypt(images[:1] if step == "run" else images)
-    result = None if step == "run" else circuit.run(encrypted)
-if step == "encrypt":
-    circuit.keygen()
+    return fheconv.quantize(rng.normal(size=(1, 1, 3, 3)), rng.random((1, 1, size, size)), config)
+
+fheconv.compile(linear(4))
 print(worker().pid, flush=True)
-while True:
-    if step == "compile":
-        circuit = fheconv.compile(network)
-    elif step == "encrypt":
-        circuit.encrypt(images)
-    elif step == "run":
-        circuit.run(encrypted)
-    elif step == "decrypt":
-        circuit.decrypt(result)
+if step == "compile":
+    network = linear(56)
+    print("now", flush=True)
+    fheconv.compile(network, fheconv.CompileConfig(engine="matrix"))
+elif step == "keygen":  # it holds the GIL throughout
+    circuit = looking_up(5, 7, 1e-6)
+    print("now", flush=True)
+    circuit.keygen()
+elif step == "run":
+    circuit = looking_up(40, 4, 0.01)
+    circuit.keygen()
+    encrypted = circuit.encrypt(np.zeros((1, 40, 40)))
+    print("now", flush=True)
+    circuit.run(encrypted)
+else:
+    network = linear(32)
+    circuit = fheconv.compile(network, fheconv.CompileConfig(lanes=1))
+    circuit.keygen()
+    encrypted = circuit.encrypt(np.zeros((1, 32, 32)))
+    result = circuit.run(encrypted)
+    print("now", flush=True)
+    if step == "encrypt":
+        circuit.encrypt(np.zeros((200, 1, 32, 32)))
     else:
-        circuit.keygen()
+        circuit._one.request("decrypt", list(result.values) * 2000)
+print("over", flush=True)
 """
 
 
@@ -144,10 +155,12 @@ while True:
 def test_no_worker_outlives_its_caller(step):
     caller = subprocess.Popen([sys.executable, "-c", KILLED, step], stdout=subprocess.PIPE, text=True)
     pid = int(caller.stdout.readline())
-    time.sleep(0.4)  # the worker is busy now
+    assert caller.stdout.readline() == "now\n"
+    time.sleep(0.5)  # the worker is amid the step
     assert is_there(pid)
     caller.kill()
     caller.wait()
+    assert caller.stdout.read() == ""
     caller.stdout.close()
     assert wait_for_the_end_of(pid, 2)
 
@@ -205,6 +218,7 @@ image = np.arange(9).reshape(1, 3, 3)
 network = fheconv.quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image)
 circuit = fheconv.compile(network)
 circuit.keygen()
+pid = worker().pid
 busy = threading.Thread(target=circuit.keygen)
 os.kill(worker().pid, signal.SIGSTOP)  # so that the thread stays in the middle of it
 busy.start()
@@ -219,6 +233,7 @@ os.kill(worker().pid, signal.SIGCONT)
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 assert status == 3, status
 busy.join()
+assert worker().pid == pid  # the child has not ended it
 assert circuit.verify(image).ok
 """
 

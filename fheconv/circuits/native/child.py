@@ -1,5 +1,6 @@
 """Runs the native library in a child process that serves requests, or in the caller's own process."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -23,7 +24,14 @@ class InProcess:
         from fheconv.circuits.native.library import NativeCircuits
 
         self._circuits = NativeCircuits()
+        self._pid = os.getpid()
         self.released: deque[int] = deque()
+        # Concrete ends the process in an exit handler of its own. This one was registered later: it is first.
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        if os.getpid() == self._pid:  # in a forked child, the circuits are the parent's
+            self._circuits.close()
 
     def request(
         self, failure: type[FheConvError], method: str, *arguments: Any, limits: Limits = UNLIMITED
@@ -31,9 +39,12 @@ class InProcess:
         """Call the method here, without limits. `CompileConfig` refuses limits together with `in_process`."""
         self._circuits.release(drain(self.released))
         succeeded, value = call(self._circuits, failure, method, arguments)
-        if not succeeded:
+        if succeeded:
+            return value
+        try:
             raise value
-        return value
+        finally:
+            del value  # with it, the error would hold this frame, and so the circuit, and itself
 
 
 @functools.cache

@@ -4,12 +4,11 @@ Other modules call it through `fheconv.circuits.native.worker`, because the nati
 process.
 """
 
-import atexit
 import math
 import shutil
 import time
 import warnings
-import weakref
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,16 +31,6 @@ with warnings.catch_warnings():
 
 LINEAR_P_ERROR = 2.0**-64
 
-# What removes the folder of each compiled circuit.
-_removals: "weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any]]" = weakref.WeakKeyDictionary()
-
-
-# Concrete ends the process in its own exit handler. This one is registered later, so it comes first.
-@atexit.register
-def _remove_folders() -> None:
-    for remove in list(_removals.values()):
-        remove()
-
 
 class NativeCircuits:
     """Compiled circuits by number, each with the key set that was generated for it or loaded into it.
@@ -53,6 +42,7 @@ class NativeCircuits:
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
+        self._folders: defaultdict[int, set[str]] = defaultdict(set)
         self._evaluation_keys: dict[str, Any] = {}
         self._has_run = False
 
@@ -87,7 +77,7 @@ class NativeCircuits:
                 "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
                 "larger p_error."
             ) from error
-        _tie_folder(circuit.server)
+        self._folders[number].add(_folder(circuit.server))
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
             raise CompilationError(
@@ -136,7 +126,7 @@ class NativeCircuits:
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
-        _tie_folder(server)
+        self._folders[number].add(_folder(server))
         if server.client_specs.serialize() != specs:
             raise ArtifactError(
                 "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
@@ -197,7 +187,7 @@ class NativeCircuits:
         circuit = self._named(number, key_id).circuit
         self._require_addresses()
         circuit.enable_fhe_simulation()
-        _tie_folder(circuit.simulator)
+        self._folders[number].add(_folder(circuit.simulator))
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
     def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
@@ -210,21 +200,29 @@ class NativeCircuits:
         configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
         zeros = np.zeros(lookups, np.int64)
         circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
-        _tie_folder(circuit.server)
-        circuit.keygen()
-        encrypted = circuit.encrypt(zeros)
-        self._require_addresses()
         seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            circuit.run(encrypted)
-            seconds.append(time.perf_counter() - started)
+        try:
+            circuit.keygen()
+            encrypted = circuit.encrypt(zeros)
+            self._require_addresses()
+            for _ in range(3):
+                started = time.perf_counter()
+                circuit.run(encrypted)
+                seconds.append(time.perf_counter() - started)
+        finally:
+            shutil.rmtree(_folder(circuit.server), ignore_errors=True)
         return circuit.complexity / lookups, min(seconds) / lookups
 
     def release(self, numbers: list[int]) -> None:
-        """Remove circuits that nobody holds any longer."""
+        """Remove circuits that nobody holds any longer, and their folders, which Concrete would leave."""
         for number in numbers:
             self._held.pop(number, None)
+            for folder in self._folders.pop(number, ()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove all circuits."""
+        self.release(list(self._folders))
 
     def _evaluate(self, server: Any, keys: Any, ciphertext: bytes) -> bytes:
         value = fhe.Value.deserialize(ciphertext)
@@ -255,11 +253,9 @@ class _Held:
     circuit: Any = None
 
 
-def _tie_folder(server: Any) -> None:
-    """Remove the folder of a compiled circuit when nobody holds the circuit any longer. Concrete does not."""
-    if server not in _removals:
-        folder = server._library.get_output_dir_path()
-        _removals[server] = weakref.finalize(server, shutil.rmtree, folder, ignore_errors=True)
+def _folder(server: Any) -> str:
+    """Return the folder in which Concrete keeps a compiled circuit."""
+    return str(server._library.get_output_dir_path())
 
 
 def _load_keys(client: Any, keys: bytes | None) -> None:

@@ -71,9 +71,12 @@ class Worker:
             except BaseException:
                 self.stop()
                 raise
-        if not succeeded:
+        if succeeded:
+            return value
+        try:
             raise value
-        return value
+        finally:
+            del value  # with it, the error would hold this frame, and so the circuit, and itself
 
     def _ready(self, limits: Limits) -> Process:
         """Return the process, a new one if there is none or if it cannot take this request."""
