@@ -16,6 +16,7 @@ from fheconv.lowering.lower import LoweredLayer
 class Cost(Report):
     """The cost of a circuit, known before any key is generated. Sizes are in bytes, for one image alone.
 
+    `key_bytes` is the memory that evaluation keys take, and `sent_key_bytes` what a client sends of them.
     `complexity` is the optimiser's estimate in its own unit. `accumulator_bits` is the width of the widest
     accumulator, and `assigned_bits` the width that Concrete gives the results. `lanes` images of a batch
     share one ciphertext. `layers` says how each layer is computed, and why. `seconds` is an estimate for this
@@ -35,6 +36,7 @@ class Cost(Report):
     multiply_adds: int
     complexity: float
     key_bytes: int
+    sent_key_bytes: int
     input_bytes: int
     output_bytes: int
     p_error: float
@@ -67,7 +69,7 @@ class Cost(Report):
             "lookups": f"{self.lookups:,}",
             "multiply-adds": f"{self.multiply_adds:,}",
             "complexity": f"{self.complexity:,.0f}",
-            "evaluation keys": decimal(self.key_bytes),
+            "evaluation keys": f"{decimal(self.sent_key_bytes)} to send, {decimal(self.key_bytes)} in memory",
             "encrypted image": decimal(self.input_bytes),
             "encrypted result": decimal(self.output_bytes),
             "failure probability": f"{self.p_error:.1e} for each "

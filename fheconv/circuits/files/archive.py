@@ -12,7 +12,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fheconv.circuits.files.interface import interface_from_dict, interface_to_d
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.native.protocol import fingerprint_of
+from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.interface import Interface
 
 CLIENT = ("manifest.json", "interface.json", "specs.json")
@@ -148,7 +149,7 @@ def read_server(file: str | Path | bytes) -> ServerParts:
     found = fingerprint_of(parts["specs.json"], parts["circuit.mlir"])
     if found != manifest.fingerprint:
         raise ArtifactError(
-            f"{_name(file)} is altered: its contents have the fingerprint {found}, and its manifest says "
+            f"{_name(file)} is altered: its program has the fingerprint {found}, and its manifest says "
             f"{manifest.fingerprint}. Get it again, from whoever compiled it."
         )
     return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)
@@ -168,7 +169,9 @@ def load_manifest(file: str | Path) -> Manifest:
 
 
 def _manifest(parts: Mapping[str, bytes]) -> Manifest:
-    return Manifest.from_dict(_loaded(parts, "manifest.json"))
+    """Return the manifest, with the sizes that follow from the parameters. Earlier files hold wrong ones."""
+    manifest = Manifest.from_dict(_loaded(parts, "manifest.json"))
+    return replace(manifest, cost=replace(manifest.cost, **asdict(sizes_of(parts["specs.json"]))))
 
 
 def _class_names(names: Sequence[str] | None, output_shape: tuple[int, ...]) -> tuple[str, ...] | None:

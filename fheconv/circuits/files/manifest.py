@@ -115,6 +115,7 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
     cost = dict(data["cost"])
     layers = tuple(LoweredLayer(**_numbers(LoweredLayer, layer)) for layer in cost.pop("layers"))
     _check(len(layers) > 0 and cost.pop("seconds") is None, "cost")
+    cost.setdefault("sent_key_bytes", cost["key_bytes"])  # earlier files hold one size of the keys
     read = Cost(layers=layers, seconds=None, **_numbers(Cost, cost))
     kept = {name: data[name] for name in ("fingerprint", "fheconv", "concrete")}
     return {**kept, **shapes, "class_names": classes, "cost": read}

@@ -20,6 +20,7 @@ from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
 from fheconv.circuits.native.system import require_addresses
+from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.lower import lower
 from fheconv.networks.integers import IntegerNetwork
 
@@ -88,14 +89,13 @@ class NativeCircuits:
         self._held[number] = _Held(
             key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
         )
+        specs = circuit.client.specs.serialize()
         return Compiled(
-            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir.encode()),
+            fingerprint=fingerprint_of(specs, circuit.mlir.encode()),
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,
-            key_bytes=circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys,
-            input_bytes=circuit.size_of_inputs,
-            output_bytes=circuit.size_of_outputs,
+            sizes=sizes_of(specs),
             p_error=circuit.p_error,
             # Concrete's own figure does not cover all lookups together.
             global_p_error=-math.expm1(
