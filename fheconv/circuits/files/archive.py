@@ -127,7 +127,8 @@ def read_client(file: str | Path | bytes) -> ClientParts:
     manifest, interface = _manifest(parts), interface_from_dict(_loaded(parts, "interface.json"))
     if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
         raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
-    return ClientParts(manifest=manifest, interface=interface, specs=parts["specs.json"])
+    specs = parts["specs.json"]
+    return ClientParts(manifest=_measured(manifest, specs), interface=interface, specs=specs)
 
 
 def read_server(file: str | Path | bytes) -> ServerParts:
@@ -152,7 +153,8 @@ def read_server(file: str | Path | bytes) -> ServerParts:
             f"{_name(file)} is altered: its program has the fingerprint {found}, and its manifest says "
             f"{manifest.fingerprint}. Get it again, from whoever compiled it."
         )
-    return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)
+    specs = parts["specs.json"]
+    return ServerParts(manifest=_measured(manifest, specs), specs=specs, mlir=mlir, config=config, file=data)
 
 
 def client_file(server_file: bytes) -> bytes:
@@ -165,13 +167,17 @@ def load_manifest(file: str | Path) -> Manifest:
 
     Raises `ArtifactError` like `read_client` and `read_server`.
     """
-    return _manifest(_read(file, SERVER, CLIENT)[1])
+    _, parts = _read(file, SERVER, CLIENT)
+    return _measured(_manifest(parts), parts["specs.json"])
 
 
 def _manifest(parts: Mapping[str, bytes]) -> Manifest:
-    """Return the manifest, with the sizes that follow from the parameters. Earlier files hold wrong ones."""
-    manifest = Manifest.from_dict(_loaded(parts, "manifest.json"))
-    return replace(manifest, cost=replace(manifest.cost, **asdict(sizes_of(parts["specs.json"]))))
+    return Manifest.from_dict(_loaded(parts, "manifest.json"))
+
+
+def _measured(manifest: Manifest, specs: bytes) -> Manifest:
+    """Return a manifest with the sizes that follow from the parameters. Earlier files hold wrong ones."""
+    return replace(manifest, cost=replace(manifest.cost, **asdict(sizes_of(specs))))
 
 
 def _class_names(names: Sequence[str] | None, output_shape: tuple[int, ...]) -> tuple[str, ...] | None:

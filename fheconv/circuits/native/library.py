@@ -209,9 +209,9 @@ class NativeCircuits:
                 started = time.perf_counter()
                 circuit.run(encrypted)
                 seconds.append(time.perf_counter() - started)
+            return circuit.complexity / lookups, min(seconds) / lookups
         finally:
             shutil.rmtree(_folder(circuit.server), ignore_errors=True)
-        return circuit.complexity / lookups, min(seconds) / lookups
 
     def release(self, numbers: list[int]) -> None:
         """Remove circuits that nobody holds any longer, and their folders, which Concrete would leave."""
