@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fheconv
+from fheconv.circuits.native.process import Process
 from fheconv.circuits.native.protocol import Limits
 from fheconv.circuits.native.worker import Worker, worker
 from tests.layers import random_network, unlike_calibration
@@ -73,15 +74,14 @@ def test_a_worker_that_never_answers_is_ended(step, images):
 
 def test_starting_the_worker_does_not_count(monkeypatch):
     """By a clock that gains 1000 seconds while the worker starts."""
-    gained, clock, start = [0], time.monotonic, Worker._start
+    gained, clock, start = [0], time.monotonic, Process._start
 
-    def slow_start(self):
-        connection = start(self)
+    def slow_start(self, ending):
+        start(self, ending)
         gained[0] += 1000
-        return connection
 
     monkeypatch.setattr("fheconv.circuits.native.worker.time.monotonic", lambda: clock() + gained[0])
-    monkeypatch.setattr(Worker, "_start", slow_start)
+    monkeypatch.setattr(Process, "_start", slow_start)
     worker().stop()
     fheconv.compile(square(5), fheconv.CompileConfig(time_limit=60))
     assert gained == [1000]
