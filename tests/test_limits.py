@@ -10,7 +10,7 @@ import pytest
 import fheconv
 from fheconv.circuits.native.process import Process
 from fheconv.circuits.native.protocol import Limits
-from fheconv.circuits.native.worker import Worker, worker
+from fheconv.circuits.native.worker import worker
 from tests.layers import random_network, unlike_calibration
 
 MEBI = 2**20

@@ -24,7 +24,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 import fheconv
-from fheconv.circuits.native.worker import Worker, _memory
+from fheconv.circuits.native.process import memory
+from fheconv.circuits.native.worker import Worker
 from fheconv.serving import distributed
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -51,7 +52,7 @@ def one_worker(server, encrypted, keys, cores: int, runs: int) -> tuple[float, i
         start = perf_counter()
         beside.run(encrypted, keys)
         seconds.append(perf_counter() - start)
-    memory = _memory(session.pid)
+    memory = memory(session.pid)
     session.stop()
     del os.environ["OMP_NUM_THREADS"]
     return median(seconds[1:]), memory
