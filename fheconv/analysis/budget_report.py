@@ -11,7 +11,7 @@ from rich.text import Text
 from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.basics.report import Report
-from fheconv.networks.bounds import twos_complement_bits
+from fheconv.networks.quantization import twos_complement_bits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 # One number for every layer, or one number for each layer by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
 PerLayerOrAuto: TypeAlias = int | Auto | Mapping[str, int | Auto]
-Overflow: TypeAlias = Literal["proved", "calibrated"]
+Overflow: TypeAlias = Literal["proved", "defined"]
 Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
 
@@ -153,10 +153,12 @@ class QuantConfig:
 
     def activation_levels_of(self, layer: str) -> int:
         """Return how many integers the output of a layer's lookups can be."""
-        if levels := self.of_layer("activation_levels", layer):
-            return int(levels)
-        chosen, limit = self.of_layer("activation_bits", layer), self.of_layer("accumulator_bits", layer)
-        return 2 ** int(chosen or min(4, 4 if limit is None else max(limit // 2, 1)))
+        levels = self.of_layer("activation_levels", layer)
+        if levels is None:
+            chosen, limit = self.of_layer("activation_bits", layer), self.of_layer("accumulator_bits", layer)
+            levels = 2 ** int(chosen or min(4, 4 if limit is None else max(limit // 2, 1)))
+        # Integers of a window that is not proved are symmetric around 0, so that their number is odd.
+        return max(levels - 1 + levels % 2, 3) if self.overflow == "defined" else int(levels)
 
     def input_ends(self) -> tuple[int, int]:
         """Return the least and the greatest integer that an image value can be."""
@@ -166,7 +168,7 @@ class QuantConfig:
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators must not exceed; None for no limit."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
-        if limit is None and rounding is not None and looks_up and self._keeps_widths:
+        if limit is None and rounding is not None and looks_up and self._keeps_widths and self.overflow == "proved":
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 

@@ -299,7 +299,7 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
 
     Raises `AccumulatorOverflowError` for widths on which the native compiler aborts.
     """
-    if one.lookups:
+    if not one.takes_lanes:
         if config.lanes not in ("auto", 1):
             raise InvalidArgumentError(
                 f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."

@@ -7,6 +7,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE, conv
 from fheconv.basics.arrays import Array
 from fheconv.networks.integers import Lookup
+from fheconv.networks.quantization import twos_complement_bits
 
 
 def hint(x: Any, bits: int) -> Any:
@@ -19,9 +20,29 @@ def hint(x: Any, bits: int) -> Any:
 
 
 def look_up(table: Lookup, which: Array, x: Any) -> Any:
-    """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table."""
+    """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table.
+
+    Constants take no lookup. Concrete would compute some of them itself, and then without the opposite sign
+    outside the window.
+    """
     if isinstance(x, np.ndarray):
         return table.rows(x, which)
+    constant = table.constant[which]
+    if not constant.any():
+        return _looked_up(table, which, x)
+    values = np.where(constant, table.tables[which, 0], 0)[None]
+    if constant.all():  # Concrete needs results that depend on the image
+        return x * 0 + values
+    varying = np.flatnonzero(~constant)
+    places = np.full(len(which), OUTSIDE)
+    places[varying] = np.arange(len(varying))
+    y = _looked_up(table, which[varying], hint(take(x, varying, 0), table.bits))
+    y = take(y, places, 0) + values
+    return hint(y, table.output.integer_bits)
+
+
+def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
+    """Return the activations of accumulators (N, m) in Concrete, by rows that are not constant."""
     from concrete import fhe
 
     if table.dropped_bits:
@@ -39,8 +60,6 @@ def look_up(table: Lookup, which: Array, x: Any) -> Any:
 
 
 def _table(rows: Array, which: Array, x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return rows[which, x]
     from concrete import fhe
 
     used, at = np.unique(which, return_inverse=True)
@@ -51,7 +70,9 @@ def _table(rows: Array, which: Array, x: Any) -> Any:
         for place, row in enumerate(at):
             by_place[0, place] = tables[row]
         each = fhe.LookupTable(by_place)
-    return hint(each[x], int(rows.max()).bit_length())
+    # An accumulator outside the window gives an entry with the opposite sign.
+    least = int(rows.min())
+    return hint(each[x], twos_complement_bits(least, max(int(rows.max()), -least)))
 
 
 def take(x: Any, index: Array, pad: int) -> Any:
@@ -66,7 +87,7 @@ def take(x: Any, index: Array, pad: int) -> Any:
 
     flat = x.reshape((width,))
     if outside.any():
-        flat = np.concatenate((flat, fhe.zeros((1,)) if pad == 0 else pad * fhe.ones((1,))))
+        flat = np.concatenate((flat, fhe.zeros((1,)) + pad))
         places = np.where(outside, width, places)
     if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
         flat = flat[places]

@@ -18,7 +18,7 @@ from fheconv.lowering.plan import Plan, TermProgram
 from fheconv.lowering.planes import Planes, in_planes
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Maximum
-from fheconv.networks.integers import IntegerNetwork, QuantizedLayer, blank_images, comparison
+from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer, blank_image, comparison
 from fheconv.networks.quantization import Quantization
 
 # Takes the tensors computed so far, each (N, values that are read), and returns the next one.
@@ -72,9 +72,14 @@ class Lowered:
         """The number of lookups of one image."""
         return sum(layer.lookups for layer in self.layers)
 
+    @property
+    def takes_lanes(self) -> bool:
+        """Whether several images may share a ciphertext: all layers but the last would look up all together."""
+        return len(self.network.layers) == 1
+
     def inputset(self) -> Array:
         """Return the inputs that Concrete sees at compilation. They show signs; widths come as hints."""
-        blank = blank_images(self.network.input, self.network.input_shape)
+        blank = blank_image(self.network.input, self.network.input_shape)
         return self.interface.prepare(np.repeat(blank, self.interface.lanes.count, axis=0))
 
 
@@ -104,10 +109,10 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
-    image_bits = riding.width(_unsigned_bits(network.input))
+    image_bits = riding.width(network.input.integer_bits)
 
     def circuit(x: Any) -> Any:
-        tensors = [x if network.input.minimum < 0 else hint(x, image_bits)]
+        tensors = [hint(x, image_bits)]
         for function in functions:
             tensors.append(function(tensors))
         return tensors[-1]
@@ -180,12 +185,18 @@ def _layer(
         engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
         reason=plans[0].reason,
         multiply_adds=sum(plan.multiply_adds for plan in plans),
-        lookups=0 if table is None else int(wanted.sum()),
+        lookups=0 if table is None else _lookups(table, layer, wanted),
         bits=bits,
         lookup_bits=0 if table is None else table.column_bits,
         planes=1,
         plane_bits=bits,
     )
+
+
+def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
+    """Return the number of lookups of a layer: one for each value that is `wanted` and not constant."""
+    which = np.broadcast_to(table.which, layer.shape)
+    return int((wanted & ~table.constant[which]).sum())
 
 
 def _maximum(
@@ -197,7 +208,7 @@ def _maximum(
     candidates = places[layer.index[:, wanted]]
     quantization = network.quantizations[layer.source]
     table = comparison(quantization)
-    source, bits = layer.source, _unsigned_bits(quantization)
+    source, bits = layer.source, quantization.integer_bits
 
     def function(tensors: list[Any]) -> Any:
         x = tensors[source]
@@ -206,7 +217,7 @@ def _maximum(
             other = take(x, rest, 0)
             difference = hint(other - y - int(table.minimum[0]), table.bits)
             y = y + look_up(table, np.zeros(candidates.shape[1], np.int64), difference)
-            y = y if quantization.minimum < 0 else hint(y, bits)
+            y = hint(y, bits)
         return y
 
     return function, LoweredLayer(
@@ -220,10 +231,3 @@ def _maximum(
         planes=1,
         plane_bits=table.bits,
     )
-
-
-def _unsigned_bits(quantization: Quantization) -> int:
-    return quantization.maximum.bit_length()
-
-
-# The operations that numpy and Concrete spell differently.

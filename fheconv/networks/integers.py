@@ -41,6 +41,12 @@ class Lookup:
         """The width of what enters the lookup, after rounding."""
         return self.bits - self.dropped_bits
 
+    @cached_property
+    def constant(self) -> Array:
+        """Whether all entries of a row are equal, (rows,). Such a row is a constant, and takes no lookup."""
+        constant: Array = np.ptp(self.tables, axis=1) == 0
+        return constant
+
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
         offset = accumulators - along_channels(self.minimum, accumulators.ndim - 1)
@@ -54,9 +60,9 @@ class Lookup:
         if self.proved:
             return self.tables[which, columns]
         # A lookup on the torus works in this way: a value outside the table gives an entry with the opposite
-        # sign.
+        # sign. A constant needs no lookup.
         turns, columns = np.divmod(columns, self.tables.shape[1])
-        return self.tables[which, columns] * np.where(turns % 2, -1, 1)
+        return self.tables[which, columns] * np.where((turns % 2 == 1) & ~self.constant[which], -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,8 +73,9 @@ class QuantizedLayer:
     zero-point. `inputs` holds the quantizations of these tensors, one for each term. The real value of
     accumulator `a` is `a · scale`: `bias` holds the layer's own bias in steps, minus the sum that the
     zero-points cause. If a lookup follows, its table includes all this exactly, and `bias` is 0. `real_bias`
-    is the layer's own bias in real numbers. `scale`, `bias` and `real_bias` broadcast to `shape`.
-    `weight_range` is the range of the weights' data type.
+    is the layer's own bias in real numbers. `gain` are the integers by which the weights of each channel were
+    multiplied to fill the window of the lookup; `scale` includes them. `scale`, `bias`, `real_bias` and
+    `gain` broadcast to `shape`. `weight_range` is the range of the weights' data type, without gains.
     """
 
     name: str
@@ -78,6 +85,7 @@ class QuantizedLayer:
     scale: Array
     bias: Array
     real_bias: Array
+    gain: Array
     weight_range: tuple[int, int]
     lookup: Lookup | None
 
@@ -131,10 +139,15 @@ def comparison(quantization: Quantization) -> Lookup:
     )
 
 
-def blank_images(quantization: Quantization, shape: Shape) -> Array:
-    """Return integer images (n, C, *S) that show Concrete whether inputs can be negative."""
-    ends = [quantization.minimum, quantization.maximum] if quantization.minimum < 0 else [0]
-    return np.stack([np.full(shape, end, np.int64) for end in ends])
+def blank_image(quantization: Quantization, shape: Shape) -> Array:
+    """Return the integer image (1, *shape) of real zeros, which shows Concrete whether inputs can be negative.
+
+    If they can, one of its values is −1.
+    """
+    image = np.full((1, *shape), quantization.zero_point, np.int64)
+    if quantization.minimum < 0:
+        image.flat[0] = -1
+    return image
 
 
 AnyLayer: TypeAlias = QuantizedLayer | Maximum

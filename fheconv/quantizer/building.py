@@ -10,13 +10,17 @@ from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.floats import Layer, Maximum, Network
-from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_images
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
-from fheconv.quantizer.tables import Budget, Window, compressed, lookup, reserve, width
-from fheconv.quantizer.weights import IntegerTerms
+from fheconv.quantizer.gains import gained, row_gains
+from fheconv.quantizer.tables import compressed, lookup
+from fheconv.quantizer.weights import IntegerTerms, Rows
+from fheconv.quantizer.windows import LOOKUP_LIMIT, Budget, Window, filling_gains, room, width
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
+import os
+SPARE = int(os.environ.get('SPARE', 0))
 
 
 class Building:
@@ -40,7 +44,7 @@ class Building:
         self.quantizations = quantizations
         self.image = quantizations[0]
         self.tensors = [self.image.integers(images)]
-        self._blanks = [blank_images(self.image, source.input_shape)]
+        self._blanks = [blank_image(self.image, source.input_shape)]
         self._layers: list[AnyLayer] = []
         self._observed: list[tuple[Array, Array] | None] = []
 
@@ -55,7 +59,7 @@ class Building:
         if limit is None:
             return None
         rounding_bits = self.rounding_bits(layer)
-        return Budget(2**limit - 1 - reserve(limit, rounding_bits), rounding_bits)
+        return Budget(room(limit, rounding_bits), rounding_bits)
 
     def rounding_bits(self, layer: Layer) -> int | None:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
@@ -78,48 +82,74 @@ class Building:
         if a bias or a step is outside the range of numbers.
         """
         bare = self._bare(layer, rounded)
-        zero, sums = self._zero(bare), bare.accumulate(self.tensors)
         step = _steps(layer, rounded.step, bias)
-        counted = np.zeros((1,) * len(layer.shape), np.int64)
-        if layer.activation is None:
-            counted = compressed(_bias_in_steps(layer, bias, step) - zero)
-        quantized = replace(
-            bare, scale=frozen(compressed(step)), bias=frozen(counted), real_bias=frozen(compressed(bias))
-        )
-        accumulators = np.moveaxis(sums + counted, 1, 0).reshape(layer.shape[0], -1)
-        observed = accumulators.min(axis=1), accumulators.max(axis=1)
-        bounds = layer_bounds(bare, self.source.shapes)
-        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
         output = self.quantizations[len(self.tensors)]
-        rounding_bits = self.rounding_bits(layer)
         if layer.activation is None or output is None:
-            bits = bounds.offset_bits
+            bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self._zero(bare))
+            quantized = replace(bare, bias=frozen(bias_in_steps))
+            bits = layer_bounds(bare, self.source.shapes).offset_bits
         else:
-            if self.config.overflow == "calibrated" and not self._feeds_maxima():
-                least, expected = self._expected(quantized, *observed)
-                if expected.max() < span.max():
-                    minimum, span, proved = least, expected, False
-            bits = width(layer.name, int(span.max()), rounding_bits)
-            table = lookup(
-                layer.name,
-                layer.activation,
-                output,
-                Window(minimum=minimum, span=span, bits=bits, rounding_bits=rounding_bits, proved=proved),
-                step=step,
-                bias=bias - step * zero,
+            window, gains = self._window(layer, bare, step, bias)
+            bits = window.bits
+            rows = Rows(layer, bare.inputs, self.source.shapes)
+            quantized = replace(
+                bare,
+                terms=gained(rows, bare.terms, gains),
+                gain=frozen(compressed(gains[rows.of_value])),
             )
-            quantized = replace(quantized, lookup=table)
+            step = step / quantized.gain
+            quantized = replace(
+                quantized,
+                lookup=lookup(
+                    layer.name,
+                    layer.activation,
+                    output,
+                    window,
+                    step=step,
+                    bias=bias - step * self._zero(quantized),
+                ),
+            )
+        self._check_width(layer, bits)
+        self._append(
+            replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
+            _ends(quantized.accumulate(self.tensors)),
+        )
+
+    def _window(self, layer: Layer, bare: QuantizedLayer, step: Array, bias: Array) -> tuple[Window, Array]:
+        """Return the window of a layer's lookup, and the gains of its rows that fill it."""
+        bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
+        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
+        if self.config.overflow == "defined":
+            least, reached = self._reached(bare)
+            if reached.max() < span.max():
+                minimum, span, proved = least, reached, False
+        bits = width(layer.name, int(span.max()), rounding_bits, proved=proved)
+        if rounding_bits is not None:
+            limit = self.config.accumulator_bits_of(layer.name, looks_up=True) or LOOKUP_LIMIT
+            bits = max(min(max(bits, rounding_bits) + SPARE, limit), bits)
+        rows = Rows(layer, bare.inputs, self.source.shapes)
+        gains = row_gains(rows, filling_gains(span, bits, rounding_bits, proved=proved))
+        by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
+        window = Window(
+            minimum=minimum * by_channel,
+            span=span * by_channel,
+            bits=bits,
+            rounding_bits=rounding_bits,
+            proved=proved,
+        )
+        return window, gains
+
+    def _check_width(self, layer: Layer, bits: int) -> None:
         limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
         if limit is not None and bits > limit:
             raise AccumulatorOverflowError(
                 f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are "
                 'allowed; use method="accumulator", which keeps to them.',
                 layer=layer.name,
-                value=int(span.max()),
-                limit=2**limit - 1,
+                value=bits,
+                limit=limit,
                 remedy='method="accumulator"',
             )
-        self._append(quantized, observed)
 
     def network(self) -> IntegerNetwork:
         """Return the network, after every layer was added."""
@@ -148,6 +178,7 @@ class Building:
             scale=none,
             bias=none,
             real_bias=none,
+            gain=np.ones((1,) * len(layer.shape), np.int64),
             weight_range=rounded.range,
             lookup=None,
         )
@@ -159,21 +190,20 @@ class Building:
         zero: Array = layer.accumulate(blank)[0]
         return zero
 
-    def _feeds_maxima(self) -> bool:
-        """Return whether maxima are taken of the next tensor.
-
-        Maxima are right only for values in range; for a value that wrapped around, the result is unknown.
-        """
-        number = len(self.tensors)
-        return any(isinstance(one, Maximum) and one.source == number for one in self.source.layers)
-
-    def _expected(self, layer: QuantizedLayer, least: Array, greatest: Array) -> tuple[Array, Array]:
-        """Return the start and the span that calibration observed for each channel, with the margin."""
+    def _reached(self, layer: QuantizedLayer) -> tuple[Array, Array]:
+        """Return the least accumulator and the span that calibration reaches in each channel, with the margin."""
+        least, greatest = _ends(layer.accumulate(self.tensors))
         extra = np.ceil(self.config.margin * (greatest - least)).astype(np.int64)
-        # The window includes the blank images: Concrete evaluates them, and fails if a value leaves a table.
-        blank = np.moveaxis(layer.accumulate(self._blanks), 1, 0).reshape(len(least), -1)
-        start = np.minimum(least - extra, blank.min(axis=1))
-        return start, np.maximum(greatest + extra, blank.max(axis=1)) - start
+        # The window includes the blank image: Concrete evaluates them, and fails if a value leaves a table.
+        blank = _ends(layer.accumulate(self._blanks))
+        start = np.minimum(least - extra, blank[0])
+        return start, np.maximum(greatest + extra, blank[1]) - start
+
+
+def _ends(accumulators: Array) -> tuple[Array, Array]:
+    """Return the least and the greatest accumulator of each channel, (C,), of accumulators (N, C, *S)."""
+    axes = (0, *range(2, accumulators.ndim))
+    return accumulators.min(axis=axes), accumulators.max(axis=axes)
 
 
 def _steps(layer: Layer, step: Array, bias: Array) -> Array:

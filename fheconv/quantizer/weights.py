@@ -16,7 +16,7 @@ from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
-from fheconv.quantizer.tables import Budget, width
+from fheconv.quantizer.windows import Budget, width
 
 # The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
 MOST_WINDOWS = 20_000
