@@ -26,18 +26,26 @@ class QuantConfig:
 
     weight_bits: 1 to 8. Weights are symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, 0, +1}.
     activation_bits: 1 to 8. The width of a lookup's output. None: 4, or half of accumulator_bits if that is
-        less. Then an accumulator can hold several products.
+        less. Then an accumulator can hold several products. Before rounded lookups of windows that are not
+        proved it is 6, because there the number of levels costs nothing.
     activation_levels: 2 to 256. The number of integers that a lookup's output can be. It replaces
-        activation_bits and need not be a power of two. With narrow accumulators each level counts.
+        activation_bits and need not be a power of two. With narrow accumulators each level counts. With
+        overflow="defined" the number is odd: an even one becomes one less, and 2 becomes 3.
     accumulator_bits: 1 to 16. No accumulator is wider than this, in offset form; this is guaranteed. None: as
         wide as the weights need. Before a rounded lookup, None means rounding_bits + 4: with more, rounding
-        loses more than the weights gain.
+        loses more than the weights gain. With overflow="defined" it is the width of the window, and None is
+        the width at which lookups are cheap (see `fheconv.quantizer.windows`).
     rounding_bits: 2 to 8. The width to which an accumulator is rounded before its lookup. The rounding is
         approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
         free step at both ends.)
-    overflow: "proved": accumulators are as wide as the worst image needs. "calibrated": they are as wide as
-        calibration observed, plus `margin` at both ends. Values outside then give wrong results.
-    margin: for "calibrated", as a share of the observed range.
+    overflow: "proved": the window of each lookup holds the accumulators of the worst image. "defined": it
+        holds what calibration reaches, plus `margin` at both ends, so that its steps are finer. Accumulators
+        outside are defined too: there the table repeats with the opposite sign, and integers of activations
+        lie symmetrically around 0, so that a value a little above the window still gets the right activation.
+        The clear integers compute this for every image, as the circuit does. ("calibrated" is the former
+        name of "defined".)
+    margin: for "defined", as a share of the range that calibration reaches. None: 1/n for n images, as far as
+        one more image is expected to reach if values are uniform, and at least 0.05.
     method: how weights are rounded. "minmax": to the nearest integers; a filter's greatest weight becomes the
         greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to the integers
         that change the layer's sums on the calibration images least. "accumulator": like "gptq", and it keeps
@@ -75,7 +83,7 @@ class QuantConfig:
     accumulator_bits: PerLayerOrAuto | None = None
     rounding_bits: PerLayer | None = None
     overflow: Overflow = "proved"
-    margin: float = 0.25
+    margin: float | None = None
     method: Method = "auto"
     input_bits: int | Auto = 4
     input_levels: int | None = None
@@ -87,13 +95,15 @@ class QuantConfig:
         for name in ("per_channel", "input_signed"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.overflow == "calibrated":
+            object.__setattr__(self, "overflow", "defined")
         for name, words in (("overflow", get_args(Overflow)), ("method", get_args(Method))):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in words:
                 raise InvalidArgumentError(
                     f"{name}={getattr(self, name)!r}; it must be one of {', '.join(words)}."
                 )
-        if not (_is_number(self.margin) and 0 <= self.margin < np.inf):
-            raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0.")
+        if self.margin is not None and not (_is_number(self.margin) and 0 <= self.margin < np.inf):
+            raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0, or None.")
         for name, (least, greatest) in _LAYER_NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):
@@ -155,10 +165,15 @@ class QuantConfig:
         """Return how many integers the output of a layer's lookups can be."""
         levels = self.of_layer("activation_levels", layer)
         if levels is None:
-            chosen, limit = self.of_layer("activation_bits", layer), self.of_layer("accumulator_bits", layer)
-            levels = 2 ** int(chosen or min(4, 4 if limit is None else max(limit // 2, 1)))
+            levels = 2 ** (self.of_layer("activation_bits", layer) or self._default_activation_bits(layer))
         # Integers of a window that is not proved are symmetric around 0, so that their number is odd.
         return max(levels - 1 + levels % 2, 3) if self.overflow == "defined" else int(levels)
+
+    def _default_activation_bits(self, layer: str) -> int:
+        if self.overflow == "defined" and self.of_layer("rounding_bits", layer):
+            return DEFINED_ACTIVATION_BITS
+        limit = self.of_layer("accumulator_bits", layer)
+        return min(4, 4 if limit is None else max(limit // 2, 1))
 
     def input_ends(self) -> tuple[int, int]:
         """Return the least and the greatest integer that an image value can be."""
@@ -168,7 +183,8 @@ class QuantConfig:
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators must not exceed; None for no limit."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
-        if limit is None and rounding is not None and looks_up and self._keeps_widths and self.overflow == "proved":
+        proved = self.overflow == "proved"
+        if limit is None and rounding is not None and looks_up and self._keeps_widths and proved:
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 
@@ -196,6 +212,8 @@ class QuantConfig:
 
 # The number of bits that are rounded away from an accumulator, unless its width was chosen.
 ROUNDED_AWAY = 4
+# The default width of activations where their number of levels costs nothing.
+DEFINED_ACTIVATION_BITS = 6
 # The smallest and the greatest allowed number.
 _LAYER_NUMBERS = {
     "weight_bits": (1, 8),

@@ -25,7 +25,8 @@ class Lookup:
 
     It first subtracts `minimum` (C,), which gives 0 to 2^bits − 1. Then it rounds `dropped_bits` low bits
     away, half up. The result is the column of the table. `which` broadcasts to the layer's shape. `proved`
-    says that no input leads outside the table; otherwise `bits` comes from calibration, with a margin.
+    says that no image leads outside the table. Otherwise the table repeats there, each time with the opposite
+    sign, and the entries lie symmetrically around 0, so that all values are in the range of `output`.
     """
 
     tables: Array
@@ -70,12 +71,13 @@ class QuantizedLayer:
     """Computes accumulators, Σ terms + `bias`, and then a lookup; the last layer has no lookup.
 
     The terms' weights are int64. Their inputs are the integers of the tensors that they read, padded with the
-    zero-point. `inputs` holds the quantizations of these tensors, one for each term. The real value of
-    accumulator `a` is `a · scale`: `bias` holds the layer's own bias in steps, minus the sum that the
-    zero-points cause. If a lookup follows, its table includes all this exactly, and `bias` is 0. `real_bias`
-    is the layer's own bias in real numbers. `gain` are the integers by which the weights of each channel were
-    multiplied to fill the window of the lookup; `scale` includes them. `scale`, `bias`, `real_bias` and
-    `gain` broadcast to `shape`. `weight_range` is the range of the weights' data type, without gains.
+    zero-point. `inputs` holds the quantizations of these tensors, one for each term. `gain` holds the
+    integers by which the weights of each channel were multiplied to fill the window of the lookup; without a
+    lookup it is 1. The real value of accumulator `a` is `a · scale / gain`: `bias` holds the layer's own bias
+    in steps, minus the sum that the zero-points cause. If a lookup follows, its table includes all this
+    exactly, and `bias` is 0. `real_bias` is the layer's own bias in real numbers. `scale`, `bias`,
+    `real_bias` and `gain` broadcast to `shape`. `weight_range` is the range of the weights' data type,
+    without gains.
     """
 
     name: str

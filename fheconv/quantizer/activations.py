@@ -100,9 +100,7 @@ def _symmetric(quantization: Quantization) -> Quantization:
     """
     half = -(-(quantization.maximum - quantization.minimum) // 2)
     shift = quantization.minimum + half
-    return replace(
-        quantization, zero_point=quantization.zero_point - shift, minimum=-half, maximum=half
-    )
+    return replace(quantization, zero_point=quantization.zero_point - shift, minimum=-half, maximum=half)
 
 
 def _scales_beside(

@@ -8,19 +8,21 @@ import numpy as np
 from fheconv.basics.arrays import Array, first_position, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.bounds import AccumulatorBounds, layer_bounds
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.gains import gained, row_gains
 from fheconv.quantizer.tables import compressed, lookup
 from fheconv.quantizer.weights import IntegerTerms, Rows
-from fheconv.quantizer.windows import LOOKUP_LIMIT, Budget, Window, filling_gains, room, width
+from fheconv.quantizer.windows import Budget, Window, filling_gains, cheap_width, room, width
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
-import os
-SPARE = int(os.environ.get('SPARE', 0))
+# The margin around what calibration reaches, unless one is asked for.
+LEAST_MARGIN = 0.05
+# A window that holds a smaller share of what calibration reaches is too narrow.
+MOST_CUT = 0.75
 
 
 class Building:
@@ -54,12 +56,28 @@ class Building:
 
     def budget(self, layer: Layer) -> Budget | None:
         """Return the greatest allowed span of a layer's accumulators, None if there is no limit."""
-        looks_up = layer.activation is not None
-        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        limit, rounding_bits = self.width_limit(layer), self.rounding_bits(layer)
         if limit is None:
             return None
-        rounding_bits = self.rounding_bits(layer)
-        return Budget(room(limit, rounding_bits), rounding_bits)
+        proved = self.config.overflow == "proved" or layer.activation is None
+        return Budget(room(limit, rounding_bits, proved=proved), rounding_bits, proved)
+
+    def width_limit(self, layer: Layer) -> int | None:
+        """Return the width that a layer's accumulators must not exceed, None for any.
+
+        Windows that are not proved have one even if none was asked for, at which lookups are cheap.
+        """
+        looks_up, rounding_bits = layer.activation is not None, self.rounding_bits(layer)
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        if limit is None and rounding_bits is not None and self._windows_are_chosen:
+            taps = sum(kernel.weight[0].size for _, kernel in (term.weighted() for term in layer.terms))
+            return cheap_width(max(q.bits for q in self.inputs(layer)), taps, rounding_bits)
+        return limit
+
+    @property
+    def _windows_are_chosen(self) -> bool:
+        """Whether windows need not be proved, and weights are rounded so that they fit them."""
+        return self.config.overflow == "defined" and self.config.method not in ("minmax", "mse")
 
     def rounding_bits(self, layer: Layer) -> int | None:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
@@ -68,7 +86,7 @@ class Building:
     def sums(self, layer: Layer, rounded: IntegerTerms) -> Array:
         """Return the accumulators (N, C, *S), minus their values when every real input is zero."""
         bare = self._bare(layer, rounded)
-        sums: Array = bare.accumulate(self.tensors) - self._zero(bare)
+        sums: Array = bare.accumulate(self.tensors) - self.zero(bare)
         return sums
 
     def add_maximum(self, layer: Maximum) -> None:
@@ -81,53 +99,46 @@ class Building:
         Raises `AccumulatorOverflowError` if the layer does not fit `accumulator_bits`, and `CalibrationError`
         if a bias or a step is outside the range of numbers.
         """
-        bare = self._bare(layer, rounded)
+        quantized = self._bare(layer, rounded)
         step = _steps(layer, rounded.step, bias)
         output = self.quantizations[len(self.tensors)]
         if layer.activation is None or output is None:
-            bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self._zero(bare))
-            quantized = replace(bare, bias=frozen(bias_in_steps))
-            bits = layer_bounds(bare, self.source.shapes).offset_bits
+            bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self.zero(quantized))
+            quantized = replace(quantized, bias=frozen(bias_in_steps))
+            bits = layer_bounds(quantized, self.source.shapes).offset_bits
         else:
-            window, gains = self._window(layer, bare, step, bias)
+            rows = Rows(layer, quantized.inputs, self.source.shapes)
+            window, gains = self._window(layer, quantized, rows)
             bits = window.bits
-            rows = Rows(layer, bare.inputs, self.source.shapes)
-            quantized = replace(
-                bare,
-                terms=gained(rows, bare.terms, gains),
-                gain=frozen(compressed(gains[rows.of_value])),
-            )
-            step = step / quantized.gain
-            quantized = replace(
-                quantized,
-                lookup=lookup(
-                    layer.name,
-                    layer.activation,
-                    output,
-                    window,
-                    step=step,
-                    bias=bias - step * self._zero(quantized),
-                ),
-            )
+            gain = compressed(gains[rows.of_value])
+            quantized = replace(quantized, terms=gained(rows, quantized.terms, gains), gain=frozen(gain))
+            bias_of_sums = bias - step / gain * self.zero(quantized)
+            table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=bias_of_sums)
+            quantized = replace(quantized, lookup=table)
         self._check_width(layer, bits)
         self._append(
             replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
             _ends(quantized.accumulate(self.tensors)),
         )
 
-    def _window(self, layer: Layer, bare: QuantizedLayer, step: Array, bias: Array) -> tuple[Window, Array]:
+    def zero(self, layer: QuantizedLayer) -> Array:
+        """Return the accumulators (C, *S) when every real input is zero."""
+        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
+        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
+        zero: Array = layer.accumulate(blank)[0]
+        return zero
+
+    def _window(self, layer: Layer, bare: QuantizedLayer, rows: Rows) -> tuple[Window, Array]:
         """Return the window of a layer's lookup, and the gains of its rows that fill it."""
         bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
         minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
         if self.config.overflow == "defined":
-            least, reached = self._reached(bare)
-            if reached.max() < span.max():
-                minimum, span, proved = least, reached, False
+            minimum, span = self._reached(bare, bounds, self.budget(layer))
+            # Rounding could carry a value above the top.
+            proved = rounding_bits is None and bool((span == bounds.channel_span).all())
         bits = width(layer.name, int(span.max()), rounding_bits, proved=proved)
-        if rounding_bits is not None:
-            limit = self.config.accumulator_bits_of(layer.name, looks_up=True) or LOOKUP_LIMIT
-            bits = max(min(max(bits, rounding_bits) + SPARE, limit), bits)
-        rows = Rows(layer, bare.inputs, self.source.shapes)
+        if not proved and rounding_bits is not None:
+            bits = max(bits, self.width_limit(layer) or 0)
         gains = row_gains(rows, filling_gains(span, bits, rounding_bits, proved=proved))
         by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
         window = Window(
@@ -141,15 +152,21 @@ class Building:
 
     def _check_width(self, layer: Layer, bits: int) -> None:
         limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
-        if limit is not None and bits > limit:
-            raise AccumulatorOverflowError(
-                f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are "
-                'allowed; use method="accumulator", which keeps to them.',
-                layer=layer.name,
-                value=bits,
-                limit=limit,
-                remedy='method="accumulator"',
-            )
+        if limit is None or bits <= limit:
+            return
+        if self._windows_are_chosen:
+            advice = "allow as many, or use fewer bits for the inputs of the layer"
+            remedy = f"accumulator_bits={bits}"
+        else:
+            advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
+        raise AccumulatorOverflowError(
+            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
+            f"{advice}.",
+            layer=layer.name,
+            value=bits,
+            limit=limit,
+            remedy=remedy,
+        )
 
     def network(self) -> IntegerNetwork:
         """Return the network, after every layer was added."""
@@ -183,21 +200,28 @@ class Building:
             lookup=None,
         )
 
-    def _zero(self, layer: QuantizedLayer) -> Array:
-        """Return the accumulators (C, *S) when every real input is zero."""
-        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
-        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
-        zero: Array = layer.accumulate(blank)[0]
-        return zero
+    def _reached(
+        self, layer: QuantizedLayer, bounds: AccumulatorBounds, budget: Budget | None
+    ) -> tuple[Array, Array]:
+        """Return the start and the span of each channel's window: what calibration reaches, with the margin.
 
-    def _reached(self, layer: QuantizedLayer) -> tuple[Array, Array]:
-        """Return the least accumulator and the span that calibration reaches in each channel, with the margin."""
+        The window lies within the bounds. If it is a little wider than the budget, it loses its top, because
+        just above a window most activations are still right.
+        """
         least, greatest = _ends(layer.accumulate(self.tensors))
-        extra = np.ceil(self.config.margin * (greatest - least)).astype(np.int64)
-        # The window includes the blank image: Concrete evaluates them, and fails if a value leaves a table.
+        margin = self.config.margin
+        if margin is None:
+            margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
+        extra = np.ceil(margin * (greatest - least)).astype(np.int64)
+        # The window includes the blank image: Concrete evaluates it, and fails if a value leaves a table.
         blank = _ends(layer.accumulate(self._blanks))
-        start = np.minimum(least - extra, blank[0])
-        return start, np.maximum(greatest + extra, blank[1]) - start
+        least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
+        greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
+        span = greatest - least
+        if budget is not None and self._windows_are_chosen and budget.steps > MOST_CUT * span.max():
+            span = np.minimum(span, budget.steps)
+            least = np.maximum(least, blank[1] - span)
+        return least, span
 
 
 def _ends(accumulators: Array) -> tuple[Array, Array]:

@@ -1,11 +1,11 @@
 """Multiplies the weights of channels by integers, so that narrow accumulators fill the window of a lookup."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from fheconv.basics.arrays import Array
+from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Term
 from fheconv.quantizer.weights import Rows
 
@@ -26,12 +26,29 @@ def row_gains(rows: Rows, gain: Array) -> Array:
 
 def gained(rows: Rows, terms: Sequence[Term], gains: Array) -> tuple[Term, ...]:
     """Return the terms with the weights of each row multiplied by its gain."""
-    factors = [np.ones(len(part.kernel.weight), np.int64) for part in rows.parts]
+    return tuple(
+        term.with_weight(term.weighted()[1].weight * factor)
+        for term, factor in zip(terms, _factors(rows, gains), strict=True)
+    )
+
+
+def without_gains(rows: Rows, layer: QuantizedLayer) -> tuple[Term, ...]:
+    """Return the terms of a layer with the weights that they had before the gains."""
+    gains = np.ones(len(rows.rows), np.int64)
+    gains[rows.of_value.ravel()] = np.broadcast_to(layer.gain, layer.shape).ravel()
+    return tuple(
+        term.with_weight(term.weighted()[1].weight // factor)
+        for term, factor in zip(layer.terms, _factors(rows, gains), strict=True)
+    )
+
+
+def _factors(rows: Rows, gains: Array) -> list[Array]:
+    """Return the gain of each filter of each term, with the dimensions of the term's weights."""
+    factors = [
+        np.ones((len(part.kernel.weight), *[1] * (part.kernel.weight.ndim - 1)), np.int64)
+        for part in rows.parts
+    ]
     for row, gain in zip(rows.rows, gains, strict=True):
         for part, channel in row:
             factors[part][channel] = gain
-    result = []
-    for term, factor in zip(terms, factors, strict=True):
-        weight = term.weighted()[1].weight
-        result.append(term.with_weight(weight * factor.reshape(-1, *[1] * (weight.ndim - 1))))
-    return tuple(result)
+    return factors

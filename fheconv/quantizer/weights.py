@@ -23,6 +23,9 @@ MOST_WINDOWS = 20_000
 
 # How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
 RIDGE = 0.01
+# The integer sums can reach a little further than the float sums, by which the scale is chosen.
+HEADROOM = 1.1
+TINY = float(np.finfo(np.float64).tiny)
 
 # A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
@@ -126,6 +129,16 @@ class Rows:
         return np.concatenate(
             [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
         )
+
+    def reach(self, sums: Array) -> Array:
+        """Return for each row the greatest span of one of its values in the sums (N, C, *S)."""
+        found = np.zeros(len(self.rows))
+        by_channel = np.moveaxis(sums, 1, 0).reshape(len(sums[0]), -1)
+        spans = np.broadcast_to(
+            np.ptp(by_channel, axis=1).reshape(-1, *[1] * (sums.ndim - 2)), self.of_value.shape
+        )
+        np.maximum.at(found, self.of_value, spans)
+        return found
 
     def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
         """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
@@ -254,7 +267,9 @@ def round_nearest(
         ends = np.cumsum([rows.weights(row).size for row in rows.rows])[:-1]
         scale = np.full(len(rows.rows), together.scale[0])
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
-    return _in_batches(rows, lambda batch, stacked: method(stacked, bits, None, rows.ranges(batch[0]), None))
+    return _in_batches(
+        rows, lambda numbers, stacked: method(stacked, bits, None, rows.ranges(rows.rows[numbers[0]]), None)
+    )
 
 
 def round_by_output(
@@ -276,6 +291,10 @@ def round_by_output(
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
+    finest = None
+    if budget is not None and not budget.proved:
+        finest = HEADROOM * rows.reach(layer.sums(floats)) / (budget.steps * rows.parts[0].unit)
+        budget = None
     if budget is not None and budget.steps < least:
         enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
@@ -293,7 +312,8 @@ def round_by_output(
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
 
-    def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+    def fit(numbers: Sequence[int], stacked: Array) -> IntegerWeight:
+        batch = [rows.rows[number] for number in numbers]
         # Dividing by the greatest weight keeps the squares from overflowing.
         size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
         stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
@@ -304,7 +324,14 @@ def round_by_output(
         moment = rows.covariance(batch[0], delivered, delivered)[both]
         cross = rows.covariance(batch[0], delivered, meant)[both]
         fitted = least_squares(moment, cross @ stacked.T, stacked)
-        rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget and budget.steps)
+        rounded = method(
+            fitted,
+            bits,
+            moment,
+            rows.ranges(batch[0])[read],
+            budget and budget.steps,
+            None if finest is None else finest[numbers] / np.maximum(size[:, 0], TINY),
+        )
         values = np.zeros((len(batch), len(read)), np.int64)
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
@@ -312,13 +339,13 @@ def round_by_output(
     return _in_batches(rows, fit)
 
 
-def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:
+def _in_batches(rows: Rows, rounded: Callable[[Sequence[int], Array], IntegerWeight]) -> IntegerTerms:
     """Round rows that read the same inputs together."""
     integers: list[Array] = [np.zeros(0, np.int64)] * len(rows.rows)
     scale, ends = np.zeros(len(rows.rows)), (0, 0)
     for numbers in rows.alike():
         batch = [rows.rows[number] for number in numbers]
-        result = rounded(batch, np.stack([rows.weights(row) for row in batch]))
+        result = rounded(numbers, np.stack([rows.weights(row) for row in batch]))
         ends = (min(ends[0], result.range[0]), max(ends[1], result.range[1]))
         scale[numbers] = result.scale
         for number, values in zip(numbers, result.values, strict=True):

@@ -10,6 +10,7 @@ are. Two things help, and cost no lookup:
   integer network computes these values too, so that it equals the circuit for every image.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from fheconv.basics.errors import AccumulatorOverflowError
 
 # Concrete supports lookups of at most this many bits.
 LOOKUP_LIMIT = 16
+# No window that is not proved gets wider by itself.
+WIDEST = 13
 
 
 class Budget(NamedTuple):
@@ -27,6 +30,7 @@ class Budget(NamedTuple):
 
     steps: int
     rounding_bits: int | None = None
+    proved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +103,18 @@ def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = Tru
         limit=most,
         remedy=f"accumulator_bits={LOOKUP_LIMIT} or less",
     )
+
+
+def cheap_width(input_bits: int, taps: int, rounding_bits: int) -> int:
+    """Return the width of windows that are not proved, unless a width is asked for.
+
+    A lookup has to tell apart steps of its window, in the noise of a sum of ciphertexts. This noise is ‖q‖₂ of
+    the integer weights times that of one ciphertext, and Concrete's parameters for 5 bits get dearer above
+    about 2⁴. With `input_bits` bits, a sum reaches about ‖q‖₂ · 2^input_bits. So activations with many bits
+    are free, and weights should be coarse; but a weight should be about 1 or more.
+    """
+    norm_bits = max(4 if rounding_bits < 6 else 5, round(math.log2(taps) / 2))
+    return min(max(input_bits + norm_bits, rounding_bits + 2), WIDEST)
 
 
 def filling_gains(span: Array, bits: int, rounding_bits: int | None, *, proved: bool) -> Array:
