@@ -142,7 +142,7 @@ def comparison(quantization: Quantization) -> Lookup:
 
 
 def blank_image(quantization: Quantization, shape: Shape) -> Array:
-    """Return the integer image (1, *shape) of real zeros, which shows Concrete whether inputs can be negative.
+    """Return the integer image (1, *shape) of real zeros. It shows Concrete whether inputs can be negative.
 
     If they can, one of its values is −1.
     """
