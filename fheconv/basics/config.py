@@ -33,9 +33,9 @@ class QuantConfig:
         approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
         free step at both ends.)
     overflow: "proved": the window of each lookup holds the accumulators of the worst image. "defined": it
-        holds what calibration reaches, so that its steps are finer. Outside, its table repeats with the
-        opposite sign, in the circuit and in the clear integers, for every image. Integers lie symmetrically
-        around 0, so that a value a little above the window still gets the right activation.
+        holds what calibration reaches, so that its steps are finer. Outside, its table repeats mirrored, in
+        the circuit and in the clear integers, for every image: the least activation becomes the greatest. So
+        a value a little above the window still gets the right activation.
     margin: for "defined", a share of the range that calibration reaches, added at both ends. None: 1/n for n
         images, as far as one more reaches on average if values are uniform, and at least 0.05.
     method: how weights are rounded. "minmax": to the nearest integers; a filter's greatest weight becomes the
@@ -162,7 +162,7 @@ class QuantConfig:
             if self.overflow == "defined" and rounding is not None:
                 default = DEFINED_ACTIVATION_BITS
             levels = 2 ** (self.of_layer("activation_bits", layer) or default)
-        # Integers of a window that is not proved are symmetric around 0, so that their number is odd.
+        # The middle of an activation's range must be an integer, where a table can be mirrored.
         return max(levels - 1 + levels % 2, 3) if self.overflow == "defined" else int(levels)
 
     def input_ends(self) -> tuple[int, int]:

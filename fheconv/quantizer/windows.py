@@ -6,8 +6,10 @@ are. Two things help, and cost no lookup:
 
 - A *gain*: the weights of a channel are multiplied by an integer, so that narrow channels fill the window.
 - A window that is narrower than the worst image needs. On the torus a lookup has a value for every
-  accumulator: its table repeats at the distance of a window, each time with the opposite sign. The integer
-  network computes these values too, so that it equals the circuit for every image.
+  accumulator: its table repeats at the distance of a window, each time with the opposite sign. Entries are
+  counted from the middle of the activation's range, so that the table is mirrored there: just outside the
+  window, most activations are still right. The integer network computes these values too, so that it equals
+  the circuit for every image.
 """
 
 import math

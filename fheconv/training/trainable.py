@@ -217,8 +217,9 @@ class _Layer(nn.Module):
             return real
         output = self.layer.lookup.output
         looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, output)  # type: ignore[no-untyped-call]
-        # Outside the window an integer has the opposite sign. Here it is counted from the zero-point.
-        return torch.where(turns % 2 == 1, -looked_up - 2 * output.zero_point, looked_up)
+        # Outside the window activations are mirrored. Here they are counted from the zero-point.
+        mirrored = 2 * (self.layer.lookup.center - output.zero_point) - looked_up
+        return torch.where(turns % 2 == 1, mirrored, looked_up)
 
     @torch.no_grad()
     def integers(self) -> list[Tensor]:

@@ -264,7 +264,7 @@ def test_windows_where_values_are_are_narrower_and_say_so(seed):
     defined = quantize(module, images, weight_bits=6, overflow="defined")
     layers = defined.budget().layers
     assert all(layer.accumulator_bits <= layer.offset_bits for layer in layers)
-    assert all(layer.proved for layer in layers if layer.lookups == 0)
+    assert all(layer.proved for layer in layers if layer.table_entries == 0)
     assert any(not layer.proved for layer in layers)
     assert defined.budget().proved is False
     assert proved.budget().proved is True
