@@ -17,11 +17,10 @@ Example:
 """
 
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, along_channels, as_array
+from fheconv.basics.arrays import Array, ArrayLike, along_channels, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.bounds import layer_bounds, without_bias
@@ -79,8 +78,8 @@ def noisy(
 
 def accuracies(
     network: IntegerNetwork,
-    images: Any,
-    labels: Any,
+    images: ArrayLike,
+    labels: ArrayLike,
     p_error: float,
     *,
     draws: int = 8,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry, exact_dtypes, tap_sources
-from fheconv.basics.arrays import Array, Shape, as_array, channel_vector
+from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, channel_vector
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
@@ -117,13 +117,13 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
 
 
 def accumulator_bounds(
-    weight: Any,
+    weight: ArrayLike,
     geometry: ConvGeometry,
     spatial: Sequence[int],
     input_range: tuple[int, int],
     *,
     pad_value: int = 0,
-    bias: Any = None,
+    bias: ArrayLike | None = None,
 ) -> AccumulatorBounds:
     """Return the exact bounds of every accumulator of an integer convolution.
 

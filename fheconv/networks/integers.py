@@ -8,11 +8,11 @@ simulated and encrypted runs agree on every machine.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
 from fheconv.basics.config import QuantConfig
 from fheconv.networks.floats import Maximum, Network, real_results
 from fheconv.networks.linear import Kernel, Term
@@ -212,7 +212,7 @@ class IntegerNetwork:
         """The shape of the float results of one image, as in torch."""
         return self.dequantize(np.zeros((1, *self.accumulator_shape), np.int64)).shape[1:]
 
-    def quantize_input(self, x: Any) -> tuple[Array, bool]:
+    def quantize_input(self, x: ArrayLike) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
         Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
@@ -234,7 +234,7 @@ class IntegerNetwork:
         """Turn the last accumulators (N, K, *Out) into real results (float64)."""
         return real_results(accumulators, self.last.scale, self.source.finish)
 
-    def integers(self, x: Any) -> Array:
+    def integers(self, x: ArrayLike) -> Array:
         """Return the last accumulators for float images, (N, K, *Out) or (K, *Out).
 
         Raises `InputRangeError` like `quantize_input`.
@@ -243,7 +243,7 @@ class IntegerNetwork:
         y = self.accumulate(q)
         return y if batched else y[0]
 
-    def __call__(self, x: Any) -> Array:
+    def __call__(self, x: ArrayLike) -> Array:
         """Return the float results for float images, computed in exact integers."""
         q, batched = self.quantize_input(x)
         y = self.dequantize(self.accumulate(q))

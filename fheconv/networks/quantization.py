@@ -1,11 +1,10 @@
 """Maps the integers of a tensor to real numbers, and back."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, Shape, as_array, first_position
+from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
 
 
@@ -94,7 +93,7 @@ class Quantization:
         return np.clip(nearest, self.minimum, self.maximum).astype(np.int64)
 
 
-def integer_images(x: Any, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
+def integer_images(x: ArrayLike, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
     """Return images of `shape` as an int64 batch (N, *shape), and whether `x` was a batch.
 
     Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.

@@ -7,9 +7,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer, check_number, check_token
 from fheconv.basics.errors import (
     ArtifactError,
@@ -120,7 +119,7 @@ class RemoteCircuit(Client):
             results += self._run(replace(ciphertext, images=len(part), values=part))
         return ciphertext.with_results(results)
 
-    def predict(self, x: Any, fhe: str = "execute") -> Array:
+    def predict(self, x: ArrayLike, fhe: str = "execute") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         Images are encrypted here, run at the server, and decrypted here. Raises like `encrypt` and `run`, and

@@ -37,7 +37,7 @@ def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):
     x = real_images(network, q)
     np.testing.assert_array_equal(circuit.predict(x), network(x))
     np.testing.assert_array_equal(circuit.predict(x, fhe="simulate"), network(x))
-    np.testing.assert_array_equal(circuit._integers(q, "simulate"), network.accumulate(q))
+    np.testing.assert_array_equal(circuit.accumulate(q, "simulate"), network.accumulate(q))
 
 
 def folds(network):
@@ -126,7 +126,7 @@ def test_what_leaves_a_window_turns_encrypted_as_it_does_in_clear(seed, size):
     assert wraps.any()
     expected, got = network.accumulate(q), encrypted(circuit, q)
     np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(circuit._integers(q, "simulate"), got)
+    np.testing.assert_array_equal(circuit.accumulate(q, "simulate"), got)
     seen = blank_image(network.input, network.input_shape)
     assert not outside(network, seen)[0]
     np.testing.assert_array_equal(encrypted(circuit, seen), network.accumulate(seen))

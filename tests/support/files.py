@@ -1,8 +1,10 @@
-"""Saved circuits taken apart and put together again, and secret keys found in any bytes."""
+"""Saved circuits taken apart and put together again, and secret keys found in any bytes and objects."""
 
+import gc
 import hashlib
 import io
 import json
+import types
 import zipfile
 
 import numpy as np
@@ -22,6 +24,37 @@ def secret_rows(data):
         mixed = ones[32:] - ones[:-32]
         found += int((full & (mixed >= 8) & (mixed <= 24)).sum())
     return found
+
+
+def reachable(thing):
+    """All that an object holds, and what that holds, and so on: attributes, items and what closures see.
+
+    Classes, modules and the globals of functions are nobody's own.
+    """
+    seen, waiting = {id(thing): thing}, [thing]
+    while waiting:
+        one = waiting.pop()
+        held = (
+            [one.__closure__, one.__defaults__]
+            if isinstance(one, types.FunctionType)
+            else gc.get_referents(one)
+        )
+        for part in held:
+            if id(part) not in seen and not isinstance(part, type | types.ModuleType):
+                seen[id(part)] = part
+                waiting.append(part)
+    return list(seen.values())
+
+
+def secrets_held(thing):
+    """Return the secret keys that an object holds, as bytes."""
+    return [part for part in reachable(thing) if isinstance(part, bytes | bytearray) and secret_rows(part)]
+
+
+def shown(thing):
+    """Return how each object of fheconv that an object holds shows itself."""
+    mine = (part for part in reachable(thing) if type(part).__module__.partition(".")[0] == "fheconv")
+    return "".join(map(repr, mine))
 
 
 def parts_of(path):
