@@ -42,6 +42,11 @@ class Lookup:
         """The width of what enters the lookup, after rounding."""
         return self.bits - self.dropped_bits
 
+    def window(self, channel: int) -> tuple[int, int]:
+        """Return the least and the greatest accumulator of a channel that the table holds."""
+        start = int(self.minimum[channel])
+        return start, start + 2**self.bits - 1
+
     @property
     def center(self) -> int:
         """The activation from which entries are counted in the circuit, in the middle of the range."""

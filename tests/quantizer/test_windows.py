@@ -164,3 +164,42 @@ def test_a_width_that_is_too_narrow_for_what_is_reached_is_refused(method):
     name = refused.value.layer
     network = quantize(module, images, accumulator_bits={name: bits}, method=method, **options)
     assert {layer.name: layer for layer in network.layers}[name].lookup.bits == bits <= LOOKUP_LIMIT
+
+
+def test_reports_tell_of_windows_that_images_can_leave_and_can_demand_proofs():
+    network = quantized(0, **ROUNDED)
+    report = network.budget()
+    assert not report.proved
+    assert "hold what calibration reaches" in str(report)
+    with pytest.raises(fheconv.AccumulatorOverflowError, match='overflow="proved"') as refused:
+        report.require(proved=True)
+    assert refused.value.layer in [layer.name for layer in report.layers]
+    assert report.require() is report
+    proved = quantized(0).budget()
+    assert proved.require(proved=True) is proved
+    for layer, own in zip(network.layers, report.layers, strict=True):
+        if (table := getattr(layer, "lookup", None)) is not None:
+            for channel in own.channels:
+                start, end = channel.window
+                assert end - start == 2**table.bits - 1
+                assert channel.gain == np.broadcast_to(layer.gain, layer.shape)[channel.channel].flat[0]
+                assert channel.minimum <= channel.observed[0] <= channel.observed[1] <= channel.maximum
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_leaves_windows_is_counted(seed):
+    network = quantized(seed, **ROUNDED)
+    _, images = random_net(seed)
+    names = [layer.name for _, layer in looked_up(network)]
+    assert sorted(network.outside(images)) == sorted(names)
+    assert all(share < 0.02 for share in network.outside(images).values())
+    assert quantized(seed).outside(images) == {}
+
+
+def test_one_of_four_values_inside_is_counted():
+    module = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1))
+    nn.init.constant_(module[0].weight, 1.0)
+    images = np.linspace(0, 0.2, 8).reshape(-1, 1, 1, 1)
+    network = quantize(module, images, input_range=(0, 1), input_bits=8, overflow="defined", margin=0.0)
+    (share,) = network.outside(np.array([0.1, 0.5, 0.9, 1.0]).reshape(-1, 1, 1, 1)).values()
+    assert share == 0.75
