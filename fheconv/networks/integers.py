@@ -248,6 +248,18 @@ class IntegerNetwork:
         y = self.accumulate(q)
         return y if batched else y[0]
 
+    def outside(self, x: ArrayLike) -> dict[str, float]:
+        """Return the share of accumulators outside their window, for float images, by the names of layers.
+
+        Only layers whose windows images can leave are named. Raises `InputRangeError` like `quantize_input`.
+        """
+        tensors, shares = self.tensors(self.quantize_input(x)[0]), {}
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer) and (table := layer.lookup) and not table.proved:
+                offset = layer.accumulate(tensors) - along_channels(table.minimum, len(layer.shape))
+                shares[layer.name] = float(((offset < 0) | (offset >= 2**table.bits)).mean())
+        return shares
+
     def __call__(self, x: ArrayLike) -> Array:
         """Return the float results for float images, computed in exact integers."""
         q, batched = self.quantize_input(x)
