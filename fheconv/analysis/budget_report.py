@@ -247,8 +247,8 @@ class BudgetReport(Report):
                 yield (
                     f"{layer.name}: windows of {layer.accumulator_bits} bits hold what calibration reaches; "
                     f"the worst image needs {layer.offset_bits}. Up to {layer.risk:.1%} of images like those "
-                    "of calibration reach further. Outside a window, in the circuit as in clear, the table is "
-                    "mirrored: a little outside activations are right, far outside they are not."
+                    "of calibration reach further. Outside a window, in the circuit as in clear, the table "
+                    "is mirrored: a little outside activations are right, far outside they are not."
                 )
             over = self.limit is not None and layer.accumulator_bits > self.limit
             if self.limit is not None and layer.channels and (over or len(self.layers) == 1):
