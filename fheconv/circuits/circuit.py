@@ -158,7 +158,6 @@ class FheCircuit(KeyOwner):
         specs, mlir = self._one.request("export")
         return Exported(
             interface=self._one.interface,
-            fingerprint=self._one.fingerprint,
             specs=specs,
             mlir=mlir,
             cost=self._cost(),

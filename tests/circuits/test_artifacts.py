@@ -1,7 +1,6 @@
 """Saved circuits: both sides from files, what is in the files, and files that are no good."""
 
 import copy
-import hashlib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ import fheconv
 from fheconv.circuits.files import archive as artifacts
 from fheconv.circuits.keys import EVALUATION, StoredKeys
 from fheconv.circuits.native.worker import Worker, worker
-from tests.support.files import parts_of, secret_rows, secrets_held, shown, zipped
+from tests.support.files import parts_of, sealed, secret_rows, secrets_held, shown, zipped
 from tests.support.nets import integer_images, quantized
 
 P_ERROR = 1e-4
@@ -244,7 +243,7 @@ def test_the_same_circuit_is_saved_as_the_same_bytes(circuit, folder, tmp_path):
         (lambda p: {**p, "../../escaped": b"x"}, "escaped"),
         (lambda p: {**p, "/etc/passwd": b"x"}, "belong"),
         (lambda p: {name: part for name, part in p.items() if name != "circuit.mlir"}, "belong"),
-        (lambda p: changed(p, "manifest.json", format=2), "format 2, and this fheconv reads format 1"),
+        (lambda p: changed(p, "manifest.json", format=3), "format 3, and this fheconv reads formats 1 and 2"),
         (lambda p: changed(p, "manifest.json", format="1"), "names no format"),
         (lambda p: changed(p, "manifest.json", concrete="2.9.0"), "concrete-python 2.9.0"),
         (lambda p: changed(p, "manifest.json", fingerprint="0" * 64), "altered: its contents have"),
@@ -267,12 +266,6 @@ def test_files_of_others_are_refused_and_say_why(change, words, parts, tmp_path)
     with pytest.raises(fheconv.ArtifactError, match=words):
         load(zipped(change(parts)), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["server.zip"]
-
-
-def sealed(parts):
-    """With a fingerprint that fits whatever is in them."""
-    found = hashlib.sha256(parts["specs.json"] + parts["circuit.mlir"]).hexdigest()
-    return changed(parts, "manifest.json", fingerprint=found)
 
 
 @pytest.mark.parametrize("mlir", [b"", b"no program", b"module { }", b"\x00" * 99], ids=str)

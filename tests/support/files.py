@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 
 from fheconv.circuits.files.archive import DIGESTS
+from fheconv.circuits.files.identity import Identity, digest
 
 
 def secret_rows(data):
@@ -62,14 +63,27 @@ def parts_of(path):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def zipped(parts, *, digests=True):
+def sealed(parts):
+    """The parts with a manifest whose fingerprint fits whatever is in them."""
+    manifest = json.loads(parts["manifest.json"])
+    program = parts.get("circuit.mlir")
+    identity = Identity(
+        parameters=digest(parts["specs.json"]),
+        program=manifest["identity"]["program"] if program is None else digest(program),
+        interface=digest(parts["interface.json"]),
+    )
+    manifest.update(identity=vars(identity), fingerprint=identity.fingerprint)
+    return {**parts, "manifest.json": json.dumps(manifest).encode()}
+
+
+def zipped(parts, *, digests=True, method=zipfile.ZIP_DEFLATED):
     """A zip of the parts, with digests that fit unless told otherwise."""
     buffer = io.BytesIO()
     if digests:
         rest = {name: part for name, part in parts.items() if name != DIGESTS}
         fitting = {name: hashlib.sha256(part).hexdigest() for name, part in rest.items()}
         parts = {**parts, DIGESTS: json.dumps(fitting).encode()}
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, part in parts.items():
             archive.writestr(name, part)
     return buffer.getvalue()
