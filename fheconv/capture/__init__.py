@@ -3,7 +3,9 @@
 model: the entry: a model or a single convolution.
 exported: from torch.export's graph to a network.
 calls: one call of an operator, with its arguments.
+probing: whatever torch can show to be linear, as a sparse matrix.
 graph: tensors between calls, and the layers they become.
+merging: layers in a row with no activation between them.
 elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
-from fheconv.capture.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
+from fheconv.capture.graph import Affine, Graph, Pending, Unsupported, Value
 from fheconv.networks.expression import Expression, X
-from fheconv.networks.linear import Select, pointwise
+from fheconv.networks.linear import Select
 
 # The examples with which the graph is made: two, so that what mixes images shows.
 BATCH = 2
@@ -184,22 +184,3 @@ def with_constant(call: Call, operation: str, value: Value, values: Array, read_
         with np.errstate(divide="ignore", invalid="ignore"):  # capture judges what is not finite
             made = call.graph.scale(affine, 1 / full if operation == "div" else full, call.name)
     return replace(made, origin=None if operand is None else (affine, function))
-
-
-def by_matrix(call: Call, value: Affine, target: Callable[[torch.Tensor], torch.Tensor]) -> Affine:
-    """Apply a linear operator that does the same to each channel, whatever it is, as a matrix.
-
-    Raises `Unsupported` if that is too large.
-    """
-    channels, size = value.shape[0], math.prod(value.shape[1:])
-    if size * math.prod(call.shape[1:]) > DENSE_LIMIT:
-        raise Unsupported(
-            f"its windows differ, and the matrix of {size:,} × {math.prod(call.shape[1:]):,} that does it "
-            f"has more than {DENSE_LIMIT:,} weights; the nearest that is supported: windows of one size, "
-            "ceil_mode=False and count_include_pad=True"
-        )
-    basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, *value.shape[1:])
-    matrix = target(basis).reshape(size, -1).numpy().T
-    value = move(call, value, lambda t: t.reshape(BATCH, channels, size).transpose(1, 2))
-    value = call.graph.linear(value, pointwise(matrix, 1), call.name)
-    return move(call, value, lambda t: t.transpose(1, 2).reshape(BATCH, *call.shape))

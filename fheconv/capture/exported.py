@@ -15,6 +15,7 @@ from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, nearest
+from fheconv.capture.probing import linear
 from fheconv.networks.floats import Network
 
 
@@ -172,9 +173,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
                     f"the {value.last.operator} before it can only be the last operation, which the client "
                     "computes in clear; the nearest that is supported: an activation"
                 )
-        if operation not in HANDLERS:
-            raise Unsupported(nearest(operation))
-        return HANDLERS[operation](call, *arguments, **options)
+        return _handled(call, arguments, options)
     except Unsupported as error:
         reason = str(error)
         cause: Exception = error
@@ -183,6 +182,25 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         cause = error
     layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
+
+
+def _handled(call: Call, arguments: Any, options: Any) -> Any:
+    """Return what a handler makes of a call, or what is left: whatever torch shows to be linear."""
+    if call.operation not in HANDLERS:
+        made = linear(call, arguments, options)
+        if made is None:
+            raise Unsupported(nearest(call.operation))
+        return made
+    try:
+        return HANDLERS[call.operation](call, *arguments, **options)
+    except Exception as error:
+        try:
+            made = linear(call, arguments, options)
+        except Unsupported:
+            made = None
+        if made is None:
+            raise error from None
+        return made
 
 
 def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:

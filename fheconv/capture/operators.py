@@ -18,7 +18,6 @@ from fheconv.capture.calls import (
     BATCH,
     Call,
     array,
-    by_matrix,
     constant,
     gathered,
     move,
@@ -116,10 +115,6 @@ def _batch_norm_of_constants(
     return (_batch_norm(call, x, weight, bias, mean, variance, False, momentum, eps),)
 
 
-def _by_matrix(call: Call, x: Value, *arguments: Any) -> Value:
-    return by_matrix(call, call.graph.affine(x), lambda t: call.target(t, *arguments))
-
-
 # What moves values about.
 
 
@@ -206,7 +201,6 @@ _MOVES = (
     "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
     "view",
 )  # fmt: skip
-_BY_MATRIX = ("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d")
 _SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
 
 
@@ -218,7 +212,6 @@ def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise.apply),
     **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(_BY_MATRIX, _by_matrix),
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(("to", "to_copy", "type_as"), _to),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
