@@ -23,7 +23,8 @@ BATCH = 2
 class Call:
     """What the handlers of operators need besides the arguments.
 
-    `read_once` says that nothing else reads the encrypted arguments.
+    `read_once` says that nothing else reads the encrypted arguments; `real` that these, and the result, are
+    one tensor of floats each.
     """
 
     graph: Graph
@@ -31,6 +32,7 @@ class Call:
     name: str
     operation: str
     read_once: bool
+    real: bool
 
     @property
     def target(self) -> Callable[..., Any]:

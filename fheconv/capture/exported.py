@@ -14,8 +14,9 @@ from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
-from fheconv.capture.operators import HANDLERS, nearest
+from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.probing import linear
+from fheconv.capture.tracing import traceable
 from fheconv.networks.floats import Network
 
 
@@ -37,7 +38,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
     training = [part for part in module.modules() if part.training]
     try:
         module.eval()
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
             module(example)  # says more clearly than export what is wrong with the shape
             # Without decompositions, but free of mutation: a value changed through a view shows as such.
@@ -161,11 +162,16 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         name=name,
         operation=operation,
         read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
+        real=all(
+            _is_float(n) for n in (node, *(n for n in node.all_input_nodes if isinstance(values[n], Value)))
+        ),
     )
     try:
         if node.target is operator.getitem:
             return _item(*arguments)
         if not encrypted:
+            if _draws(node) and not ("dropout" in operation and not arguments[2]):
+                raise Unsupported(RANDOM)
             return call.target(*arguments, **options)
         for value in encrypted:
             if isinstance(value, Final):
@@ -184,9 +190,21 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
 
 
+def _draws(node: Node) -> bool:
+    """Whether an operator draws at random."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_float(node: Node) -> bool:
+    example = node.meta.get("val")
+    return isinstance(example, torch.Tensor) and example.is_floating_point()
+
+
 def _handled(call: Call, arguments: Any, options: Any) -> Any:
     """Return what a handler makes of a call, or what is left: whatever torch shows to be linear."""
     if call.operation not in HANDLERS:
+        if _draws(call.node) and call.operation not in NEAREST:
+            raise Unsupported(RANDOM)
         made = linear(call, arguments, options)
         if made is None:
             raise Unsupported(nearest(call.operation))

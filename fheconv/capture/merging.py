@@ -1,10 +1,10 @@
 """Merges layers in a row with no activation between them, or says where to cut them apart with a lookup.
 
-A term of a layer quantizes the weights of one convolution: two roundings in a row would add their widths up in
-one accumulator. So what has several becomes one convolution, several that add up, or a dense matrix, whichever
-has the fewest multiplications; none of them takes a lookup. Only where the product is so much larger than its
-factors that lookups between them are cheaper, or is too large at all, is it cut: the values in between are
-looked up, as those before any activation are.
+A term of a layer quantizes the weights of one convolution: after two roundings in a row, the widths of both
+would add up in one accumulator. So several become one convolution, several that add up, or a dense matrix,
+whichever has the fewest multiplications. None of these takes a lookup. If the product is so much larger than
+its factors that lookups between them are cheaper, or is too large at all, it is cut: the values in between
+are looked up, like those of an activation.
 """
 
 import math
@@ -19,7 +19,7 @@ from fheconv.networks.composition import composed
 from fheconv.networks.linear import Kernel, Select, Term, is_pooling
 from fheconv.networks.matrices import TERM_COST, chains, matrix_of
 
-# One lookup of five bits takes as long as so many multiplications of a ciphertext with a weight: 5 ms, 1.2 µs.
+# A lookup of five bits, 5 ms, takes as long as so many multiplications with a weight, 1.2 µs each.
 LOOKUP_COST = 4000
 
 
@@ -42,8 +42,7 @@ def merged(terms: Sequence[Term], shape: Shape) -> list[Term] | None:
             return None
         source, output = rest[0].source, rest[0].shapes(shape)[-1]
         found += [
-            Term(source=source, steps=steps, factor=factor)
-            for steps, factor in chains(matrix, shape, output)
+            Term(source=source, steps=steps, factor=factor) for steps, factor in chains(matrix, shape, output)
         ]
     if not found:  # no output reads anything
         nothing = Select(index=frozen(np.full(terms[0].shapes(shape)[-1], OUTSIDE)))
@@ -53,7 +52,7 @@ def merged(terms: Sequence[Term], shape: Shape) -> list[Term] | None:
 
 
 def cheapest_cut(term: Term, shape: Shape) -> tuple[int, int]:
-    """Return after how many steps lookups of a term's values are fewest, and what the term costs with them."""
+    """Return after how many steps the fewest lookups cut a term, and what it costs then."""
     first, *_, last = term.inexact()
     shapes = term.shapes(shape)
     # Nothing is gained between a convolution and the pooling that follows it.

@@ -152,6 +152,8 @@ def _constant_pad(call: Call, x: Value, pads: Any, value: float = 0) -> Value:
 
 
 def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor:
+    if call.operation == "empty_like":
+        return torch.zeros(BATCH, *x.shape)
     made: torch.Tensor = call.target(torch.zeros(BATCH, *x.shape), *arguments, **options)
     return made
 
@@ -176,7 +178,7 @@ def _to(call: Call, x: Value, *_: Any, **__: Any) -> Value:
 
 def _dropout(call: Call, x: Value, p: float = 0.5, train: bool = False) -> Value:
     if train:
-        raise Unsupported("it drops at random; call model.eval()")
+        raise Unsupported(RANDOM)
     return x
 
 
@@ -224,7 +226,9 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("matmul", "mm"), _matmul),
     **dict.fromkeys(("cat", "stack"), _cat),
     **dict.fromkeys(("copy", "select_scatter", "slice_scatter"), _gather),
-    **dict.fromkeys(("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like),
+    **dict.fromkeys(
+        ("empty_like", "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like
+    ),
     **_each("conv", _convolution),
     **_each("conv_transpose", _conv_transpose),
     **_each("avg_pool", poolings.avg_pool),
@@ -250,7 +254,11 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "rrelu": elementwise.rrelu,
     "where": elementwise.where,
 }
-_NEAREST = {
+RANDOM = (
+    "it draws at random, so that no two runs would agree; call model.eval(), and where dropout is a function "
+    "pass training=self.training"
+)
+NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
     "bmm": "a Linear or convolution with constant weights",
     "cumsum": "a Linear layer with the weights 1",
@@ -278,7 +286,7 @@ _NEAREST = {
 def nearest(operation: str) -> str:
     """Say what comes closest to an operator that is not supported."""
     plain_name = operation.removeprefix("native_")
-    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
+    close = NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
     return (
         "it is neither linear nor a function of one variable that is known here; the nearest that is "
         "supported: " + (close or "convolutions, linear layers, poolings, and functions of one variable")

@@ -1,9 +1,9 @@
 """Turns a sparse matrix, whatever linear operator it is of, into linear steps with few weights.
 
-Each output is a weighted sum of a window of inputs: those with an entry in its column. Windows are gathered by
-a selection, weighed by a convolution of one tap, and put in place by another selection. Outputs whose windows
-have the same weights share them. If all weights of a window are equal, the window is a pooling, with no
-weights to quantize.
+Each output is a weighted sum of a window of inputs: those with an entry in its column. A selection gathers
+the windows, a convolution of one tap weighs them, and another selection puts the sums in place. Outputs whose
+windows have the same weights share them. If all weights of a window are equal, the window is a pooling, with
+no weights to quantize.
 """
 
 import math
@@ -23,7 +23,7 @@ from fheconv.networks.linear import Kernel, Select, Step, Term, pointwise
 MOST_ENTRIES = 2**24
 # What one more term costs, in multiplications: the selections around it.
 TERM_COST = 2000
-# Weights are the same if they differ by less than this share of the greatest: sums differ in their last bits.
+# Weights are the same if they differ by less than about this share: sums differ in their last bits.
 _SAME = 2.0**-40
 
 # Steps, and the factor by which what they give is multiplied.
@@ -43,9 +43,7 @@ class _Windows:
 
     def part(self, rows: Array) -> "_Windows":
         """Return some of the positions."""
-        return _Windows(
-            positions=self.positions[rows], inputs=self.inputs[rows], weights=self.weights[rows]
-        )
+        return _Windows(positions=self.positions[rows], inputs=self.inputs[rows], weights=self.weights[rows])
 
 
 def matrix_of(terms: Sequence[Term], shape: Shape) -> scipy.sparse.csr_array | None:
@@ -86,8 +84,7 @@ def chains(matrix: scipy.sparse.csr_array, shape: Shape, output: Shape) -> list[
     if channels == filters and channels > 1:
         first = scipy.sparse.csr_array(matrix[:inner, :positions])
         every = scipy.sparse.kron(scipy.sparse.eye_array(channels), first, format="csr")
-        rest = abs(matrix - every)
-        if rest.nnz == 0 or rest.max() <= _SAME * abs(matrix).max():
+        if (abs(matrix - every) - _SAME * abs(every)).max() <= 0:
             return channelwise(first, shape, output)
     groups = _groups(matrix, channels, filters, inner, positions)
     windows = list(_windows(matrix, groups, filters, positions))
@@ -156,9 +153,7 @@ def _groups(matrix: scipy.sparse.csr_array, channels: int, filters: int, inner: 
     )
 
 
-def _windows(
-    matrix: scipy.sparse.csr_array, groups: int, filters: int, positions: int
-) -> Iterator[_Windows]:
+def _windows(matrix: scipy.sparse.csr_array, groups: int, filters: int, positions: int) -> Iterator[_Windows]:
     """Yield the windows of all output positions that read something, those of about one size together."""
     entries = matrix.tocoo()
     rows, columns = (axis.astype(np.int64) for axis in entries.coords)
@@ -166,7 +161,7 @@ def _windows(
     window = position * groups + filter_ * groups // filters
     # The place of each entry's input among those that its window reads.
     pairs, inverse = np.unique(window * matrix.shape[0] + rows, return_inverse=True)
-    owner, source = np.divmod(pairs, matrix.shape[0])
+    owner = pairs // matrix.shape[0]
     counts = np.bincount(owner, minlength=positions * groups)
     slot = (np.arange(len(pairs)) - (np.cumsum(counts) - counts)[owner])[inverse.ravel()]
     most = counts.reshape(positions, groups).max(axis=1)
@@ -187,11 +182,9 @@ def _windows(
 def _classes(windows: _Windows) -> list[_Windows]:
     """Return the windows in parts that have the same weights."""
     flat = windows.weights.reshape(len(windows.positions), -1)
-    unit = np.abs(flat).max() * _SAME
-    _, first, member = np.unique(
-        np.rint(flat / unit).astype(np.int64), axis=0, return_index=True, return_inverse=True
-    )
-    del first
+    mantissa, exponent = np.frexp(flat)
+    rounded = np.ldexp(np.rint(mantissa / _SAME) * _SAME, exponent)
+    _, member = np.unique(rounded, axis=0, return_inverse=True)
     order = np.argsort(member.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(member.ravel()))[:-1]
     parts = [windows.part(rows) for rows in np.split(order, ends)]
