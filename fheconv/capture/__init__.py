@@ -4,6 +4,7 @@ model: the entry: a model or a single convolution.
 tracing: modules as torch.export takes them.
 exported: from torch.export's graph to a network.
 calls: one call of an operator, with its arguments.
+folding: tensors whose first axis is not the batch.
 probing: whatever torch can show to be linear.
 proof: that a function is affine.
 jacobian: the sparse matrix of a linear function.

@@ -24,7 +24,7 @@ class Call:
     """What the handlers of operators need besides the arguments.
 
     `read_once` says that nothing else reads the encrypted arguments; `real` that these, and the result, are
-    one tensor of floats each.
+    one tensor of floats each. `given` is the shape of the result where that of torch is another.
     """
 
     graph: Graph
@@ -33,6 +33,7 @@ class Call:
     operation: str
     read_once: bool
     real: bool
+    given: Shape | None = None
 
     @property
     def target(self) -> Callable[..., Any]:
@@ -43,6 +44,8 @@ class Call:
     @property
     def shape(self) -> Shape:
         """The shape of the (first) result without the batch axis. Raises `Unsupported` if it has none."""
+        if self.given is not None:
+            return self.given
         example = self.node.meta["val"]
         return image_shape((example if isinstance(example, torch.Tensor) else example[0]).shape)
 

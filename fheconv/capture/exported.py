@@ -2,7 +2,6 @@
 
 import operator
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch.fx import Node
 from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.capture.calls import BATCH, Call
+from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
-from fheconv.capture.probing import linear
+from fheconv.capture.probing import leaves, linear
 from fheconv.capture.tracing import traceable
 from fheconv.networks.floats import Network
 
@@ -103,6 +103,11 @@ def network_of(program: Any, input_shape: Shape) -> Network:
             values[node] = _result(graph, node, values)
     results = _results(program)
     result = values.get(results[0]) if len(results) == 1 else None
+    if isinstance(result, Folded):
+        raise UnsupportedLayerError(
+            f"The model's output of shape {result.shape} cannot be compiled: {MIXES}. Return a batch of "
+            "results."
+        )
     if not isinstance(result, Value | Final):
         raise UnsupportedLayerError(
             f"The model returns {_count(results)}; a circuit has one result, which depends on the image. "
@@ -154,7 +159,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     """Return the value of an operator's node, or what torch computes of constants."""
     operation = _operation(node)
     arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    encrypted = [leaf for leaf in _leaves((arguments, options)) if isinstance(leaf, Value | Final)]
+    encrypted = [leaf for leaf in leaves((arguments, options)) if isinstance(leaf, Value | Final | Folded)]
     name, kind = _where(node)
     call = Call(
         graph=graph,
@@ -163,7 +168,8 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         operation=operation,
         read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
         real=all(
-            _is_float(n) for n in (node, *(n for n in node.all_input_nodes if isinstance(values[n], Value)))
+            _is_float(n)
+            for n in (node, *(n for n in node.all_input_nodes if isinstance(values[n], Value | Folded)))
         ),
     )
     try:
@@ -179,6 +185,8 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
                     f"the {value.last.operator} before it can only be the last operation, which the client "
                     "computes in clear; the nearest that is supported: an activation"
                 )
+        if folds(call, (arguments, options)):
+            return followed(call, arguments, options)
         return _handled(call, arguments, options)
     except Unsupported as error:
         reason = str(error)
@@ -232,9 +240,9 @@ def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
 
 def _functions(value: Any) -> set[Any]:
     """Return what identifies the activations and maxima of a node's values."""
-    leaves = list(_leaves(value))
-    pending = {(id(leaf.base), id(leaf.function)) for leaf in leaves if isinstance(leaf, Pending)}
-    return pending | {id(leaf) for leaf in leaves if isinstance(leaf, Pooled)}
+    parts = [v for leaf in leaves(value) for v in (leaf.values if isinstance(leaf, Folded) else (leaf,))]
+    pending = {(id(part.base), id(part.function)) for part in parts if isinstance(part, Pending)}
+    return pending | {id(part) for part in parts if isinstance(part, Pooled)}
 
 
 def _item(several: Any, number: Any) -> Any:
@@ -255,13 +263,3 @@ def _where(node: Node) -> tuple[str, str]:
         return node.name, ""
     path, kind = stack[-1]
     return path.partition("@")[0], getattr(kind, "__name__", str(kind)).rpartition(".")[2]
-
-
-def _leaves(arguments: Any) -> Iterator[Any]:
-    if isinstance(arguments, dict):
-        arguments = arguments.values()
-    elif not isinstance(arguments, list | tuple):
-        yield arguments
-        return
-    for part in arguments:
-        yield from _leaves(part)

@@ -9,7 +9,7 @@ import scipy.sparse
 from fheconv.basics.arrays import Array
 from fheconv.capture.calls import BATCH
 from fheconv.capture.graph import Unsupported
-from fheconv.networks.matrices import MOST_ENTRIES
+from fheconv.networks.composition import MOST_ENTRIES
 
 # A linear function of rows (n, inputs), which gives rows (n, outputs).
 Rows: TypeAlias = Callable[[Array], Array]

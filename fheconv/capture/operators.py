@@ -152,10 +152,8 @@ def _constant_pad(call: Call, x: Value, pads: Any, value: float = 0) -> Value:
 
 
 def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor:
-    if call.operation == "empty_like":
-        return torch.zeros(BATCH, *x.shape)
     made: torch.Tensor = call.target(torch.zeros(BATCH, *x.shape), *arguments, **options)
-    return made
+    return made.zero_() if "empty" in call.operation else made
 
 
 # What changes no value, and what only the client can compute.
@@ -194,7 +192,7 @@ def _argmax(call: Call, x: Value, dim: int | None = None, keepdim: bool = False)
     return Final(call.graph.pending(x), Expression("argmax", (X,), (("axis", axis), ("keepdims", keepdim))))
 
 
-_MOVES = (
+MOVES = (
     "broadcast_to", "channel_shuffle", "chunk", "diagonal", "expand", "flatten", "flip", "im2col", "index",
     "index_select", "movedim", "narrow", "native_channel_shuffle", "permute", "pixel_shuffle",
     "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split",
@@ -203,7 +201,7 @@ _MOVES = (
     "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
     "view",
 )  # fmt: skip
-_SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
+SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
 
 
 def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -213,8 +211,8 @@ def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise.apply),
-    **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(MOVES, _move),
+    **dict.fromkeys(SAME, _same),
     **dict.fromkeys(("to", "to_copy", "type_as"), _to),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
     **dict.fromkeys(("add", "sub", "rsub"), elementwise.add),
@@ -227,7 +225,17 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("cat", "stack"), _cat),
     **dict.fromkeys(("copy", "select_scatter", "slice_scatter"), _gather),
     **dict.fromkeys(
-        ("empty_like", "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like
+        (
+            "empty_like",
+            "full_like",
+            "ones_like",
+            "zeros_like",
+            "new_empty",
+            "new_full",
+            "new_ones",
+            "new_zeros",
+        ),
+        _like,
     ),
     **_each("conv", _convolution),
     **_each("conv_transpose", _conv_transpose),
@@ -261,7 +269,6 @@ RANDOM = (
 NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
     "bmm": "a Linear or convolution with constant weights",
-    "cumsum": "a Linear layer with the weights 1",
     "embedding": "one-hot images and a Linear layer",
     "grid_sampler": "a convolution with constant weights",
     "group_norm": "BatchNorm, whose statistics are constants",

@@ -29,12 +29,12 @@ def linear(call: Call, arguments: Any, options: Any) -> Affine | None:
     None if it is not shown to be. Raises `Unsupported` if it mixes the images of a batch or its matrix has
     more than `MOST_ENTRIES` entries.
     """
-    values = [leaf for leaf in _leaves((arguments, options)) if isinstance(leaf, Value)]
+    values = [leaf for leaf in leaves((arguments, options)) if isinstance(leaf, Value)]
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         own = iter(tensors)
-        filled, named = _filled((arguments, options), lambda leaf: _double(leaf, own))
-        result: torch.Tensor = call.target(*filled, **named)
+        positional, named = filled((arguments, options), lambda leaf: _double(leaf, own))
+        result: torch.Tensor = call.target(*positional, **named)
         return result
 
     return of_function(call, function, values)
@@ -181,19 +181,21 @@ def _double(leaf: Any, own: Iterator[torch.Tensor]) -> Any:
     return leaf
 
 
-def _filled(arguments: Any, fill: Callable[[Any], Any]) -> Any:
+def filled(arguments: Any, fill: Callable[[Any], Any]) -> Any:
+    """Return arguments of an operator with each of their leaves replaced."""
     if isinstance(arguments, dict):
-        return {key: _filled(part, fill) for key, part in arguments.items()}
+        return {key: filled(part, fill) for key, part in arguments.items()}
     if isinstance(arguments, list | tuple):
-        return type(arguments)(_filled(part, fill) for part in arguments)
+        return type(arguments)(filled(part, fill) for part in arguments)
     return fill(arguments)
 
 
-def _leaves(arguments: Any) -> Iterator[Any]:
+def leaves(arguments: Any) -> Iterator[Any]:
+    """Yield what is in lists and dictionaries of arguments of an operator."""
     if isinstance(arguments, dict):
         arguments = arguments.values()
     elif not isinstance(arguments, list | tuple):
         yield arguments
         return
     for part in arguments:
-        yield from _leaves(part)
+        yield from leaves(part)

@@ -42,7 +42,10 @@ _GRADIENTS = {
 
 
 def is_affine(function: Function, examples: Sequence[torch.Tensor]) -> bool:
-    """Whether torch's derivative of a function reads none of its arguments, and the function has no steps."""
+    """Whether torch's derivative of a function reads none of its arguments, and the function has no steps.
+
+    Nor does it draw at random.
+    """
 
     def derivative(weights: torch.Tensor, *tensors: torch.Tensor) -> Any:
         # Backwards, as in training: some operators have no other derivative, or crash for constants.
@@ -57,6 +60,8 @@ def is_affine(function: Function, examples: Sequence[torch.Tensor]) -> bool:
     read = _depends(slopes, _inputs(slopes)[1:])
     (output,) = slopes.find_nodes(op="output")
     if any(node in read for node in output.all_input_nodes):
+        return False
+    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in values.nodes):
         return False
     # Floats all the way: comparisons, truth values and whole numbers are steps.
     for node in _depends(values, _inputs(values)):

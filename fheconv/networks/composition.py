@@ -22,6 +22,8 @@ from fheconv.networks.linear import Kernel, Select, Step, Term, blocks
 _HOLE = np.iinfo(np.int64).min
 # More classes than this cost more than they save: each is a convolution of its own in the circuit.
 MOST_CLASSES = 64
+# The weights that a product may have, and the entries of a matrix on its way to become steps: 200 megabytes.
+MOST_ENTRIES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +46,7 @@ def composed(term: Term, shape: Shape) -> list[Term] | None:
     """Return terms that add up to a term and quantize one convolution each, for a source of `shape`.
 
     Only convolutions that follow one another directly are merged. None if others are left, or if there are
-    more than `MOST_CLASSES` classes.
+    more than `MOST_CLASSES` classes, or more than `MOST_ENTRIES` weights.
     """
     first, *_ = term.inexact()
     last = term.inexact()[-1]
@@ -55,6 +57,8 @@ def composed(term: Term, shape: Shape) -> list[Term] | None:
     pieces: list[tuple[Kernel, Select | None]] = [(run[-1], None)]
     for at in reversed(range(len(run) - 1)):
         merged: list[tuple[Kernel, Select | None]] = []
+        if sum(_size(run[at], second, shapes[at]) for second, _ in pieces) > MOST_ENTRIES:
+            return None
         for second, scatter in pieces:
             for inner, place in merge(run[at], second, shapes[at]):
                 merged.append((inner, _then(place, scatter)))
@@ -90,12 +94,8 @@ def merge(first: Kernel, second: Kernel, shape: Shape) -> Iterator[tuple[Kernel,
         >>> kernel.weight, place
         (array([[[1., 2., 3., 2., 1.]]]), None)
     """
-    middle = first.output_shape(shape)
-    output = second.output_shape(middle)
-    axes = [
-        _classes(first.geometry, second.geometry, axis, shape[1 + axis], middle[1 + axis], output[1 + axis])
-        for axis in range(len(shape) - 1)
-    ]
+    output = second.output_shape(first.output_shape(shape))
+    axes = _axes(first, second, shape)
     for classes in product(*axes):
         kernel = _kernel(first, second, classes, shape)
         counts = [len(one.outputs) for one in classes]
@@ -106,6 +106,23 @@ def merge(first: Kernel, second: Kernel, shape: Shape) -> Iterator[tuple[Kernel,
         where = np.ix_(np.arange(output[0]), *(one.outputs for one in classes))
         index[where] = np.arange(output[0] * math.prod(counts)).reshape(output[0], *counts)
         yield kernel, Select(index=frozen(index))
+
+
+def _axes(first: Kernel, second: Kernel, shape: Shape) -> list[list[_Class]]:
+    """Return the classes of each axis."""
+    middle = first.output_shape(shape)
+    output = second.output_shape(middle)
+    return [
+        _classes(first.geometry, second.geometry, axis, shape[1 + axis], middle[1 + axis], output[1 + axis])
+        for axis in range(len(shape) - 1)
+    ]
+
+
+def _size(first: Kernel, second: Kernel, shape: Shape) -> int:
+    """Return how many weights the product of two convolutions has, for inputs of `shape`."""
+    groups = math.gcd(first.geometry.groups, second.geometry.groups)
+    windows = (sum(len(one.taps) for one in classes) for classes in _axes(first, second, shape))
+    return len(second.weight) * (shape[0] // groups) * math.prod(windows)
 
 
 def _classes(

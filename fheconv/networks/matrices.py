@@ -16,11 +16,9 @@ import scipy.sparse
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry
 from fheconv.basics.arrays import Array, Shape, frozen
-from fheconv.networks.composition import MOST_CLASSES
+from fheconv.networks.composition import MOST_CLASSES, MOST_ENTRIES
 from fheconv.networks.linear import Kernel, Select, Step, Term, pointwise
 
-# The entries that a matrix, on its way to become steps, may have: 200 megabytes.
-MOST_ENTRIES = 2**24
 # What one more term costs, in multiplications: the selections around it.
 TERM_COST = 2000
 # Weights are the same if they differ by less than about this share: sums differ in their last bits.
