@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedNetwork(IntegerNetwork):
-    """An integer network with what users ask of it. Made by `fheconv.quantize` and `fheconv.finetune`."""
+    """Adds to an integer network what users need: the budget report and a torch module.
+
+    `fheconv.quantize` and `fheconv.finetune` return it.
+
+    Example:
+        >>> network = quantize(np.ones((3, 3), np.int64), np.arange(64).reshape(1, 8, 8))
+        >>> network.accumulator_shape
+        (1, 6, 6)
+    """
 
     def budget(self, accumulator_bits: int | None = None) -> BudgetReport:
-        """Return the proved accumulator widths, held against a limit if one is given.
+        """Return a report of the proved widths, compared with a limit if one is given.
 
-        Raises `InvalidArgumentError` for a limit that is no width.
+        Raises `InvalidArgumentError` for a limit that is not a positive integer.
         """
         return report(self, accumulator_bits)
 
-    def to_torch(self) -> "TrainableNetwork":
-        """Return a torch module that computes the same but for rounding, whose weights can be trained."""
+    def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
+        """Return a torch module that computes the same except for rounding. Its weights can be trained."""
         from fheconv.training.trainable import TrainableNetwork  # imports torch, which takes seconds
 
         return TrainableNetwork(self)
@@ -42,19 +50,25 @@ class QuantizedNetwork(IntegerNetwork):
 def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
-    `module` is a `torch.nn.Module`, what `torch.export.export` returned, a weight array (K, C/groups, *k) or
-    (Hf, Wf), or a `fheconv.Conv`; `calibration` a batch of images (N, C, *S), or one (C, *S) for a single
-    convolution, which fix the image size and the scales. Integer images that fit `input_bits` are taken as
-    they are, with scale 1 and the whole range of the data type; other images are scaled so that their range,
-    and 0, is covered.
+    `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
+    (Hf, Wf), or a `fheconv.Conv`. `calibration` is a batch of images (N, C, *S), or one image (C, *S) for a
+    single convolution. It fixes the image size and the scales. Integer images that fit `input_bits` stay as
+    they are, with scale 1 and the whole range of the data type. Other images, integers that do not fit among
+    them, are scaled so that the integers cover their range and 0: small differences are lost.
 
-    Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
-    the layer before or after it. Layers are quantized in order, each on what the quantized ones before it
-    deliver. What is "auto" in `config` is chosen before, on images that are held out.
+    Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
+    are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
+    are "auto" in `config` are chosen first, on held-out images.
 
-    Raises `UnsupportedLayerError` for what cannot be compiled, `CalibrationError` where no scale can be
-    chosen, `AccumulatorOverflowError` where `accumulator_bits` cannot be kept, `InvalidArgumentError` for
-    images that do not go with the model.
+    Example:
+        >>> sobel, image = [[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.arange(64).reshape(1, 8, 8)
+        >>> network = quantize(sobel, image, QuantConfig(input_bits=6))
+        >>> network(image)[0, 0].tolist()
+        [-8.0, -8.0, -8.0, -8.0, -8.0, -8.0]
+
+    Raises `UnsupportedLayerError` for a model that cannot be compiled, `CalibrationError` if no scale can be
+    chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
+    for images that do not fit the model.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):

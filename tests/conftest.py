@@ -1,5 +1,7 @@
 import os
 import sys
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,37 @@ settings.register_profile(
 settings.load_profile("fheconv")
 
 _exit_status = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that are marked slow, unless `--run-slow` asks for them.
+
+    Of the cases of a test that is marked `sampled(n)`, each n-th is quick, and the others are slow.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
+    if config.getoption("--run-slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say that tests were left out, and how to run them."""
+    if not config.getoption("--run-slow"):
+        terminalreporter.write_line("Tests marked slow were left out. Run them with --run-slow.")
 
 
 def pytest_runtest_setup() -> None:

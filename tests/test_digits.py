@@ -68,6 +68,7 @@ def test_only_what_is_read_is_looked_up_and_encrypted(data):
 
 
 @pytest.mark.parametrize(("name", "images", "agree"), [("tinycnn", 20, 19), ("rescnn", 5, 4)])
+@pytest.mark.slow
 def test_encrypted_classes_are_those_in_clear(name, images, agree, data):
     """Rounding is approximate, so that an image between two classes may go either way: these are the first
     images whose two greatest logits differ by more than a twentieth of all logits' range, nine in ten."""
@@ -85,6 +86,7 @@ def test_encrypted_classes_are_those_in_clear(name, images, agree, data):
     assert np.abs(encrypted - logits[chosen]).mean() < 0.1 * np.ptp(logits)
 
 
+@pytest.mark.slow
 def test_lookups_of_five_bits_are_exact_encrypted(data):
     """A small network on real digits, at Concrete's own failure probability of 1 in 100,000 an image."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv.capture.model import single_convolution
 from fheconv.networks.bounds import layer_bounds
-from tests.layers import KINDS, random_module, random_network, unlike_calibration
+from tests.support.layers import KINDS, random_module, random_network, unlike_calibration
 
 SEEDS = st.integers(0, 2**31)
 # Every option is drawn per axis from these many seeds; what runs encrypted takes a second each.
@@ -124,6 +124,7 @@ def test_floats_come_close_to_torchs_with_many_bits(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", COMPILED)
+@pytest.mark.sampled(3)
 def test_concrete_assigns_at_least_the_proved_width(kind, seed):
     network, _, _ = random_network(seed, kind)
     cost = fheconv.compile(network).cost
@@ -135,6 +136,7 @@ def test_concrete_assigns_at_least_the_proved_width(kind, seed):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ["auto", "conv", "matrix"])
 @pytest.mark.parametrize("seed", ENCRYPTED)
+@pytest.mark.sampled(3)
 def test_encrypted_results_are_the_clear_integers(kind, engine, seed):
     network, _, _ = random_network(seed, kind)
     try:

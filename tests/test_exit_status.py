@@ -22,6 +22,7 @@ def test_that_runs_encrypted_and_fails():
 
 
 @pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.sampled(2)
 def test_a_failing_encrypted_test_fails_pytest(tmp_path, in_process):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_failing.py").write_text(FAILING_TEST.format(in_process=in_process))

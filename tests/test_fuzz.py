@@ -243,6 +243,7 @@ def forged(rng, data):
     return body + hashlib.sha256(body).digest(), whole
 
 
+@pytest.mark.slow
 def test_forged_bytes(circuit, samples):
     """No digest keeps out who computes it anew: the payload's noise is out of reach, a crash is not allowed.
 

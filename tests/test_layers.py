@@ -8,19 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1] / "fheconv"
-# From the ground up. Rooms on one line import nothing of each other. `quantized` is a module, the facade.
-FLOORS = (
-    ("basics",),
-    ("arithmetic",),
-    ("networks",),
-    ("capture", "quantizer", "lowering"),
-    ("analysis", "training"),
-    ("quantized",),
-    ("circuits",),
-    ("tuning", "serving"),
-    ("cli",),
-)
+from tests.support.rooms import FLOORS, PACKAGE
+
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {"__init__", "__main__", "quantized"}
 CONCRETE = {"lowering/dialect.py", "circuits/native/library.py"}
@@ -35,8 +24,8 @@ OPERATORS = {"_batch_norm", "_conv_transpose"}
 def modules() -> dict[str, Path]:
     """Return each module's file by its dotted name."""
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = ("fheconv", *path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ("fheconv", *path.relative_to(PACKAGE).with_suffix("").parts)
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -77,10 +66,10 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
 
 
 def test_the_tree_is_the_rooms():
-    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(FLOOR) - BESIDE
     assert len(folders) <= 12
-    assert {path.stem for path in ROOT.glob("*.py")} == BESIDE
+    assert {path.stem for path in PACKAGE.glob("*.py")} == BESIDE
 
 
 def test_imports_point_down():
@@ -125,12 +114,12 @@ def test_concrete_is_imported_in_two_files():
     for path in modules().values():
         for name in imported(ast.parse(path.read_text()), set()):
             if name.split(".")[0] == "concrete":
-                found.add(str(path.relative_to(ROOT)))
+                found.add(str(path.relative_to(PACKAGE)))
     assert found == CONCRETE
 
 
 def test_each_room_names_its_files():
-    for folder in (path.parent for path in ROOT.rglob("__init__.py") if path.parent != ROOT):
+    for folder in (path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE):
         caption = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
         named = re.findall(r"^(\w+): .", caption, re.MULTILINE)
         inside = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
@@ -138,8 +127,22 @@ def test_each_room_names_its_files():
         assert sorted(named) == sorted(inside), folder
 
 
+def test_no_test_module_imports_another():
+    """What tests share is in tests/support."""
+    root = PACKAGE.parent
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in (root / "tests").rglob("test_*.py")
+    }
+    assert "tests.test_layers" in files
+    found = {name: set(imported(ast.parse(path.read_text()), set(files))) for name, path in files.items()}
+    assert {name: others for name, imports in found.items() if (others := imports & set(files))} == {}
+
+
 def test_no_file_is_long():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    lengths = {
+        str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")
+    }
     assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
 
 

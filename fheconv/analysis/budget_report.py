@@ -20,6 +20,11 @@ class ChannelBudget:
 
     `minimum` and `maximum` are its attainable range, `position` is where the maximum is attained, and
     `observed` is the range on the calibration images. `observed` is None if there were none.
+
+    Example:
+        >>> budget = ChannelBudget(channel=0, minimum=-60, maximum=60, position=(0, 0), observed=None)
+        >>> budget.span, budget.offset_bits, budget.twos_complement_bits
+        (120, 7, 7)
     """
 
     channel: int
@@ -58,6 +63,13 @@ class LayerBudget:
     and `cost_share` the layer's share of what all lookups cost. The circuit computes the last accumulators in
     `planes` planes of `plane_bits` bits each, and the client adds them up. `channels` is empty for maxima,
     whose accumulators are differences of two values.
+
+    Example:
+        >>> import fheconv, numpy as np
+        >>> network = fheconv.quantize([[1, -2, 1]], np.arange(16).reshape(1, 4, 4))
+        >>> layer = network.budget().layers[0]
+        >>> layer.name, layer.taps, layer.offset_bits, layer.proved
+        ('conv', 3, 6, True)
     """
 
     name: str

@@ -10,6 +10,10 @@ one column if the accumulator lies near the middle between two columns. A value 
 back with the opposite sign, as on the torus.
 
 The noise of decryption is left out: it changes an integer only in networks whose lookups have few bits.
+
+Example:
+    >>> round(noise_deviation(0.05), 3)
+    0.255
 """
 
 from dataclasses import replace

@@ -1,6 +1,9 @@
 """Draws budgets, images and filter matrices, with matplotlib (the extra `plots`).
 
 Each function draws into a new figure, or into `ax` if it is given, and returns the axes or the figure.
+
+Example:
+    >>> filter_matrix([[1, 0], [2, 1]]).figure.savefig("matrix.png")
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ formulations: the entry: convolutions, im2col and gradients.
 """
 
 from fheconv.arithmetic.exact import exact_dtypes
-from fheconv.arithmetic.formulations import conv, conv_gradients, conv_transpose, im2col
+from fheconv.arithmetic.formulations import conv, conv_gradients, conv_transpose, im2col, tap_slices
 from fheconv.arithmetic.geometry import (
     OUTSIDE,
     ConvGeometry,
@@ -32,6 +32,7 @@ __all__ = [
     "expand",
     "filter_matrix",
     "im2col",
+    "tap_slices",
     "tap_sources",
     "transposed_weight",
 ]

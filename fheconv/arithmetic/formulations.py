@@ -223,7 +223,7 @@ def _shifts(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
     y = np.zeros((len(x), *output, len(weight)), x.dtype)
     taps = weight.reshape(*weight.shape[:2], -1)
     for number, tap in enumerate(np.ndindex(*geometry.kernel)):
-        shifted = x[(slice(None), *_tap_slices(tap, output, geometry))]
+        shifted = x[(slice(None), *tap_slices(tap, output, geometry.stride, geometry.dilation))]
         for group in range(geometry.groups):
             ins = slice(group * per_group, (group + 1) * per_group)
             outs = slice(group * filters, (group + 1) * filters)
@@ -305,9 +305,11 @@ def _flat(x: Array) -> Array:
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def _tap_slices(tap: Sequence[int], output: Sequence[int], geometry: ConvGeometry) -> tuple[slice, ...]:
+def tap_slices(
+    tap: Sequence[int], output: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[slice, ...]:
     """Return, for one tap, the slice of each axis of the padded input that all outputs read."""
     return tuple(
         slice(t * d, t * d + (o - 1) * s + 1, s)
-        for t, o, s, d in zip(tap, output, geometry.stride, geometry.dilation, strict=True)
+        for t, o, s, d in zip(tap, output, stride, dilation, strict=True)
     )

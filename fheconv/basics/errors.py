@@ -19,11 +19,27 @@ A message says what was wrong, the value, the limit and the next step.
 
 
 class FheConvError(Exception):
-    """The root: catch it to catch everything that fheconv raises on purpose."""
+    """The root: catch it to catch everything that fheconv raises on purpose.
+
+    Example:
+        >>> import fheconv
+        >>> try:
+        ...     fheconv.max_taps(input_bits=0, weight_bits=2, accumulator_bits=7)
+        ... except fheconv.FheConvError as error:
+        ...     print(type(error).__name__)
+        InvalidArgumentError
+    """
 
 
 class InvalidArgumentError(FheConvError, ValueError):
-    """An argument has no meaning for this operation."""
+    """An argument has no meaning for this operation.
+
+    Example:
+        >>> import fheconv
+        >>> fheconv.QuantConfig(weight_bits=9)
+        Traceback (most recent call last):
+        fheconv.basics.errors.InvalidArgumentError: weight_bits=9 must be an integer from 1 to 8.
+    """
 
 
 class UnsupportedLayerError(FheConvError):
@@ -31,7 +47,14 @@ class UnsupportedLayerError(FheConvError):
 
 
 class CalibrationError(FheConvError, ValueError):
-    """No quantization can be chosen from these weights or calibration images."""
+    """No quantization can be chosen from these weights or calibration images.
+
+    Example:
+        >>> import fheconv, numpy as np
+        >>> fheconv.quantize([[1, 2]], np.full((1, 4, 4), np.nan))
+        Traceback (most recent call last):
+        fheconv.basics.errors.CalibrationError: calibration contains NaN or infinity; remove those images.
+    """
 
 
 class AccumulatorOverflowError(FheConvError, OverflowError):
@@ -39,6 +62,11 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
 
     Attributes: `layer` and `channel` (where it happens), `value` (what is needed), `limit` (what is
     available) and `remedy` (what to change). Each is None if it does not apply.
+
+    Example:
+        >>> error = AccumulatorOverflowError("Too wide.", layer="conv1", value=300, limit=127)
+        >>> error.layer, error.value - error.limit, error.remedy
+        ('conv1', 173, None)
     """
 
     def __init__(
@@ -60,7 +88,15 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
 
 
 class InputRangeError(FheConvError, ValueError):
-    """An image does not have the shape, type or value range that the network takes."""
+    """An image does not have the shape, type or value range that the network takes.
+
+    Example:
+        >>> import fheconv, numpy as np
+        >>> network = fheconv.quantize([[1, 2]], np.arange(16).reshape(1, 4, 4))
+        >>> network(np.full((1, 4, 4), 16))
+        Traceback (most recent call last):
+        fheconv.basics.errors.InputRangeError: The value 16 at (0, 0, 0) is outside the input range ...
+    """
 
 
 class CompilationError(FheConvError):
@@ -80,7 +116,14 @@ class TuningError(FheConvError):
 
 
 class ArtifactError(FheConvError):
-    """A ciphertext, key set or file is damaged or belongs to something else."""
+    """A ciphertext, key set or file is damaged or belongs to something else.
+
+    Example:
+        >>> import fheconv
+        >>> fheconv.Ciphertext.from_bytes(b"not a ciphertext")
+        Traceback (most recent call last):
+        fheconv.basics.errors.ArtifactError: These bytes are no ciphertext: ...
+    """
 
 
 class RemoteError(FheConvError):

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all, and reads files of a bounded size."""
 
 import os
 import secrets
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fheconv.basics.errors import ArtifactError
+
+# The bytes that are read from a file at a time.
+PIECE = 2**20
 
 
 def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, overwrite: bool = True) -> None:
@@ -35,3 +38,19 @@ def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, ov
         ) from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error}.") from error
+
+
+def read_file(path: Path, what: str, most: int) -> bytes:
+    """Return the first `most` + 1 bytes of a file: enough to see that it is too large.
+
+    Raises `ArtifactError`, naming `what` it should hold, if it cannot be read.
+    """
+    data = bytearray()
+    try:
+        with path.open("rb") as file:
+            # In pieces, because `read` takes the memory for all that it may return.
+            while len(data) <= most and (piece := file.read(min(PIECE, most + 1 - len(data)))):
+                data += piece
+    except OSError as error:
+        raise ArtifactError(f"{what} cannot be read from {path}: {error}.") from error
+    return bytes(data)

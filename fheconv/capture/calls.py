@@ -1,4 +1,4 @@
-"""One call of an operator in a model's graph, and what the handlers of operators have in common."""
+"""Describes one call of an operator in a model's graph, and helps the handlers of operators."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ from fheconv.capture.graph import Affine, Graph, Pending, Unsupported, Value
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.linear import Select
 
-# The examples with which the graph is made: two, so that what mixes images shows.
+# The graph is made with a batch of two images, so that operators that mix images can be found.
 BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """What the handlers of operators need besides the arguments.
+    """Holds what a handler needs besides the arguments of its operator.
 
-    `read_once` says that nothing else reads the encrypted arguments; `real` that these, and the result, are
-    one tensor of floats each. `given` is the shape of the result where that of torch is another.
+    `read_once` says that only this call reads the encrypted arguments. `real` says that each of these, and
+    the result, is one tensor of floats. `given` is the shape of the result where torch's is another.
     """
 
     graph: Graph
@@ -37,7 +37,7 @@ class Call:
 
     @property
     def target(self) -> Callable[..., Any]:
-        """The operator itself, for tensors."""
+        """The operator itself, a function of tensors."""
         target: Any = self.node.target
         return target
 
@@ -58,7 +58,7 @@ class Call:
 
 
 def image_shape(shape: Sequence[int]) -> Shape:
-    """Return the shape of one of a batch. Raises `Unsupported` if it is not a batch, or is empty."""
+    """Return the shape of one element of a batch. Raises `Unsupported` for no batch, or an empty shape."""
     if not len(shape) or shape[0] != BATCH:
         raise Unsupported("it mixes the images of a batch, or drops the batch axis")
     if 0 in shape:
@@ -102,7 +102,7 @@ def constant(value: Any, axes: int) -> Array:
 
 
 def per_channel(values: Array, shape: Shape) -> float | Array | None:
-    """Return constants for a tensor of `shape` as a number or (C, *1); None if those do not hold them."""
+    """Return constants for a tensor of `shape` as a number or (C, *1); None if they vary in a channel."""
     if values.size == 1:
         return float(values.item())
     rows = np.broadcast_to(values, shape).reshape(shape[0], -1)
@@ -111,16 +111,18 @@ def per_channel(values: Array, shape: Shape) -> float | Array | None:
     return along_channels(rows[:, 0], len(shape))
 
 
-# What moves values about.
+# Operators that only move values.
 
 
 def gathered(call: Call, parts: Sequence[Any], move: Callable[..., Any]) -> Any:
-    """Apply whatever `move` does to the places of batches of tensors: of values, or of constants (C, *S).
+    """Apply `move` to parts, which are values or constants (C, *S).
 
-    Returns a value, or a list of them if `move` returns several.
+    `move` gets batches of numbered places, one for each part, and shows where the places go. Returns a value,
+    or a list of values if `move` returns several.
+
     Raises `Unsupported` if it mixes images.
     """
-    numbered, start = [], 1  # 0 comes from nowhere: a zero
+    numbered, start = [], 1  # place 0 means that the element is zero
     for part in parts:
         places = torch.arange(start, start + BATCH * math.prod(part.shape), dtype=torch.float64)
         numbered.append(places.reshape(BATCH, *part.shape))
@@ -132,7 +134,7 @@ def gathered(call: Call, parts: Sequence[Any], move: Callable[..., Any]) -> Any:
 
 
 def _taken(call: Call, parts: Sequence[Any], numbered: Sequence[torch.Tensor], result: torch.Tensor) -> Value:
-    """Return the value whose elements are those of the parts at the numbered places."""
+    """Return the value whose elements come from the numbered places of the parts."""
     image_shape(result.shape)
     first, second = result.numpy().astype(np.int64)
     total: Value | None = None
@@ -156,7 +158,7 @@ def _taken(call: Call, parts: Sequence[Any], numbered: Sequence[torch.Tensor], r
 
 
 def move(call: Call, value: Value, how: Callable[[torch.Tensor], Any]) -> Any:
-    """Apply to one value whatever `how` does to the places of a batch of tensors."""
+    """Apply `how` to one value, as `gathered` does."""
     return gathered(call, (value,), how)
 
 
@@ -167,13 +169,14 @@ def broadcast(call: Call, value: Value, shape: Shape) -> Value:
     return move(call, value, lambda t: t.broadcast_to((BATCH, *shape)))
 
 
-# Multiplying and adding constants, and other linear things.
+# Multiplication and addition of constants, and other linear operators.
 
 
 def with_constant(call: Call, operation: str, value: Value, values: Array, read_once: bool) -> Value:
     """Apply "add", "mul" or "div" with constants that broadcast to the value's shape.
 
-    They go into the table of an activation that nothing else reads, which is exact and free.
+    If the value is an activation that nothing else reads, its table includes them, which is exact and costs
+    nothing.
     """
     operand = per_channel(values, value.shape)
     function = Expression(operation, (X, operand))
@@ -186,6 +189,6 @@ def with_constant(call: Call, operation: str, value: Value, values: Array, read_
     if operation == "add":
         made = replace(affine, bias=affine.bias + full)
     else:
-        with np.errstate(divide="ignore", invalid="ignore"):  # capture judges what is not finite
+        with np.errstate(divide="ignore", invalid="ignore"):  # `capture` refuses what is not finite
             made = call.graph.scale(affine, 1 / full if operation == "div" else full, call.name)
     return replace(made, origin=None if operand is None else (affine, function))

@@ -1,7 +1,7 @@
-"""Layers and models from files.
+"""Loads layers and models from files.
 
-They are weights in safetensors files, with a JSON card beside that says what to do with them, or programs
-that `torch.export.save` wrote.
+There are two kinds of files. Safetensors files hold weights; a JSON card beside one describes its layers.
+Files with the suffix `.pt2` hold programs that `torch.export.save` wrote.
 """
 
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-# What a layer's entry in a card may hold: options of `Conv.of` with their types, and what only describes.
+# The entry of a layer in a card may hold these options of `Conv.of`, with their types, and descriptions.
 OPTIONS: dict[str, tuple[type, ...]] = {
     "stride": (int, list),
     "padding": (int, list, str),
@@ -30,9 +30,9 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "output_padding": (int, list),
 }
 DESCRIPTIONS = ("name", "kind", "weight", "bias", "channels")
-# Whether a layer of that kind is transposed.
+# The kinds of convolutions, and whether each is transposed.
 KINDS = {f"Conv{word}{axes}d": bool(word) for word in ("", "Transpose") for axes in (1, 2, 3)}
-# What else a model may consist of, with the options of each.
+# The other kinds of layers of a model, with the options of each.
 _WINDOW: dict[str, tuple[type, ...]] = {
     "kernel_size": (int, list),
     "stride": (int, list),
@@ -48,21 +48,21 @@ MODULES: dict[str, dict[str, tuple[type, ...]]] = {
 }
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 PARTS = ("weight", "bias", *STATISTICS)
-# What every file of `torch.export.save` holds, one or the other, in a folder that depends on the file's name.
+# A file of `torch.export.save` holds one of these, in a folder whose name depends on the file.
 PROGRAMS = ("models/model.json", "serialized_exported_program.json")
 
 
 def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -> Any:
     """Return the model of a file, for `fheconv.quantize`.
 
-    Of a safetensors file, which is data only, the convolution `layer`, or without it all the layers of the
-    card's list "architecture", one after another. Of a `.pt2` file, the program that `torch.export.save`
-    wrote, if it is `trusted`: torch unpickles what is in it, evaluates its expressions and calls the
-    functions that it names.
+    A safetensors file holds only data. It gives the convolution `layer`, or, without `layer`, a sequence of
+    all layers in the card's list "architecture". A `.pt2` file gives the program that `torch.export.save`
+    wrote. It must be `trusted`, because loading it runs code: torch unpickles its contents, evaluates its
+    expressions and calls the functions that it names.
 
-    Raises `ArtifactError` for a file or a card that cannot be read, does not have the layer, or where weights
-    and card do not go together, `UnsupportedLayerError` for a kind of layer that is none of those in `KINDS`
-    and `MODULES`, `InvalidArgumentError` for a `.pt2` file that is not trusted, or a layer of one.
+    Raises `ArtifactError` for a file or a card that cannot be read or has no such layer, or if weights and
+    card do not fit together. Raises `UnsupportedLayerError` for a kind of layer outside `KINDS` and
+    `MODULES`, and `InvalidArgumentError` for a `.pt2` file that is not trusted, or for a `layer` of one.
     """
     if path.suffix.lower() != ".pt2":
         return _sequence(path) if layer is None else load_layer(path, layer)
@@ -81,11 +81,11 @@ def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -
 def load_layer(path: Path, layer: str, **options: Any) -> Conv:
     """Return the convolution `layer` of a safetensors file: `<layer>.weight` and, if there, `<layer>.bias`.
 
-    `options` are those of `Conv.of`; those that are None come from the card (`<file>.json`, its list
-    "architecture") if there is one, otherwise they are torch's defaults.
+    `options` are those of `Conv.of`. Options that are None come from the card (`<file>.json`, its list
+    "architecture") if there is one; otherwise torch's defaults apply.
 
-    Raises `ArtifactError` for a file that cannot be read or has no such layer, or for a card with anything
-    unknown in the layer's entry, `InvalidArgumentError` for numbers that numpy does not have (such as fp8).
+    Raises `ArtifactError` for a file that cannot be read or has no such layer, or if the card's entry has an
+    unknown field. Raises `InvalidArgumentError` for a type of numbers that numpy does not have (such as fp8).
     """
     names, found = _tensors(path, (f"{layer}.weight", f"{layer}.bias"))
     arrays = {name: as_array(tensor, f"{name} of {path}") for name, tensor in found.items()}
@@ -110,8 +110,8 @@ def load_layer(path: Path, layer: str, **options: Any) -> Conv:
 
 
 def _tensors(path: Path, wanted: Collection[str] | None = None) -> tuple[list[str], "dict[str, Tensor]"]:
-    """Return the names of all tensors in a safetensors file, and those tensors that are wanted, or all."""
-    # Through torch, because numpy has no bfloat16.
+    """Return the names of all tensors in a safetensors file, and the wanted tensors (None: all)."""
+    # Torch reads the file, because numpy has no bfloat16.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -127,14 +127,14 @@ def _entries(card: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(card.read_text())["architecture"]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise TypeError("its architecture is no list of objects")
+            raise TypeError("its architecture is not a list of objects")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"The card {card} is not what a card should be: {error!r}.") from error
     return entries
 
 
 def _options(entry: dict[str, Any], allowed: dict[str, tuple[type, ...]], where: str) -> dict[str, Any]:
-    """Return what the entry of a layer says beside describing it: those of `allowed`, of their types."""
+    """Return the options in the entry of a layer, after checking their names and types."""
     descriptions = DESCRIPTIONS if allowed is OPTIONS else (*DESCRIPTIONS, *STATISTICS)
     unknown = [name for name in entry if name not in allowed and name not in descriptions]
     if unknown:
@@ -144,7 +144,7 @@ def _options(entry: dict[str, Any], allowed: dict[str, tuple[type, ...]], where:
         )
     options = {name: entry[name] for name in allowed if name in entry}
     for name, value in options.items():
-        # type(), because True is an int.
+        # type() and not isinstance(), because True is an int.
         if type(value) not in allowed[name]:
             wanted = " or ".join(kind.__name__ for kind in allowed[name])
             raise ArtifactError(f"{where} {name}={value!r}; it must be of type {wanted}.")
@@ -155,7 +155,7 @@ def _options(entry: dict[str, Any], allowed: dict[str, tuple[type, ...]], where:
 
 
 def _sequence(path: Path) -> "nn.Sequential":
-    """Return the layers of a card one after another, with the weights of the file."""
+    """Return the sequence of the layers of a card, with the weights of the file."""
     from torch import nn
 
     card = path.with_suffix(".json")
@@ -170,7 +170,7 @@ def _sequence(path: Path) -> "nn.Sequential":
         name = entry.get("name", str(number))
         where = f"The card {card} says of layer {name!r}"
         own = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
-        key = str(name).replace(".", "_")  # torch allows no dots
+        key = str(name).replace(".", "_")  # torch allows no dots in names
         if key in modules or hasattr(nn.Sequential(), key):
             raise ArtifactError(f"{where} a name that another has, or torch uses itself; give it its own.")
         modules[key] = _module(entry, own, where)
@@ -223,15 +223,15 @@ def _module(entry: dict[str, Any], tensors: "dict[str, Tensor]", where: str) -> 
 
 
 def _program(path: Path) -> "ExportedProgram":
-    """Return what `torch.export.save` wrote."""
+    """Return the program that `torch.export.save` wrote."""
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:  # torch would print pages about other files
+        with zipfile.ZipFile(path) as archive:  # for other files, torch would print pages of text
             if not any(name.endswith(PROGRAMS) for name in archive.namelist()):
                 raise zipfile.BadZipFile("it holds no program")
         return torch.export.load(path)
-    except Exception as error:  # whatever is in the file
+    except Exception as error:  # the file can make torch raise anything
         raise ArtifactError(
             f"{path} cannot be read as a program of torch.export.save: {str(error) or repr(error)}."
         ) from error

@@ -1,4 +1,4 @@
-"""The handlers of functions of one variable, and of what is done to two tensors element by element."""
+"""Handles functions of one variable, and operators on the elements of two tensors."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from fheconv.networks.expression import Expression, X
 
 
 def apply(call: Call, *parts: Any, **options: Any) -> Value:
-    """Apply an operator to values that are functions of the same one, and constants."""
+    """Apply an operator to constants and to values that are functions of the same value."""
     parts = tuple(broadcast(call, part, call.shape) if isinstance(part, Value) else part for part in parts)
     values = [part for part in parts if isinstance(part, Value)]
     common = (values[0], [X]) if len(values) == 1 else call.graph.common(values)
@@ -27,7 +27,7 @@ def apply(call: Call, *parts: Any, **options: Any) -> Value:
     variables = iter(functions)
     arguments = tuple(next(variables) if isinstance(part, Value) else _operand(call, part) for part in parts)
     function = Expression(call.operation, arguments, tuple(sorted(options.items())))
-    function(np.zeros((1, *call.shape[:1], *[1] * len(call.shape[1:]))))  # or it fails: an option it has not
+    function(np.zeros((1, *call.shape[:1], *[1] * len(call.shape[1:]))))  # fails for an unknown option
     return call.graph.apply(value, function, call.name, call.read_once)
 
 
@@ -44,20 +44,20 @@ def _operand(call: Call, part: Any) -> Any:
 
 
 def prelu(call: Call, x: Value, slope: Any) -> Value:
-    """Apply PReLU, whose slopes are one a channel."""
+    """Apply PReLU, with one slope for each channel."""
     slope = plain(slope, "its slope")
     return apply(call, x, along_channels(slope, len(call.shape)))
 
 
 def rrelu(call: Call, x: Value, low: float = 1 / 8, high: float = 1 / 3, training: bool = False) -> Value:
-    """Apply RReLU, which has the mean slope when it does not train."""
+    """Apply RReLU with the mean slope, which it has in evaluation mode."""
     if training:
         raise Unsupported("it draws at random; call model.eval()")
     return call.graph.apply(x, Expression("leaky_relu", (X, (low + high) / 2)), call.name, call.read_once)
 
 
 def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Value:
-    """Add or subtract, where `alpha` is what the second is multiplied by."""
+    """Add or subtract; the second argument is multiplied by `alpha`."""
     if call.node.meta["val"].dtype == torch.bool:
         raise Unsupported(
             "it adds truth values; the nearest that is supported: logical_or, or sums of floats"
@@ -83,7 +83,7 @@ def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Value:
     function = None if common is None else Expression("add", tuple(common[1]), options)
     if common is not None and function is not None and call.read_once:
         return call.graph.apply(common[0], function, call.name)
-    # The functions are read elsewhere too: as one with the sum they would be looked up once more.
+    # Other operators read the functions too. A function that includes the sum would cost one more lookup.
     a, b = (call.graph.affine(value) for value in pair)
     total = call.graph.add(a, b, call.name, factor)
     if common is not None and function is not None and common[0].view is None:
@@ -113,7 +113,7 @@ def negative(call: Call, x: Value) -> Value:
 
 
 def extreme(call: Call, x: Any, y: Any) -> Value:
-    """Return the maximum or minimum of two: max(a, b) = b + relu(a − b), min(a, b) = a − relu(a − b)."""
+    """Return the maximum b + relu(a − b), or the minimum a − relu(a − b), of two."""
     pair = []
     for part in (x, y):
         if isinstance(part, Value):
@@ -134,7 +134,7 @@ def extreme(call: Call, x: Any, y: Any) -> Value:
 
 
 def extreme_or_over_axes(call: Call, x: Any, y: Any = None, *more: Any) -> Any:
-    """Take torch.max and torch.min: of two tensors, or over an axis."""
+    """Apply torch.max or torch.min, to two tensors or over an axis."""
     least = call.operation == "min"
     if isinstance(y, Value | torch.Tensor):
         return extreme(replace(call, operation="minimum" if least else "maximum"), x, y)
@@ -142,7 +142,7 @@ def extreme_or_over_axes(call: Call, x: Any, y: Any = None, *more: Any) -> Any:
 
 
 def where(call: Call, condition: Any, x: Any, y: Any) -> Value:
-    """Choose by a constant mask, which moves values, or by a comparison of the same value."""
+    """Choose elements by a constant mask, or by a comparison of the same value."""
     if isinstance(condition, Value):
         return apply(call, condition, x, y)
     mask = torch.as_tensor(constant(condition, len(call.shape)).astype(bool))

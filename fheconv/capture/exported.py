@@ -1,4 +1,4 @@
-"""From a torch module, through `torch.export`, to the float network of its graph."""
+"""Turns a torch module into a float network, by the graph of `torch.export`."""
 
 import operator
 import warnings
@@ -21,9 +21,9 @@ from fheconv.networks.floats import Network
 
 
 def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Network:
-    """Return the float network of a module in evaluation mode; the module stays in the mode it is in.
+    """Return the float network of a module in evaluation mode. The module keeps its own mode.
 
-    Of an `ExportedProgram`, in the mode in which it was exported, for images of the size it was exported for.
+    An `ExportedProgram` keeps the mode and the image size of its export.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
     """
@@ -40,14 +40,14 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
         module.eval()
         with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
-            module(example)  # says more clearly than export what is wrong with the shape
-            # Without decompositions, but free of mutation: a value changed through a view shows as such.
+            module(example)  # its error about a wrong shape is clearer than that of export
+            # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
-    except Exception as error:  # whatever the user's own forward raises
+    except Exception as error:  # the user's forward can raise anything
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
             f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a "
-            "model whose path depends on the values of the image has no circuit."
+            "model whose path depends on the values of the image cannot be a circuit."
         ) from error
     finally:
         for part in training:
@@ -58,7 +58,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
 def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:
     """Return the module of a program, for batches of any size.
 
-    Where it was exported for one size, batches of another show whether it has more than that to do with it.
+    If it was exported for one batch size, running another size shows whether it depends on the size.
     """
     try:
         (image,) = program.graph_signature.user_inputs
@@ -68,11 +68,11 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
         example = torch.zeros(own if isinstance(own, int) else BATCH, *input_shape, dtype=like.dtype)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program.module()(example)  # torch says whether images may have this size
+            program.module()(example)  # torch raises if images cannot have this size
             module = torch.export.unflatten(program)
             module.check_input_constraints = False
             module(torch.zeros(BATCH, *input_shape, dtype=like.dtype))
-    except Exception as error:  # whatever is in the program
+    except Exception as error:  # the program can raise anything
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
             f"{str(error).strip() or type(error).__name__}. Export a model of one argument, a batch of any "
@@ -97,9 +97,7 @@ def network_of(program: Any, input_shape: Shape) -> Network:
             values[node] = graph.source(0, node.name) if node.name == image else constants.get(node.name)
         elif node.op == "get_attr":
             values[node] = getattr(program.graph_module, node.target)
-        elif (
-            node.op == "call_function" and node.users
-        ):  # what nothing reads, such as assertions, is no matter
+        elif node.op == "call_function" and node.users:  # unread results, such as assertions, are left out
             values[node] = _result(graph, node, values)
     results = _results(program)
     result = values.get(results[0]) if len(results) == 1 else None
@@ -120,7 +118,7 @@ def network_of(program: Any, input_shape: Shape) -> Network:
 
 
 def _results(program: Any) -> list[Any]:
-    """Return the nodes of what the model returns, without the buffers that it changes."""
+    """Return the nodes of the model's results, without the buffers that it changes."""
     (output,) = program.graph.find_nodes(op="output")
     specs = program.graph_signature.output_specs
     return [
@@ -133,9 +131,9 @@ def _count(results: Any) -> str:
 
 
 def _tidy(graph: torch.fx.Graph) -> None:
-    """Drop assertions, and let the readers of copies, such as dropout leaves, read what is copied.
+    """Remove assertions and copies. The readers of a copy, such as dropout makes, then read the original.
 
-    Then the users of a node are all that read its value.
+    After this, the users of a node are all the readers of its value.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and _operation(node) in ("alias", "clone", "detach", "lift_fresh_copy"):
@@ -156,7 +154,7 @@ def _constants(program: Any) -> dict[str, Any]:
 
 
 def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
-    """Return the value of an operator's node, or what torch computes of constants."""
+    """Return the value of an operator's node; torch computes it if all arguments are constants."""
     operation = _operation(node)
     arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     encrypted = [leaf for leaf in leaves((arguments, options)) if isinstance(leaf, Value | Final | Folded)]
@@ -191,7 +189,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     except Unsupported as error:
         reason = str(error)
         cause: Exception = error
-    except Exception as error:  # an option that a handler does not know, or a tensor where it wants a number
+    except Exception as error:  # an unknown option, or a tensor in place of a number
         reason = f"it is called in a way that is not supported ({str(error).strip() or type(error).__name__})"
         cause = error
     layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
@@ -230,7 +228,7 @@ def _handled(call: Call, arguments: Any, options: Any) -> Any:
 
 
 def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether one operator alone reads what a node shows of an activation or maximum, and no other view."""
+    """Return whether a single operator reads the activation or maximum of a node, also through views."""
     looked_up = _functions(values[node])
     if not looked_up:
         return True
@@ -239,7 +237,7 @@ def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
 
 
 def _functions(value: Any) -> set[Any]:
-    """Return what identifies the activations and maxima of a node's values."""
+    """Return identifiers of the activations and maxima in a node's value."""
     parts = [v for leaf in leaves(value) for v in (leaf.values if isinstance(leaf, Folded) else (leaf,))]
     pending = {(id(part.base), id(part.function)) for part in parts if isinstance(part, Pending)}
     return pending | {id(part) for part in parts if isinstance(part, Pooled)}

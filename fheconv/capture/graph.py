@@ -1,9 +1,9 @@
-"""The values of a model's graph, as functions of the tensors before them, and the layers made of them.
+"""Represents the values of a model's graph, and makes layers of them.
 
-Each value is kept as what it is of the activations before it: an affine function of them, or a function of
-one variable (an activation, or a chain of them) of an affine function. Linear operators only change the
-affine function; a layer with its lookup is made when something linear reads an activation. So biases,
-BatchNorm, poolings, residual sums and whatever moves values about cost nothing.
+Each value is kept as a function of the activations before it. It is an affine function of them, or a function
+of one variable (an activation, or a chain of activations) of an affine function. Linear operators only change
+the affine function. A layer with its lookup is made when a linear operator reads an activation. Therefore
+biases, BatchNorm, average poolings, residual sums and moved values need no lookup.
 """
 
 import math
@@ -20,7 +20,7 @@ from fheconv.networks.expression import Expression, X
 from fheconv.networks.floats import Finish, Layer, Maximum, Network
 from fheconv.networks.linear import Select, Step, Term, pointwise
 
-# Functions that never decrease, whatever numbers they are given; and if those are not negative.
+# Functions that never decrease, with any constants; and functions that need constants that are not negative.
 _INCREASING = {
     "atan", "ceil", "clamp", "clamp_max", "clamp_min", "erf", "exp", "expm1", "floor", "hardsigmoid",
     "hardtanh", "log_sigmoid", "relu", "relu6", "round", "selu", "sigmoid", "sign", "softsign", "tanh",
@@ -31,9 +31,10 @@ _INCREASING_IF_POSITIVE = {"celu", "elu", "leaky_relu", "prelu"}
 
 @dataclass(eq=False)
 class Affine:
-    """Σ terms + bias (C, *S).
+    """Represents the value Σ terms + bias (C, *S).
 
-    `origin` is another affine value and the function of one variable that makes this one of it, if there is.
+    `origin` holds another affine value and the function of one variable that turns it into this value, or
+    None.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Affine:
 
 @dataclass(eq=False)
 class Pending:
-    """A function of one variable of an affine value, of which `view` shows some elements, none `OUTSIDE`."""
+    """Represents a function of an affine value; `view` selects some elements, none `OUTSIDE`."""
 
     name: str
     base: Affine
@@ -62,7 +63,7 @@ class Pending:
         return self.base.shape if self.view is None else self.view.index.shape
 
     def readings(self) -> Iterator[tuple[Affine, Expression]]:
-        """Yield every affine value that this, without its view, is a function of, and the function."""
+        """Yield each affine value that this value, without its view, is a function of, and the function."""
         base, function = self.base, self.function
         yield base, function
         while base.origin is not None:
@@ -73,7 +74,7 @@ class Pending:
 
 @dataclass(eq=False)
 class Pooled:
-    """The maximum over windows (n, C, *S) of flat positions, one set after the other, of a pending value."""
+    """Represents maxima of a pending value, over sets of windows (n, C, *S) of flat positions, in order."""
 
     name: str
     inner: Pending
@@ -87,7 +88,7 @@ class Pooled:
 
 @dataclass(eq=False)
 class Final:
-    """What only the client can compute, in clear, of a pending value."""
+    """Represents the function `last` of a pending value, which only the client can compute, in clear."""
 
     inner: Pending
     last: Expression
@@ -97,7 +98,7 @@ Value = Affine | Pending | Pooled
 
 
 class Unsupported(Exception):
-    """Why an operator cannot be taken; whoever walks the graph adds where it is."""
+    """Says why an operator is not supported. The caller adds the place in the model."""
 
 
 class Graph:
@@ -106,7 +107,7 @@ class Graph:
     def __init__(self, input_shape: Shape) -> None:
         self.input_shape = input_shape
         self.layers: list[Layer | Maximum] = []
-        # By identity: of values, and of (base, function). What is kept with each makes its id stay its own.
+        # The keys are ids of values, and of (base, function). Keeping the objects keeps their ids unique.
         self._read: dict[int, tuple[Value, Affine]] = {}
         self._looked_up: dict[tuple[int, int], tuple[Pending, Affine]] = {}
         # By source and steps: where terms are cut, and the tensor that the rest reads.
@@ -120,7 +121,7 @@ class Graph:
         return self.layers[number - 1].shape if number else self.input_shape
 
     def affine(self, value: Value) -> Affine:
-        """Return a value as an affine one, with a layer and its lookup where it is a function's."""
+        """Return a value as an affine one; a function of a value becomes a layer with its lookup."""
         if isinstance(value, Affine):
             return value
         if id(value) not in self._read:
@@ -136,7 +137,7 @@ class Graph:
         return Pending(made.name, made, X)
 
     def common(self, values: Sequence[Value]) -> tuple[Pending, list[Expression]] | None:
-        """Return one value and the functions that make the given ones of it, or None if there is none."""
+        """Return a value and the functions that turn it into the given values, or None if there is none."""
         first, *rest = (self.pending(value) for value in values)
         if not all(_same_view(first.view, other.view) for other in rest):
             return None
@@ -145,7 +146,7 @@ class Graph:
             if all(id(base) in others for others in readings):
                 functions = [function, *(others[id(base)] for others in readings)]
                 if first.view is not None and any(f.arrays() for f in functions):
-                    return None  # those are one number a channel of the base, not of the view
+                    return None  # a number for each channel of the base, not of the view
                 return Pending(first.name, base, X, first.view), functions
         return None
 
@@ -159,7 +160,7 @@ class Graph:
         finish = None if plain else Finish(activation=pending.function, view=view, last=last)
         return Network(input_shape=self.input_shape, layers=_read(self.layers), finish=finish)
 
-    # How values become layers.
+    # These methods turn values into layers.
 
     def _function(self, value: Pending) -> Affine:
         key = (id(value.base), id(value.function))
@@ -191,7 +192,7 @@ class Graph:
         return len(self.layers)
 
     def _name(self, name: str) -> str:
-        """Return the name, or with a number if it is taken."""
+        """Return the name, with a number added if another layer has it."""
         taken = {layer.name for layer in self.layers}
         numbers = (f"{name}_{n}" for n in range(1, len(taken) + 2))
         return next(candidate for candidate in (name, *numbers) if candidate not in taken)
@@ -226,7 +227,7 @@ class Graph:
             self._cuts[key] = first, self._layer(Affine(name, (first,), bias), X, f"{name}.0")
         return replace(term, source=self._cuts[key][1], steps=term.steps[at:])
 
-    # What operators do to values.
+    # These methods apply operators to values.
 
     def linear(self, value: Affine, step: Step, name: str, factor: float = 1.0, bias: Any = None) -> Affine:
         """Apply a linear step, then multiply by `factor` and add `bias` (C,)."""
@@ -237,7 +238,7 @@ class Graph:
         return Affine(weighed(value, name), terms, constant)
 
     def select(self, value: Value, step: Select, name: str) -> Value:
-        """Move values about; where there are no zeros among them, an activation stays pending."""
+        """Apply a selection. An activation stays pending if the selection adds no zeros."""
         if isinstance(value, Pending) and (step.index != OUTSIDE).all():
             index = step.index if value.view is None else value.view.index.ravel()[step.index]
             return replace(value, name=name, view=Select(index=frozen(index)))
@@ -267,11 +268,11 @@ class Graph:
     def apply(self, value: Value, function: Expression, name: str, read_once: bool = False) -> Value:
         """Apply a function of one variable; `read_once` says that nothing else reads the value."""
         if isinstance(value, Pooled) and read_once and _increases(function):
-            # The maximum of the function is the function of the maximum, which had to be looked up anyway.
+            # The function moves before the maximum, into a lookup that the maximum needs anyway.
             inner = value.inner
             return replace(value, inner=replace(inner, function=function.of(inner.function)))
         pending = self.pending(value)
-        if pending.view is not None and function.arrays():  # one number a channel of the view
+        if pending.view is not None and function.arrays():  # a number for each channel of the view
             pending = self.pending(self.affine(pending))
         return replace(pending, name=name, function=function.of(pending.function))
 
@@ -279,7 +280,7 @@ class Graph:
 def _read(layers: Sequence[Layer | Maximum]) -> tuple[Layer | Maximum, ...]:
     """Return the layers that the last one depends on, numbered anew.
 
-    A sum's layers are not read where a product turns out to be a function of what the sum is a function of.
+    Some layers are not read: those of a sum that later became part of a function of one variable.
     """
     wanted = {len(layers)}
     for number in range(len(layers), 0, -1):
@@ -297,12 +298,12 @@ def _read(layers: Sequence[Layer | Maximum]) -> tuple[Layer | Maximum, ...]:
 
 
 def weighed(value: Affine, name: str) -> str:
-    """Return the name of the layer that gave a value its weights, or `name` if none has."""
+    """Return the name of the layer that gave a value its weights, or `name` if it has none."""
     return value.name if any(term.inexact() for term in value.terms) else name
 
 
 def _with_an_axis(value: Pending) -> tuple[Affine, Select | None]:
-    """Return the base and the view of a value, made so that the base has a channel axis."""
+    """Return the base and the view of a value, with a channel axis added to the base if it has none."""
     base, view = value.base, value.view
     if base.shape:
         return base, view
@@ -313,7 +314,7 @@ def _with_an_axis(value: Pending) -> tuple[Affine, Select | None]:
 
 
 def _is_tensor(value: Affine) -> bool:
-    """Whether a value is nothing but elements of one tensor."""
+    """Return whether a value only holds elements of one tensor."""
     if len(value.terms) != 1 or value.terms[0].factor != 1 or value.bias.any():
         return False
     return all(isinstance(s, Select) and (s.index != OUTSIDE).all() for s in value.terms[0].steps)
@@ -326,7 +327,7 @@ def _same_view(a: Select | None, b: Select | None) -> bool:
 
 
 def _increases(function: Expression) -> bool:
-    """Whether a single operator never decreases, and is the same for all elements."""
+    """Return whether a function is one operator that never decreases, and is the same for all elements."""
     variable, *numbers = function.arguments
     if variable is not X or function.arrays():
         return False

@@ -1,21 +1,22 @@
-"""From what the user has, a torch module or an array of weights, to a float network."""
+"""Turns a torch module or an array of weights into a float network."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fheconv.basics.arrays import Shape, as_array
 from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
-from fheconv.networks.floats import Conv, Layer, Network
+from fheconv.networks.floats import Conv, Layer, Maximum, Network
 from fheconv.networks.linear import Kernel
 
 
 def capture(module: Any, input_shape: Shape) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
-    `module` is a `torch.nn.Module`, a bare weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or what
-    `torch.export.export` returned. A module that is not a single convolution is captured in evaluation mode
-    with `torch.export`: BatchNorm is folded, dropout is dropped, whatever is linear merges.
+    `module` is a `torch.nn.Module`, a weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or the result of
+    `torch.export.export`. A module that is not a single convolution is captured in evaluation mode with
+    `torch.export`: BatchNorm is folded, dropout is removed, and linear operators merge.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
     `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
@@ -26,14 +27,24 @@ def capture(module: Any, input_shape: Shape) -> Network:
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
-    return network
+    return _without_dead_weights(network)
+
+
+def _without_dead_weights(network: Network) -> Network:
+    layers: list[Layer | Maximum] = []
+    for layer in network.layers:
+        if isinstance(layer, Layer):
+            terms = [term.without_dead_weights(network.shapes[term.source]) for term in layer.terms]
+            layer = replace(layer, terms=tuple(terms))
+        layers.append(layer)
+    return replace(network, layers=tuple(layers))
 
 
 def single_convolution(module: Any) -> Conv | None:
-    """Return the layer of a `torch.nn` convolution, a bare weight array or a `Conv`; None for other models.
+    """Return the `Conv` of a `torch.nn` convolution, a weight array or a `Conv`; None for other models.
 
-    Raises `UnsupportedLayerError` for other things that have a state, `InvalidArgumentError` for what is none
-    of those.
+    Raises `UnsupportedLayerError` for an object with a `state_dict` that is not a model, and
+    `InvalidArgumentError` for any other object.
     """
     if isinstance(module, Conv):
         return module
@@ -60,7 +71,8 @@ def _check_finite(layer: Layer) -> None:
     kernels = (step for term in layer.terms for step in term.steps if isinstance(step, Kernel))
     factors = np.array([term.factor for term in layer.terms])
     weights = (("weight", kernel.weight) for kernel in kernels)
-    for name, values in (("weight", factors), *weights, ("bias", layer.bias)):  # a bad weight spoils the bias
+    # The bias comes last, because a bad weight makes the bias bad too.
+    for name, values in (("weight", factors), *weights, ("bias", layer.bias)):
         if not np.isfinite(values).all():
             raise CalibrationError(
                 f"The {name} of layer {layer.name!r} contains NaN or infinity; check the training."
@@ -83,7 +95,7 @@ def _from_torch(module: Any) -> Conv:
 
 
 def _is_plain_convolution(module: Any) -> bool:
-    """Whether weights and options tell what a module computes: no hooks, no forward of its own."""
+    """Return whether weights and options define what a module computes: no hooks, no `forward` of its own."""
     import torch
 
     names = (f"{word}{axes}d" for word in ("Conv", "ConvTranspose") for axes in (1, 2, 3))

@@ -1,7 +1,8 @@
-"""What each operator of torch makes of the values of a graph.
+"""Handles the operators of torch.
 
-A handler takes the call and torch's own arguments, in which encrypted tensors are values and constants are
-tensors; it returns a value, or several as torch does. It raises `Unsupported` for what cannot be taken.
+A handler takes the call and torch's arguments, in which encrypted tensors are values and constants are
+tensors. It returns a value, or several as torch does. It raises `Unsupported` for arguments that are not
+supported.
 """
 
 import difflib
@@ -53,7 +54,7 @@ def _conv(
     kernel, shift = array(plain(weight, "its weights")), _bias(bias)
     axes = kernel.ndim - 2
     poolings.check_axes(x, axes)
-    # torch writes one number for all axes as a list of one.
+    # Torch writes one number for all axes as a list with one element.
     options = {
         key: list(value) * axes if isinstance(value, list | tuple) and len(value) == 1 else value
         for key, value in {**options, "output_padding": output_padding}.items()
@@ -68,7 +69,7 @@ def _conv(
 def _linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Value:
     kernel, shift = array(plain(weight, "its weights")), _bias(bias)
     value = call.graph.affine(x)
-    # torch's features are the last axis, ours the first.
+    # In torch the features are the last axis, here the first.
     value = move(call, value, lambda t: t.movedim(-1, 1))
     value = call.graph.linear(value, pointwise(kernel, len(value.shape) - 1), call.name, bias=shift)
     return move(call, value, lambda t: t.movedim(1, -1))
@@ -115,7 +116,7 @@ def _batch_norm_of_constants(
     return (_batch_norm(call, x, weight, bias, mean, variance, False, momentum, eps),)
 
 
-# What moves values about.
+# Operators that only move values.
 
 
 def _move(call: Call, x: Value, *arguments: Any, **options: Any) -> Any:
@@ -132,7 +133,7 @@ def _cat(call: Call, parts: Any, dim: int = 0) -> Value:
 
 
 def _part(call: Call, part: Any) -> Any:
-    """Return a value as it is, and a constant batch as one image of it."""
+    """Return a value unchanged, and one image of a constant batch."""
     return part if isinstance(part, Value) else constant(part, part.ndim - 1)
 
 
@@ -156,7 +157,7 @@ def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor
     return made.zero_() if "empty" in call.operation else made
 
 
-# What changes no value, and what only the client can compute.
+# Operators that change no value, and operators that only the client can compute.
 
 
 def _same(call: Call, x: Value, *_: Any, **__: Any) -> Value:
@@ -205,7 +206,7 @@ SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
 
 
 def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return one handler for the operators of 1, 2 and 3 spatial axes."""
+    """Return entries with the same handler for 1, 2 and 3 spatial axes."""
     return {f"{name}{axes}d": handler for axes in (1, 2, 3)}
 
 
@@ -291,7 +292,7 @@ NEAREST = {
 
 
 def nearest(operation: str) -> str:
-    """Say what comes closest to an operator that is not supported."""
+    """Return a sentence with the supported operators nearest to one that is not supported."""
     plain_name = operation.removeprefix("native_")
     close = NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
     return (

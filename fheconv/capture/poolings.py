@@ -1,4 +1,4 @@
-"""The handlers of averages and maxima over windows."""
+"""Handles averages and maxima over windows."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from fheconv.capture.graph import Affine, Pooled, Unsupported, Value
 from fheconv.capture.probing import of_function
 from fheconv.networks.linear import Kernel
 
-Windows = list[list[list[int]]]  # an axis, an output position: the input positions that it reads
+Windows = list[list[list[int]]]  # for each axis and output position: the input positions that it reads
 
 
 def check_axes(value: Value, axes: int) -> None:
-    """Raise `Unsupported` unless a value has so many spatial axes."""
+    """Raise `Unsupported` unless a value has `axes` spatial axes."""
     if len(value.shape) - 1 != axes:
         raise Unsupported(
             f"it takes images of shape (C, *S) with {axes} spatial axes, not {value.shape}; keep the "
@@ -27,7 +27,7 @@ def check_axes(value: Value, axes: int) -> None:
 
 
 def per_axis(call: Call, value: Value, *options: Any) -> list[tuple[int, ...]]:
-    """Return options of torch as one number a spatial axis. Raises `Unsupported` if the axes do not fit."""
+    """Return options of torch with a number for each spatial axis. Raises `Unsupported` for other axes."""
     axes = int(call.operation.partition("pool")[2][0])
     check_axes(value, axes)
     lists = [tuple(option) if isinstance(option, list | tuple) else (option,) for option in options]
@@ -50,7 +50,7 @@ def avg_pool(
 
 
 def adaptive_avg_pool(call: Call, x: Value, output: Any) -> Value:
-    """Average over windows that give a certain number of outputs."""
+    """Average over windows that are chosen for a given number of outputs."""
     (outputs,) = per_axis(call, x, output)
     value = call.graph.affine(x)
     spatial = value.shape[1:]
@@ -86,7 +86,7 @@ def mean(call: Call, x: Value, dims: Any = None, keepdim: bool = False, **_: Any
 
 
 def _axes(call: Call, value: Value, dims: Any) -> list[int]:
-    """Return the axes of a value that `dims` means, sorted. Raises `Unsupported` for the batch axis."""
+    """Return the sorted axes of a value for `dims`. Raises `Unsupported` for the batch axis."""
     if dims is None or dims in ([], ()):
         raise Unsupported("without dim it runs over the images of a batch; give dim")
     return sorted({call.axis(d, value.shape) for d in (dims if isinstance(dims, list | tuple) else [dims])})
@@ -115,12 +115,12 @@ def max_pool(
 
 
 def max_pool_and_indices(call: Call, x: Value, *arguments: Any) -> tuple[Value]:
-    """Take maxima over windows; of torch's two results the first."""
+    """Take maxima over windows. Returns only the first of torch's two results."""
     return (max_pool(call, x, *arguments),)
 
 
 def adaptive_max_pool(call: Call, x: Value, output: Any) -> tuple[Value]:
-    """Take maxima over windows that give a certain number of outputs; of torch's two results the first."""
+    """Take maxima over windows for a given number of outputs. Returns only torch's first result."""
     per_axis(call, x, output)
     windows = [
         [list(range(o * size // out, -(-(o + 1) * size // out))) for o in range(out)]
@@ -143,16 +143,16 @@ def amax(call: Call, x: Value, dims: Any = None, keepdim: bool = False) -> Value
 
 
 def amin(call: Call, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
-    """Take minima over whole axes: −max(−x)."""
+    """Take minima over whole axes, as −max(−x)."""
     minus = np.asarray(-1.0)
     negative = with_constant(call, "mul", x, minus, call.read_once)
     return with_constant(call, "mul", amax(call, negative, dims, keepdim), minus, read_once=True)
 
 
 def _maximum(call: Call, x: Value, windows: Windows) -> Pooled:
-    """Take maxima along one axis after the other: fewer comparisons than over whole windows at once.
+    """Take maxima along one axis after the other, which needs fewer comparisons than whole windows.
 
-    Raises `Unsupported` where a window reads nothing but padding.
+    Raises `Unsupported` if a window reads only padding.
     """
     shape = x.shape
     indices = []
@@ -161,7 +161,7 @@ def _maximum(call: Call, x: Value, windows: Windows) -> Pooled:
             continue
         if not all(windows[axis]):
             raise Unsupported("some of its windows hold padding alone, whose maximum is −∞; use less padding")
-        # Where a window reads less, it reads the last again: that changes no maximum.
+        # A shorter window reads its last position again, which changes no maximum.
         width = max(map(len, windows[axis]))
         table = np.array([w + [w[-1]] * (width - len(w)) for w in windows[axis]]).T
         places = np.arange(math.prod(shape)).reshape(shape)

@@ -24,9 +24,9 @@ from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
 from fheconv.circuits.native.child import in_process
 from fheconv.circuits.native.lookup_times import expected_seconds
-from fheconv.circuits.native.protocol import Session
+from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
-from fheconv.circuits.owner import KeyedProgram, KeyOwner
+from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.networks.bounds import norm_bits
@@ -45,14 +45,14 @@ MOST_LANES = 4
 SIMULATED = 40
 
 
-class _Program(KeyedProgram):
-    """The circuit's function for one image, or for the images that share a ciphertext."""
+class _LoweredHandle(KeyedHandle):
+    """A handle of the function for one image, or for the images that share a ciphertext."""
 
     def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
         self.lowered = lowered
         opening = "compile", (network, config, lowered.interface.lanes.count)
         with status("Compiling…"):
-            super().__init__(session, opening, lowered.interface, config)
+            super().__init__(session, opening, lowered.interface, Limits.of(config))
 
 
 class FheCircuit(KeyOwner):
@@ -81,16 +81,16 @@ class FheCircuit(KeyOwner):
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine)
         self._lanes = _lanes(one, config)
-        self._one: _Program = self._compile(one)
-        self._many: _Program | None = None
+        self._one: _LoweredHandle = self._compile(one)
+        self._many: _LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
-            self._program(config.lanes)
+            self._handle_for(config.lanes)
 
-    def _compile(self, lowered: Lowered) -> _Program:
-        return _Program(self._session, self.network, lowered, self.config)
+    def _compile(self, lowered: Lowered) -> _LoweredHandle:
+        return _LoweredHandle(self._session, self.network, lowered, self.config)
 
-    def _program(self, images: int) -> _Program:
-        """Return the program for a batch. The one for several lanes is made when a batch first needs it."""
+    def _handle_for(self, images: int) -> _LoweredHandle:
+        """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
         if self._many is None:
@@ -99,18 +99,18 @@ class FheCircuit(KeyOwner):
             self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
 
-    def _is_current(self, program: _Program) -> bool:
-        """Return True if a program's keys are the present ones, or were made with them for several lanes.
+    def _is_current(self, handle: _LoweredHandle) -> bool:
+        """Return True if a handle's keys are the present ones, or were made with them for several lanes.
 
         Keys for several lanes have their own name. A key file does not hold them, so they are made anew after
         a key file is loaded.
         """
-        return program.key_id.partition(".")[0] == self._one.key_id
+        return handle.key_id.partition(".")[0] == self._one.key_id
 
     def _promised(self, images: int) -> float:
         """Return the probability that a value of such a batch is wrong, or with lookups an image of it."""
         with self._lock:
-            compiled = self._program(images).compiled
+            compiled = self._handle_for(images).compiled
             return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
 
     @property
@@ -183,7 +183,7 @@ class FheCircuit(KeyOwner):
     def _encrypt(self, q: Array, batched: bool) -> Ciphertext:
         with self._lock:
             self._one.require_keys("encrypt")
-            return self._program(len(q)).encrypt(q, batched)
+            return self._handle_for(len(q)).encrypt(q, batched)
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
         """Evaluate the circuit on encrypted images.
@@ -191,9 +191,9 @@ class FheCircuit(KeyOwner):
         Raises `ArtifactError` for a ciphertext of another circuit or key set.
         """
         with self._lock:
-            program = self._check(ciphertext, "input", "run")
+            handle = self._check(ciphertext, "input", "run")
             values = track(ciphertext.values, "Running on encrypted images…")
-            return ciphertext.with_results(program.request("run", value) for value in values)
+            return ciphertext.with_results(handle.request("run", value) for value in values)
 
     def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
         """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
@@ -222,9 +222,9 @@ class FheCircuit(KeyOwner):
             return self.decrypt(self.run(encrypted), dequantize=False)
         if fhe == "simulate" and len(q):
             with self._lock:
-                program = self._program(len(q))
-                results = program.request("simulate", program.interface.prepare(q))
-            return program.interface.accumulators(results, len(q))
+                handle = self._handle_for(len(q))
+                results = handle.request("simulate", handle.interface.prepare(q))
+            return handle.interface.accumulators(results, len(q))
         if fhe not in ("disable", "simulate"):
             raise InvalidArgumentError(f'fhe={fhe!r}; it must be "disable", "simulate" or "execute".')
         lowered = self._one.lowered
@@ -261,15 +261,15 @@ class FheCircuit(KeyOwner):
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
         return (count + 1) / (len(tried) + 1)  # never 0: a difference that was not seen may still happen
 
-    def _check(self, ciphertext: Any, kind: str, step: str) -> _Program:
-        """Return the program that a ciphertext belongs to. Raises `ArtifactError` if there is none."""
+    def _check(self, ciphertext: Any, kind: str, step: str) -> _LoweredHandle:
+        """Return the handle that a ciphertext belongs to. Raises `ArtifactError` if there is none."""
         self._one.require_keys(step)
         several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint
-        program = self._many if self._many is not None and several else self._one
-        program.check(ciphertext, kind, step)
-        if not self._is_current(program):
+        handle = self._many if self._many is not None and several else self._one
+        handle.check(ciphertext, kind, step)
+        if not self._is_current(handle):
             raise ArtifactError(OTHER_KEYS)
-        return program
+        return handle
 
 
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001

@@ -9,7 +9,7 @@ from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.native.worker import worker
-from fheconv.circuits.owner import KeyedProgram, KeyOwner
+from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.lowering.interface import Interface
 
 
@@ -35,7 +35,7 @@ class Client(KeyOwner):
     def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
         self.manifest = manifest
         super().__init__()
-        self._one = KeyedProgram(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
+        self._one = KeyedHandle(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
 
     @property
     def cost(self) -> Cost:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fheconv.basics.errors import ArtifactError
-from fheconv.basics.files import write_file
+from fheconv.basics.files import PIECE, read_file, write_file
 from fheconv.circuits.files.envelope import Envelope, Incoming
 
 ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", names=("fingerprint", "key_id"))
@@ -14,7 +14,6 @@ EVALUATION = Envelope(
     magic=b"fheevalk", what="evaluation key file", maker="to_bytes()", names=("fingerprint", "key_id")
 )
 MAX_BYTES = 2**36
-PIECE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +73,12 @@ class EvaluationKeys(_PublicKeys):
         write_file(Path(path), self.chunks())
 
     @classmethod
-    def load(cls, path: str | Path) -> "EvaluationKeys":
-        """Return the keys of a file that `save` wrote.
+    def load(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> "EvaluationKeys":
+        """Return the keys of a file that `save` wrote, of at most `max_bytes` bytes.
 
         Raises `ArtifactError` for a file that cannot be read, is damaged, or holds something else.
         """
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"The evaluation keys cannot be read from {path}: {error}.") from error
-        return cls.from_bytes(data)
+        return cls.from_bytes(read_file(Path(path), "The evaluation keys", max_bytes), max_bytes=max_bytes)
 
     @classmethod
     def from_bytes(

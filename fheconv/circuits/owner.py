@@ -8,17 +8,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import ArtifactError, NotCompiledError
 from fheconv.basics.progress import status
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
 from fheconv.circuits.keys import EvaluationKeys, read_keys, write_keys
-from fheconv.circuits.native.handle import Program
-from fheconv.circuits.native.protocol import UNLIMITED, Session
+from fheconv.circuits.native.handle import Handle
+from fheconv.circuits.native.protocol import UNLIMITED, Limits, Session
 from fheconv.lowering.interface import Interface
 
 
-class KeyedProgram(Program):
+class KeyedHandle(Handle):
     """One compiled function and its keys.
 
     The native library holds the function with the key set named `key_id`. Every request says this name. A
@@ -30,7 +29,7 @@ class KeyedProgram(Program):
         session: Session,
         opening: tuple[str, tuple[Any, ...]],
         interface: Interface,
-        limits: CompileConfig = UNLIMITED,
+        limits: Limits = UNLIMITED,
     ) -> None:
         self.interface = interface
         self.key_id = ""
@@ -105,7 +104,7 @@ class KeyedProgram(Program):
 class KeyOwner:
     """Makes, saves and loads keys. It is the base of a client, and of a circuit that is both sides."""
 
-    _one: KeyedProgram
+    _one: KeyedHandle
 
     def __init__(self) -> None:
         # Keys must not change between an encryption and the moment when its ciphertext gets their name.

@@ -11,8 +11,8 @@ from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import ServerParts, read_server
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
-from fheconv.circuits.native.handle import Program
-from fheconv.circuits.native.protocol import KeysForgotten, Session
+from fheconv.circuits.native.handle import Handle
+from fheconv.circuits.native.protocol import KeysForgotten, Limits, Session
 from fheconv.circuits.native.worker import worker
 
 # The number of key sets that are kept in memory: those used last.
@@ -49,8 +49,8 @@ class Server:
         # `cost.lookups` cannot be used: Concrete leaves out lookups on which no result depends.
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
         opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
-        self._program = Program(
-            worker() if session is None else session, ("open_server", opening), parts.config
+        self._handle = Handle(
+            worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
         )
 
     def __reduce__(self) -> NoReturn:
@@ -91,10 +91,10 @@ class Server:
         """Evaluate the circuit on one value of a ciphertext. `check` must have accepted both."""
         most = self._keys_in_memory
         try:
-            return bytes(self._program.request("run_for", keys.name, None, most, value))
+            return bytes(self._handle.request("run_for", keys.name, None, most, value))
         except KeysForgotten:
             given = keys.payload if isinstance(keys, EvaluationKeys) else keys
-            return bytes(self._program.request("run_for", keys.name, given, most, value))
+            return bytes(self._handle.request("run_for", keys.name, given, most, value))
 
 
 def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:

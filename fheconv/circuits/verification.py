@@ -16,7 +16,12 @@ SIGNIFICANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """One wrong result: its place (run, image, channel, position…), the expected value and the actual one."""
+    """One wrong result: its place (run, image, channel, position…), the expected value and the actual one.
+
+    Example:
+        >>> Mismatch(position=(0, 0, 2, 1), expected=7, got=8).position
+        (0, 0, 2, 1)
+    """
 
     position: tuple[int, ...]
     expected: int

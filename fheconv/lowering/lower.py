@@ -14,7 +14,7 @@ from fheconv.basics.config import Engine
 from fheconv.lowering.dialect import hint, look_up, take
 from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
-from fheconv.lowering.plan import Plan, Program
+from fheconv.lowering.plan import Plan, TermProgram
 from fheconv.lowering.planes import Planes, in_planes
 from fheconv.networks.bounds import twos_complement_bits
 from fheconv.networks.demand import demand
@@ -165,7 +165,7 @@ def _layer(
     ]
 
     @cache
-    def made() -> tuple[list[Program], Array, Array]:
+    def made() -> tuple[list[TermProgram], Array, Array]:
         """Return the programs, the offset (1, m) that remains to be added, and the table's rows (m,)."""
         outputs = np.flatnonzero(wanted)
         channels = outputs // math.prod(layer.shape[1:])

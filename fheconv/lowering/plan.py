@@ -1,6 +1,6 @@
 """Chooses how to compute one term of a layer, and makes the program that computes it.
 
-The choice (a `Plan`) depends on shapes and counts only. The program (a `Program`) also holds index arrays as
+The choice (a `Plan`) depends on shapes and counts only. A `TermProgram` also holds the index arrays as
 large as an image, so it is made only when somebody runs it.
 """
 
@@ -17,7 +17,7 @@ from fheconv.basics.config import Engine
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering import engines
 from fheconv.lowering.dialect import take
-from fheconv.lowering.engines import UNIT_COST, WHY
+from fheconv.lowering.engines import ENGINES, MATRIX_COST, multiply_adds
 from fheconv.lowering.pruning import Plain, prune
 from fheconv.networks.linear import Kernel, Select, Term
 
@@ -55,14 +55,14 @@ class Plan:
         for step, before, after in steps:
             if isinstance(step, Kernel):
                 plain = prune(step, before, after, around)
-                kept.append((plain, plain.multiply_adds()))
+                kept.append((plain, multiply_adds(plain)))
                 around = 0
             else:
                 kept.append(step)
         counts = [one[1] for one in kept if not isinstance(one, Select)]
         possible = {
             one: sum(count.get(one, count.get("conv", 0)) for count in counts)
-            for one in ("conv", "separable", "shifts")
+            for one in ENGINES
             if any(one in count for count in counts)
         }
         if not all(counts):
@@ -85,7 +85,7 @@ class Plan:
             ),
         )
 
-    def program(self) -> "Program":
+    def program(self) -> "TermProgram":
         """Return the program that computes the term."""
         shape = self.read.shape
         inputs, outputs = np.flatnonzero(self.read), np.flatnonzero(self.wanted)
@@ -94,7 +94,9 @@ class Plan:
             # The matrix does not read the padding. The padded zero-points add a constant.
             constant = self.term.apply(np.zeros((1, *shape), np.int64), self.pad).ravel()[outputs]
             matrix = self.term.matrix(shape)[inputs][:, outputs].toarray()
-            return Program(source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none)
+            return TermProgram(
+                source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none
+            )
         places = np.full(self.read.size, OUTSIDE)
         places[inputs] = np.arange(len(inputs))
         pad, stages = self.pad, []
@@ -109,7 +111,7 @@ class Plan:
             places[plain.outputs.flat.ravel()] = np.arange(math.prod(plain.outputs.shape))
             pad = 0
         constant = np.zeros(len(outputs), np.int64)
-        return Program(
+        return TermProgram(
             source=self.term.source,
             constant=constant,
             matrix=None,
@@ -119,7 +121,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Program:
+class TermProgram:
     """Computes one term (N, m) from the values (N, n) of its source that are read.
 
     It is either one product with `matrix` (n, m), or several convolutions one after the other. `stages` holds
@@ -142,7 +144,7 @@ class Program:
             x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
         return take(x, self.places, 0)
 
-    def with_offset(self, offset: Array) -> "Program | None":
+    def with_offset(self, offset: Array) -> "TermProgram | None":
         """Return a program whose last convolution adds the offset (m,), or None if it cannot.
 
         A separate addition would take signed sums, for which Concrete may use one bit more.
@@ -162,13 +164,17 @@ class Program:
 def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:
     """Return the engine to run with, and the reason for it."""
     if engine == "auto":
-        predicted = {one: possible[one] * UNIT_COST[one] / 1000 for one in possible}
+        costs = {one: ENGINES[one].unit_cost if one in ENGINES else MATRIX_COST for one in possible}
+        predicted = {one: possible[one] * costs[one] / 1000 for one in possible}
         shown = ", ".join(f"{one} {ms:,.3g}" for one, ms in sorted(predicted.items(), key=lambda p: p[1]))
         return min(predicted, key=predicted.__getitem__), f"cheapest predicted, in ms: {shown}"
     if engine not in possible:
-        too_large = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
+        if engine in ENGINES:
+            reason = ENGINES[engine].needs
+        else:
+            reason = f"The dense matrix would take more than {DENSE_LIMIT / 2**30:.0f} GiB."
         raise InvalidArgumentError(
             f"engine={engine!r} cannot run layer {name!r}; those that can are {', '.join(possible)}. "
-            + WHY.get(engine, too_large)
+            + reason
         )
     return engine, "asked for"

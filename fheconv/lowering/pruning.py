@@ -1,6 +1,5 @@
 """Removes work that nobody reads from a convolution, and weights that are zero."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,20 +59,6 @@ class Plain:
     groups: int
     outputs: Grid
     constant: Array
-
-    def multiply_adds(self) -> dict[str, int]:
-        """Return the number of multiplications for each engine that can run the convolution."""
-        outputs = math.prod(self.outputs.shape[1:])
-        counts = {}
-        # Concrete cannot build a convolution whose weights or inputs are all zero.
-        if self.weight.any() and self.inputs.inside:
-            counts["conv"] = self.weight.size * outputs
-            counts["shifts"] = math.prod(self.weight.shape[:2]) * len(self.nonzero_taps()) * outputs
-            if self.separated() is not None:
-                height, width = self.weight.shape[2:]
-                half = self.outputs.shape[1] * self.inputs.shape[2]
-                counts["separable"] = len(self.weight) * (height * half + width * outputs)
-        return counts
 
     def nonzero_taps(self) -> list[tuple[int, ...]]:
         """Return the taps at which some filter has a weight that is not zero."""

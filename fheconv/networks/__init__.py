@@ -1,8 +1,9 @@
-"""Says what a network is, in floats and in integers, and what holds of it for every image.
+"""Defines networks in floats and in integers, and computes the exact ranges of their accumulators.
 
 An *accumulator* is one sum of integer products, before an activation. A *lookup* turns accumulators into the
 integers of an activation, by a table. The *span* of an accumulator is its maximum minus its minimum over all
-images. Its *width* is the number of bits that hold the span.
+images. A *width* is a number of bits: the width of an accumulator holds its span, because the circuit
+subtracts the minimum first (*offset form*).
 
 expression: functions of one variable: the activations.
 linear: linear steps between tensors, and chains of them.

@@ -1,10 +1,10 @@
-"""Exact worst-case ranges of accumulators: attained by some input, exceeded by none.
+"""Computes the exact range of every accumulator: some input attains each end, and none exceeds it.
 
-With weights q and inputs in [xmin, xmax], an accumulator lies in
-[Σ q⁺·xmin + q⁻·xmax, Σ q⁺·xmax + q⁻·xmin] with q⁺ = max(q, 0), q⁻ = min(q, 0), and both ends are attained if
-every q belongs to a pixel of its own: weights of taps that read the same pixel, because padding repeats it,
-are added up first. Taps that read a zero contribute the constant pad value. All in integers, no logarithms
-(A2Q, Colbert et al. 2023, gives the bound for data types; this is the one for the weights at hand).
+With weights q and inputs in [xmin, xmax], an accumulator lies in [Σ q⁺·xmin + q⁻·xmax, Σ q⁺·xmax + q⁻·xmin]
+with q⁺ = max(q, 0), q⁻ = min(q, 0). Both ends are attained if every q belongs to a different pixel. Where
+padding repeats a pixel, several taps read it, and their weights are added first. A tap that reads a zero
+contributes the constant pad value. The computation uses integers only. A2Q (Colbert et al. 2023) gives the
+bound for data types; this is the bound for the given weights.
 """
 
 import math
@@ -24,10 +24,15 @@ from fheconv.networks.integers import QuantizedLayer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AccumulatorBounds:
-    """The attainable minimum and maximum of every accumulator of a layer.
+    """Holds the exact minimum and maximum of every accumulator of a layer.
 
     Output positions that see the same taps share their bounds: `class_minimum` and `class_maximum` are
     (K, n_1, …, n_d), and `classes[axis][o]` says to which of the n_axis classes position `o` belongs.
+
+    Example:
+        >>> bounds = accumulator_bounds([[[1, -1]]], ConvGeometry.of((2,)), (4,), (0, 3))
+        >>> bounds.minimum.tolist(), bounds.maximum.tolist()
+        ([[-3, -3, -3]], [[3, 3, 3]])
     """
 
     class_minimum: Array
@@ -64,12 +69,12 @@ class AccumulatorBounds:
 
     @property
     def offset_bits(self) -> int:
-        """The width when each channel's minimum is subtracted first: unsigned, from zero."""
+        """The width in offset form: each channel's minimum is subtracted first."""
         return int(self.channel_span.max()).bit_length()
 
     @property
     def twos_complement_bits(self) -> int:
-        """The width of the accumulators as they are, signed if any of them can be negative."""
+        """The width when nothing is subtracted; it includes a sign bit if an accumulator can be negative."""
         return twos_complement_bits(int(self.channel_minimum.min()), int(self.channel_maximum.max()))
 
     def minimum_position(self, channel: int) -> tuple[int, ...]:
@@ -95,11 +100,15 @@ def twos_complement_bits(minimum: int, maximum: int) -> int:
 
 
 def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int:
-    """Return how many products of unsigned data types any accumulator of that width holds.
+    """Return how many products of unsigned integers every accumulator of a width can hold.
 
-    ⌊(2^P − 1) / ((2^N − 1)·(2^M − 1))⌋, the data-type bound (Colbert et al. 2023, section 3), which
-    knows nothing of the weights. `AccumulatorBounds` is exact for the weights at hand, and usually
-    allows three or four times as many taps.
+    The number is ⌊(2^P − 1) / ((2^N − 1)·(2^M − 1))⌋, the data-type bound (Colbert et al. 2023, section 3).
+    It holds for any weights. `AccumulatorBounds` is exact for given weights, and usually allows three or four
+    times as many taps.
+
+    Example:
+        >>> max_taps(input_bits=2, weight_bits=2, accumulator_bits=7)
+        14
 
     Raises `InvalidArgumentError` for widths that are not positive integers.
     """
@@ -125,8 +134,17 @@ def accumulator_bounds(
     """Return the exact bounds of every accumulator of an integer convolution.
 
     `weight` (K, C/groups, *k) and `bias` (K,) are integers, `spatial` the input's sizes, `input_range`
-    the (smallest, greatest) input. Raises `AccumulatorOverflowError` if the bounds or their span may
-    pass 2⁶³, `InvalidArgumentError` for fractions or an empty range.
+    the (smallest, greatest) input.
+
+    Example:
+        >>> sobel = [[[[1, 0, -1], [2, 0, -2], [1, 0, -1]]]]
+        >>> geometry = ConvGeometry.of((3, 3))
+        >>> bounds = accumulator_bounds(sobel, geometry, (8, 8), (0, 15))
+        >>> bounds.channel_minimum.tolist(), bounds.channel_maximum.tolist(), bounds.offset_bits
+        ([-60], [60], 7)
+
+    Raises `AccumulatorOverflowError` if the bounds or their span can exceed 2⁶³, and `InvalidArgumentError`
+    for fractions or an empty range.
     """
     weight = _integers(weight, "weight")
     if weight.ndim != 2 + len(geometry.kernel) or weight.shape[2:] != geometry.kernel:
@@ -142,8 +160,8 @@ def accumulator_bounds(
             f"input_range={input_range} and pad_value={pad_value} must be integers, the smaller end first."
         )
     low, high, pad_value = int(low), int(high), int(pad_value)
-    # The greatest input, and the widest step between two of them: the span is to fit as well. As Python's
-    # integers, because numpy would make floats of those past int64.
+    # The difference of the extreme inputs is checked too, because the span must fit as well. These are Python
+    # integers, because numpy turns integers beyond int64 into floats.
     extremes = [low, high, pad_value, max(high, pad_value) - min(low, pad_value)]
     bias = None if bias is None else channel_vector(_integers(bias, "bias"), len(weight))
     exact_dtypes(weight, np.array(extremes, dtype=object), math.prod(weight.shape[1:]), bias)
@@ -160,7 +178,8 @@ def accumulator_bounds(
         positive, negative = np.maximum(merged, 0).sum(axis=1), np.minimum(merged, 0).sum(axis=1)
         minimum[:, *number] = positive * (low - pad_value) + negative * (high - pad_value)
         maximum[:, *number] = positive * (high - pad_value) + negative * (low - pad_value)
-    # Every tap counts as if it read the pad value; those that read a pixel differ by what was added up.
+    # The constant counts every tap as if it read the pad value. The loop above added the difference of the
+    # taps that read a pixel.
     constant = weight.reshape(len(weight), -1).sum(axis=1) * pad_value
     if bias is not None:
         constant = constant + bias
@@ -171,9 +190,9 @@ def accumulator_bounds(
 
 
 def _alike(table: Array) -> tuple[Array, Array]:
-    """Sort the outputs of one axis into classes that see the same pattern of pixels.
+    """Sort the outputs of one axis into classes that read the same pattern of pixels.
 
-    `table` is that of `tap_sources`. Returns the class of each output and one output of each class.
+    `table` comes from `tap_sources`. Returns the class of each output and one output of each class.
     """
     inside = table != OUTSIDE
     nearest = np.where(inside, table, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
@@ -183,7 +202,7 @@ def _alike(table: Array) -> tuple[Array, Array]:
 
 
 def _merge(weight: Array, rows: Sequence[Array]) -> tuple[Array, list[Array]]:
-    """Add up the weights (…, *k) of taps that read the same pixel, and leave out those that read none.
+    """Add the weights (…, *k) of taps that read the same pixel, and leave out taps that read none.
 
     `rows` holds the sources of the taps, one row an axis. Returns the weights (…, *pixels) and the pixels.
     """
@@ -200,20 +219,23 @@ def _merge(weight: Array, rows: Sequence[Array]) -> tuple[Array, list[Array]]:
 def _integers(value: Any, name: str) -> Array:
     array = as_array(value, name)
     if array.dtype.kind == "f":
-        raise InvalidArgumentError(f"{name} has dtype {array.dtype}; bounds are of integers, quantize it.")
+        raise InvalidArgumentError(
+            f"{name} has dtype {array.dtype}; bounds need integers, so quantize it first."
+        )
     return array
 
 
 def without_bias(layer: QuantizedLayer) -> QuantizedLayer:
-    """Return the layer as the circuit computes it: the client adds the bias."""
+    """Return the layer without its bias, as the circuit computes it: the client adds the bias."""
     return replace(layer, bias=np.zeros_like(layer.bias))
 
 
 def layer_bounds(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorBounds:
     """Return the bounds of a layer's accumulators, `bias` included; `shapes` are those of all tensors.
 
-    What a layer reads may be anything in its range: whether a whole network attains the bounds of its inner
-    layers is not asked. Terms that read one tensor are added up before, value by value.
+    The inputs of a layer may take any values in their ranges. In an inner layer the bounds hold, but it is
+    not checked that an image of the whole network attains them. Terms that read the same tensor are added
+    first.
     """
     spatial = layer.shape[1:]
     if (kernel := layer.convolution) is not None:
@@ -267,9 +289,9 @@ def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Arra
 
 
 def norm_bits(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
-    """Return log2 ‖w‖₂ of the weights that meet in an accumulator, the most of each channel, (K,).
+    """Return log2 ‖w‖₂ of the weights of an accumulator, the greatest of each channel, (K,).
 
-    So many bits an encrypted sum loses to the noise of what it adds up.
+    An encrypted sum loses this number of bits to the noise of its summands.
     """
     if (kernel := layer.convolution) is not None:
         squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
@@ -284,9 +306,9 @@ def norm_bits(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
 def worst_case_inputs(layer: QuantizedLayer, shape: Shape, bounds: AccumulatorBounds) -> Array:
     """Return images on which each channel attains its minimum and its maximum, (2·K, C, *S).
 
-    Of a layer that is one convolution of images of `shape`. Image 2·c attains the minimum of channel c,
-    image 2·c + 1 its maximum. Pixels that do not matter are the smallest input in the first and the greatest
-    in the second, so that the images span the whole input range.
+    The layer must be one convolution, of images of `shape`. Image 2·c attains the minimum of channel c, image
+    2·c + 1 its maximum. Other pixels are the smallest input in the first and the greatest in the second, so
+    that the images cover the whole input range.
     """
     kernel = layer.convolution
     if kernel is None:

@@ -8,11 +8,12 @@ from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 
 
 def demand(network: Network | IntegerNetwork) -> list[Array]:
-    """Return, for each tensor, as a mask of its shape, the values that the network's results depend on.
+    """Return a mask for each tensor: the values that the network's results depend on.
 
-    Traced backwards from the results. A value counts as read if the trained weights read it, even where
-    their integers have become zero, or if the integers do: one bit has no zero. Of what nobody reads at all
-    the first value counts, because Concrete has no empty tensors.
+    The masks are traced backwards from the results. A value counts as read if the trained weights read it,
+    even if the integer weights are zero there. It also counts if the integer weights read it: integers of one
+    bit cannot be zero. If nothing reads a tensor, its first value counts, because Concrete has no empty
+    tensors.
     """
     source = network.source if isinstance(network, IntegerNetwork) else network
     masks = [np.zeros(shape, bool) for shape in network.shapes]

@@ -1,7 +1,8 @@
-"""Functions of one variable, such as activations and chains of them: what a lookup table holds.
+"""Describes functions of one variable, such as activations and chains of them.
 
-They are plain data, named as torch names its operators, and are computed by numpy in float64: building the
-tables needs no torch, and gives the same integers on every machine.
+Lookup tables are made from these functions. They are plain data with torch's names of operators. Numpy
+computes them in float64, so that building a table needs no torch and gives the same integers on every
+machine.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from fheconv.basics.arrays import Array
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """An operator of `FUNCTIONS` applied to arguments: expressions, numbers, or arrays (C, *1) of numbers.
+    """Applies an operator of `FUNCTIONS` to expressions, numbers, or arrays (C, *1) of numbers.
 
     `Expression("x")` is the variable.
     """
@@ -30,18 +31,18 @@ class Expression:
         if self.operator == "x":
             return x
         values = (part(x) if isinstance(part, Expression) else part for part in self.arguments)
-        with np.errstate(all="ignore"):  # what is not finite is judged where tables are built
+        with np.errstate(all="ignore"):  # whoever builds a table checks what is not finite
             return np.asarray(FUNCTIONS[self.operator](*values, **dict(self.options)), np.float64)
 
     def __str__(self) -> str:
-        """Show it as a formula, such as relu(x)."""
+        """Return the expression as a formula, such as relu(x)."""
         if self.operator == "x":
             return "x"
         shown = [*map(_shown, self.arguments), *(f"{name}={_shown(value)}" for name, value in self.options)]
         return f"{self.operator}({', '.join(shown)})"
 
     def arrays(self) -> list[Array]:
-        """Return the arrays among the constants."""
+        """Return the constants that are arrays."""
         inner = (part.arrays() for part in self.arguments if isinstance(part, Expression))
         own = [part for part in self.arguments if isinstance(part, np.ndarray) and part.ndim]
         return [*own, *(array for arrays in inner for array in arrays)]
@@ -59,7 +60,7 @@ class Expression:
         return Expression(self.operator, tuple(map(part, self.arguments)), self.options)
 
     def of(self, inner: "Expression") -> "Expression":
-        """Return this function of the other one."""
+        """Return the composition: this function, applied to the result of `inner`."""
         if self.operator == "x":
             return inner
         parts = (part.of(inner) if isinstance(part, Expression) else part for part in self.arguments)
@@ -100,7 +101,7 @@ def _divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
     return quotient if rounding_mode is None else np.trunc(quotient)
 
 
-# By torch's names, with torch's arguments.
+# The keys are torch's names; the functions take torch's arguments.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "add": lambda x, y, alpha=1: np.add(x, np.multiply(y, alpha)),
@@ -179,7 +180,8 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "trunc": np.trunc,
     "where": np.where,
 }
-# Of whole rows, not of elements: they can only stand at the end of a network, where the client computes them.
+# The last three act on whole rows, not on elements. They are allowed only at the end, where the client
+# computes them.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **ELEMENTWISE,
     "argmax": np.argmax,

@@ -1,7 +1,7 @@
-"""A trained network in floats: layers between lookups, and how images are turned into integers.
+"""Defines a trained network in floats.
 
-Tensors are numbered: 0 is the image, i the output of layer i − 1. Everything linear between two activations
-is one layer, so that each activation is one lookup.
+Tensors are numbered: 0 is the image, i is the output of layer i − 1. One layer holds everything linear
+between two activations, so that each activation is one lookup.
 """
 
 import math
@@ -29,10 +29,15 @@ from fheconv.networks.linear import Kernel, Select, Term
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conv:
-    """A convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
+    """Holds a convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
 
-    The weight of a transposed convolution is kept flipped and in this layout, for the plain convolution over
-    the expanded input that `geometry` describes.
+    A transposed convolution is kept as a plain convolution over the expanded input that `geometry` describes:
+    its weight is flipped and has this layout.
+
+    Example:
+        >>> up = Conv.of(np.ones((2, 1, 4, 4)), stride=2, padding=1, transposed=True)
+        >>> up.weight.shape, up.in_channels
+        ((1, 2, 4, 4), 2)
     """
 
     name: str
@@ -55,11 +60,16 @@ class Conv:
         output_padding: PerAxis = 0,
         name: str = "conv",
     ) -> "Conv":
-        """Make one from a weight (K, C/groups, *k), or a plain (Hf, Wf), and torch's arguments.
+        """Make a convolution from a weight (K, C/groups, *k) or (Hf, Wf), and torch's arguments.
 
-        A transposed convolution's weight is (C, K/groups, *k), as torch keeps it.
+        The weight of a transposed convolution is (C, K/groups, *k), as in torch.
 
-        Raises `InvalidArgumentError` for arguments that do not go together.
+        Example:
+            >>> conv = Conv.of([[1, 0, -1], [2, 0, -2], [1, 0, -1]], stride=2, name="sobel")
+            >>> conv.name, conv.weight.shape, conv.in_channels
+            ('sobel', (1, 1, 3, 3), 1)
+
+        Raises `InvalidArgumentError` for arguments that do not fit together.
         """
         weight = as_array(weight, "weight")
         if weight.ndim == 2:
@@ -90,15 +100,15 @@ class Conv:
 
     @property
     def in_channels(self) -> int:
-        """C."""
+        """The number C of channels that it reads."""
         return int(self.weight.shape[1]) * self.geometry.groups
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """Everything linear up to an activation: Σ terms + `bias` (C, *S), and then the activation.
+    """Computes Σ terms + `bias` (C, *S), and then an activation.
 
-    `activation` None is the last layer's: its sums are decrypted as they are.
+    The last layer has the `activation` None: its sums are decrypted without a lookup.
     """
 
     name: str
@@ -131,9 +141,9 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Maximum:
-    """The greatest of some values of one tensor: outputs are max(x.flat[index[0]], x.flat[index[1]], …).
+    """Computes maxima of values of one tensor: max(x.flat[index[0]], x.flat[index[1]], …).
 
-    `index` is (n, C, *S). In floats and in integers it is the same.
+    `index` is (n, C, *S). The same layer works for floats and for integers.
     """
 
     name: str
@@ -151,7 +161,7 @@ class Maximum:
         return (self.source,)
 
     def candidates(self, x: Array) -> Array:
-        """Return the values of which each output is the greatest, (n, N, C, *S), for the tensor it reads."""
+        """Return the values (n, N, C, *S) whose maximum over n is the output, for the tensor `x`."""
         return np.moveaxis(x.reshape(len(x), math.prod(x.shape[1:]))[:, self.index], 1, 0)
 
     def output(self, tensors: Sequence[Array]) -> Array:
@@ -161,7 +171,7 @@ class Maximum:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Finish:
-    """What the client computes in clear of the decrypted results: an activation, a view of it, a softmax."""
+    """Computes, on the client and in clear, the model's outputs from the decrypted results."""
 
     activation: Expression
     view: Select | None = None
@@ -177,7 +187,7 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
-    """A trained network in floats, from images of shape `input_shape` to the model's outputs."""
+    """Computes in floats the model's outputs for images of shape `input_shape`."""
 
     input_shape: Shape
     layers: tuple[Layer | Maximum, ...]
@@ -188,7 +198,7 @@ class Network:
         """The shape of each tensor."""
         return (self.input_shape, *(layer.shape for layer in self.layers))
 
-    @np.errstate(over="ignore", invalid="ignore")  # who needs them finite says what is wrong
+    @np.errstate(over="ignore", invalid="ignore")  # callers check what is not finite
     def tensors(self, x: Array) -> list[Array]:
         """Return every tensor for a batch of images, float64."""
         tensors = [x.astype(np.float64)]
@@ -199,8 +209,8 @@ class Network:
     def rescaled(self, number: int, factors: Array) -> "tuple[Network, dict[int, Array]] | None":
         """Return the network whose weights expect tensor `number` divided by `factors` (C,), one a channel.
 
-        With it, the factors of each value of the tensors concerned: that one, and maxima of it. None if one
-        weight, or one maximum, would have to make up for several factors.
+        Also return the factor of each value, for every tensor that changes: this one, and maxima of it.
+        Return None if one weight, or one maximum, would have to compensate several factors.
         """
         shape = self.shapes[number]
         concerned = {number: np.broadcast_to(along_channels(factors, len(shape)), shape)}
@@ -224,13 +234,13 @@ class Network:
         return replace(self, layers=tuple(layers)), concerned
 
     def __call__(self, x: Array) -> Array:
-        """Return the outputs for a batch (N, *input_shape): what torch computes, in float64."""
+        """Return the outputs for a batch (N, *input_shape), as torch computes them, in float64."""
         y = self.tensors(x)[-1]
         return y if self.finish is None else self.finish(y)
 
     @classmethod
     def of(cls, conv: Conv, input_shape: Shape) -> "Network":
-        """Return the network of a single convolution."""
+        """Return a network of a single convolution."""
         kernel = Kernel(weight=conv.weight, geometry=conv.geometry)
         output = kernel.output_shape(input_shape)
         bias = np.zeros(len(conv.weight)) if conv.bias is None else conv.bias.astype(np.float64)
@@ -243,6 +253,6 @@ class Network:
 
 
 def real_results(accumulators: Array, scale: Array, finish: Finish | None) -> Array:
-    """Return the model's outputs (float64) that the last accumulators (N, K, *Out) stand for."""
+    """Turn the last accumulators (N, K, *Out) into the model's outputs (float64)."""
     y = accumulators * scale
     return y if finish is None else finish(y)

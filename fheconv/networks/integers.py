@@ -1,8 +1,8 @@
-"""A network in exact integers: what is proved, compiled and run.
+"""Defines a network in exact integers. Its bounds are proved, and it is compiled and run.
 
-An image becomes integers, each layer sums integer products (its accumulators) and looks the sums up in a
-table of integers, and the last accumulators become real numbers again. No float is computed in between, so
-that clear, simulated and encrypted runs agree on every machine.
+An image becomes integers. Each layer sums integer products (its accumulators) and looks them up in a table of
+integers. The last accumulators become real numbers again. Nothing in between uses floats, so that clear,
+simulated and encrypted runs agree on every machine.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from fheconv.networks.quantization import CalibratedInput, Quantization, integer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lookup:
-    """What turns accumulators into the integers of an activation: row `which` of `tables`.
+    """Turns accumulators into the integers of an activation, by row `which` of `tables`.
 
-    `minimum` (C,) is subtracted first, which leaves 0 to 2^bits − 1; then `dropped_bits` low
-    bits are rounded away, half up; what remains is the column. `which` broadcasts to the layer's shape.
-    `proved` says that no input leads outside; otherwise `bits` is what calibration observed, with a margin.
+    It first subtracts `minimum` (C,), which gives 0 to 2^bits − 1. Then it rounds `dropped_bits` low bits
+    away, half up. The result is the column of the table. `which` broadcasts to the layer's shape. `proved`
+    says that no input leads outside the table; otherwise `bits` comes from calibration, with a margin.
     """
 
     tables: Array
@@ -53,21 +53,22 @@ class Lookup:
             columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
         if self.proved:
             return self.tables[which, columns]
-        # As a lookup on the torus does: what lies outside comes out with the opposite sign.
+        # A lookup on the torus works in this way: a value outside the table gives an entry with the opposite
+        # sign.
         turns, columns = np.divmod(columns, self.tables.shape[1])
         return self.tables[which, columns] * np.where(turns % 2, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedLayer:
-    """A layer in integers: accumulators Σ terms + `bias`, then a lookup, or none in the last layer.
+    """Computes accumulators, Σ terms + `bias`, and then a lookup; the last layer has no lookup.
 
-    The terms' weights are int64, their inputs the raw integers of the tensors they read, padded with their
-    zero-point. `inputs` are those tensors' quantizations, one a term. The real value of accumulator `a` is
-    `a · scale`: `bias` holds the layer's own bias in steps, and minus what the zero-points add up to. Where a
-    lookup follows, all that is in the table instead, exactly, and `bias` is 0. `real_bias` is the layer's own
-    bias in real numbers. The three broadcast to `shape`. `weight_range` is the range of the weights' data
-    type.
+    The terms' weights are int64. Their inputs are the integers of the tensors that they read, padded with the
+    zero-point. `inputs` holds the quantizations of these tensors, one for each term. The real value of
+    accumulator `a` is `a · scale`: `bias` holds the layer's own bias in steps, minus the sum that the
+    zero-points cause. If a lookup follows, its table includes all this exactly, and `bias` is 0. `real_bias`
+    is the layer's own bias in real numbers. `scale`, `bias` and `real_bias` broadcast to `shape`.
+    `weight_range` is the range of the weights' data type.
     """
 
     name: str
@@ -87,7 +88,7 @@ class QuantizedLayer:
 
     @cached_property
     def convolution(self) -> Kernel | None:
-        """The one convolution that the layer is, if it is no more than that."""
+        """The convolution of a layer that is a single convolution; None for other layers."""
         if len(self.terms) == 1 and len(self.terms[0].steps) == 1:
             (step,) = self.terms[0].steps
             return step if isinstance(step, Kernel) else None
@@ -95,7 +96,7 @@ class QuantizedLayer:
 
     @property
     def taps(self) -> int:
-        """How many products one accumulator sums, those of pooling windows not counted."""
+        """The number of products in one accumulator, without those of pooling windows."""
         kernels = (term.steps[at] for term in self.terms for at in term.inexact())
         return sum(int(np.prod(kernel.weight.shape[1:])) for kernel in kernels if isinstance(kernel, Kernel))
 
@@ -113,7 +114,10 @@ class QuantizedLayer:
 
 
 def comparison(quantization: Quantization) -> Lookup:
-    """Return the lookup of max(d, 0) for differences d of such integers: max(a, b) = b + max(a − b, 0)."""
+    """Return the lookup of max(d, 0), for the difference d of two such integers.
+
+    With it, max(a, b) is computed as b + max(a − b, 0).
+    """
     steps = quantization.maximum - quantization.minimum
     bits = (2 * steps).bit_length()
     return Lookup(
@@ -128,7 +132,7 @@ def comparison(quantization: Quantization) -> Lookup:
 
 
 def blank_images(quantization: Quantization, shape: Shape) -> Array:
-    """Return the integer images (n, C, *S) that show the sign of a network's inputs, and no more of them."""
+    """Return integer images (n, C, *S) that show Concrete whether inputs can be negative."""
     ends = [quantization.minimum, quantization.maximum] if quantization.minimum < 0 else [0]
     return np.stack([np.full(shape, end, np.int64) for end in ends])
 
@@ -138,11 +142,11 @@ AnyLayer: TypeAlias = QuantizedLayer | Maximum
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerNetwork:
-    """Computes exact integers between float images and float results.
+    """Computes float results from float images, through exact integers.
 
     `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
-    calibration images (None: nobody looked), `source` the float network it was made from, `calibrated` the
-    images' range.
+    calibration images (None: not observed). `source` is the float network that it was made from, `calibrated`
+    describes the calibration images.
     """
 
     config: QuantConfig
@@ -164,7 +168,7 @@ class IntegerNetwork:
 
     @cached_property
     def quantizations(self) -> tuple[Quantization, ...]:
-        """How each tensor but the last is quantized."""
+        """The quantization of each tensor except the last."""
         found = [self.input]
         for layer in self.layers[:-1]:
             if isinstance(layer, Maximum):
@@ -178,7 +182,7 @@ class IntegerNetwork:
         """The layer whose accumulators are decrypted."""
         layer = self.layers[-1]
         if not isinstance(layer, QuantizedLayer):
-            raise TypeError("A network ends in accumulators.")
+            raise TypeError("The last layer of a network must be a layer of accumulators, not a Maximum.")
         return layer
 
     @property
@@ -188,7 +192,7 @@ class IntegerNetwork:
 
     @cached_property
     def output_shape(self) -> Shape:
-        """The shape of the float results of one image, that of torch's."""
+        """The shape of the float results of one image, as in torch."""
         return self.dequantize(np.zeros((1, *self.accumulator_shape), np.int64)).shape[1:]
 
     def quantize_input(self, x: Any) -> tuple[Array, bool]:
@@ -210,7 +214,7 @@ class IntegerNetwork:
         return self.tensors(q)[-1]
 
     def dequantize(self, accumulators: Array) -> Array:
-        """Return the real results (float64) that the last accumulators (N, K, *Out) stand for."""
+        """Turn the last accumulators (N, K, *Out) into real results (float64)."""
         return real_results(accumulators, self.last.scale, self.source.finish)
 
     def integers(self, x: Any) -> Array:
@@ -223,12 +227,14 @@ class IntegerNetwork:
         return y if batched else y[0]
 
     def __call__(self, x: Any) -> Array:
-        """Return the float results for float images, through the exact integers."""
+        """Return the float results for float images, computed in exact integers."""
         q, batched = self.quantize_input(x)
         y = self.dequantize(self.accumulate(q))
         return y if batched else y[0]
 
     @classmethod
     def of(cls, network: "IntegerNetwork") -> Self:
-        """Return the same network as an object of this class."""
+        """Return the same network as an object of this class: itself if it is one."""
+        if type(network) is cls:
+            return network
         return cls(**{field.name: getattr(network, field.name) for field in fields(network)})

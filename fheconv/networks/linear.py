@@ -1,8 +1,9 @@
-"""Linear steps between the tensors of a network: convolutions and selections, and chains of them.
+"""Defines the linear steps between the tensors of a network, and chains of steps.
 
-Whatever linear thing a network does to a tensor (C, *S) is a chain of these two. A linear layer is a
-convolution without spatial axes, average pooling one whose weights are all 1, and what moves values about
-(padding, slicing, reshaping, shuffling, concatenating) is a selection.
+There are two kinds of steps: convolutions and selections. Every linear operation on a tensor (C, *S) is a
+chain of them. A linear layer is a convolution without spatial axes. Average pooling is a convolution whose
+weights are all 1. Operations that only move values (padding, slicing, reshaping, shuffling, concatenating)
+are selections.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import scipy.sparse
 
-from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand
+from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand, tap_slices
 from fheconv.arithmetic.matrix import csr_filter_matrix
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
 
@@ -24,10 +25,10 @@ MERGED_WEIGHTS = 2**16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel:
-    """A convolution without bias: `weight` (K, C/groups, *k), floats or integers.
+    """Computes a convolution without bias: `weight` (K, C/groups, *k), floats or integers.
 
-    `exact` says that the weights are integers by nature, such as the ones of a pooling window, and are not
-    to be quantized. Without spatial axes it is a linear layer, (K, C).
+    `exact` says that the weights are integers already, such as the ones of a pooling window, and must not be
+    quantized. Without spatial axes it is a linear layer, (K, C).
     """
 
     weight: Array
@@ -43,7 +44,7 @@ class Kernel:
         """Return the outputs (N, K, *Out) of a batch, padded with `pad`; integers give exact int64."""
         geometry, weight = self.geometry, self.weight
         x = expand(x, geometry, pad)
-        if not geometry.kernel:  # `conv` wants a spatial axis
+        if not geometry.kernel:  # `conv` needs a spatial axis
             return conv(x[..., None], weight[..., None], groups=geometry.groups)[..., 0]
         return conv(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
 
@@ -51,17 +52,26 @@ class Kernel:
         """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""
         return csr_filter_matrix(self.weight, self.geometry, shape[1:], self.output_shape(shape)[1:])
 
+    def meeting(self, inputs: Array) -> Array:
+        """Return a mask like `weight`: those that are multiplied by any of the mask `inputs` (C, *S)."""
+        geometry, groups = self.geometry, self.geometry.groups
+        output = geometry.output_size(inputs.shape[1:])
+        expanded = expand(inputs[None], geometry, False)[0]
+        mask = np.zeros(self.weight.shape, bool)
+        for tap in np.ndindex(*geometry.kernel):
+            window = tap_slices(tap, output, geometry.stride, geometry.dilation)
+            met = expanded[(slice(None), *window)].reshape(len(inputs), -1).any(axis=1)
+            mask[(..., *tap)] = np.repeat(met.reshape(groups, -1), len(self.weight) // groups, axis=0)
+        return mask
+
     def read(self, wanted: Array, shape: Shape) -> Array:
-        """Return, as a mask (C, *S), the inputs that the outputs of a mask (K, *Out) depend on."""
+        """Return a mask (C, *S) of the inputs that the outputs in the mask `wanted` (K, *Out) depend on."""
         geometry, groups = self.geometry, self.geometry.groups
         by_group = wanted.reshape(groups, -1, *wanted.shape[1:])
         used = (self.weight != 0).reshape(groups, -1, *self.weight.shape[1:])
         expanded = np.zeros((shape[0], *geometry.expanded_size(shape[1:])), bool)
         for tap in np.ndindex(*geometry.kernel):
-            window = tuple(
-                slice(t * d, t * d + (o - 1) * s + 1, s)
-                for t, d, s, o in zip(tap, geometry.dilation, geometry.stride, wanted.shape[1:], strict=True)
-            )
+            window = tap_slices(tap, wanted.shape[1:], geometry.stride, geometry.dilation)
             read = np.einsum("gkc,gk...->gc...", used[(..., *tap)], by_group)
             expanded[(slice(None), *window)] |= read.reshape(shape[0], *wanted.shape[1:])
         for axis, size in enumerate(shape[1:]):
@@ -75,12 +85,12 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Select:
-    """A selection: outputs hold the inputs at `index` (C', *S'), flat positions, and zero where `OUTSIDE`."""
+    """Selects inputs by their flat positions `index` (C', *S'); the output is zero where it is `OUTSIDE`."""
 
     index: Array
 
     def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of `index`, whatever the shape of the inputs."""
+        """Return the shape of `index`, for inputs of any shape."""
         return self.index.shape
 
     def apply(self, x: Array, pad: int) -> Array:
@@ -96,14 +106,14 @@ class Select:
         return scipy.sparse.csr_array(entries, shape=(math.prod(shape), self.index.size))
 
     def read(self, wanted: Array, shape: Shape) -> Array:
-        """Return, as a mask of `shape`, the inputs that the outputs of a mask depend on."""
+        """Return a mask of `shape`: the inputs that the outputs in the mask `wanted` depend on."""
         mask = np.zeros(math.prod(shape), bool)
         chosen = self.index[wanted]
         mask[chosen[chosen != OUTSIDE]] = True
         return mask.reshape(shape)
 
     def is_identity(self, shape: Shape) -> bool:
-        """Whether it leaves a tensor of `shape` as it is."""
+        """Return whether it leaves a tensor of `shape` as it is."""
         return self.index.shape == shape and bool((self.index.ravel() == np.arange(math.prod(shape))).all())
 
 
@@ -112,7 +122,7 @@ Step: TypeAlias = Kernel | Select
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Term:
-    """One summand of a layer's accumulator: `factor` times a chain of steps from tensor number `source`."""
+    """Computes one summand of accumulators: `factor` times a chain of steps on tensor `source`."""
 
     source: int
     steps: tuple[Step, ...] = ()
@@ -126,9 +136,9 @@ class Term:
         return shapes
 
     def apply(self, x: Array, pad: int = 0) -> Array:
-        """Return what the steps make of a batch, without the factor.
+        """Apply the steps to a batch, without the factor.
 
-        `pad` stands for zero until the first convolution; after it, 0 does.
+        Up to the first convolution the padding is `pad`, after it the padding is 0.
         """
         for step in self.steps:
             x = step.apply(x, pad)
@@ -137,18 +147,18 @@ class Term:
         return x
 
     def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
-        """Return B with `x.reshape(N, -1) @ B` what the steps make of a batch that is padded with 0."""
+        """Return B, where `x.reshape(N, -1) @ B` applies the steps to a batch, padded with 0."""
         product = scipy.sparse.eye_array(math.prod(shape), dtype=np.int64, format="csr")
         for step, before in zip(self.steps, self.shapes(shape)[:-1], strict=True):
             product = product @ step.matrix(before)
         return product
 
     def read(self, wanted: Array, shape: Shape) -> Array:
-        """Return, as a mask of `shape`, what of the source the outputs of a mask depend on."""
+        """Return a mask of `shape`: the values of the source that the outputs in `wanted` depend on."""
         return self.masks(wanted, shape)[0]
 
     def masks(self, wanted: Array, shape: Shape) -> list[Array]:
-        """Return what the outputs of a mask depend on before each step, as masks, and the mask itself."""
+        """Return masks of the values before each step that `wanted` outputs depend on, and `wanted`."""
         masks = [wanted]
         for step, before in reversed(list(zip(self.steps, self.shapes(shape)[:-1], strict=True))):
             masks.insert(0, step.read(masks[0], before))
@@ -163,25 +173,48 @@ class Term:
         (at,) = self.inexact()
         kernel = self.steps[at]
         if not isinstance(kernel, Kernel):
-            raise TypeError("A convolution was expected.")
+            raise TypeError("A term must have one convolution whose weights are to be quantized.")
         return at, kernel
 
     def with_weight(self, weight: Array) -> "Term":
-        """Return the term with another weight in that convolution."""
+        """Return the term with another weight in the convolution that is to be quantized."""
         at, kernel = self.weighted()
         steps = (*self.steps[:at], replace(kernel, weight=frozen(weight)), *self.steps[at + 1 :])
         return replace(self, steps=steps)
 
+    def without_dead_weights(self, shape: Shape) -> "Term":
+        """Return the term with 0 for weights that are only ever multiplied by zeros, for a source of `shape`.
+
+        Such weights do not change a result, but they would count when a scale is chosen. They occur where a
+        convolution reads several tensors side by side: each term has the weights of all channels, and zeros
+        in the channels of the other tensors. A convolution of a whole tensor keeps all its weights, also
+        those that meet nothing but its own padding.
+        """
+        if not self.inexact():
+            return self
+        at, kernel = self.weighted()
+        if not at:
+            return self
+        alive = np.ones((1, *shape), bool)
+        for step in self.steps[:at]:
+            if isinstance(step, Kernel):
+                step = replace(step, weight=np.ones(step.weight.shape, np.int64))
+                alive = step.apply(alive.astype(np.int64), 0) > 0
+            else:
+                alive = step.apply(alive, 0)
+        met = kernel.meeting(alive[0])
+        return self if met.all() else self.with_weight(np.where(met, kernel.weight, 0))
+
     def is_plain(self) -> bool:
-        """Whether values are only moved about, each with the same weight, 1 or −1."""
+        """Return whether the term only moves values, all with the weight 1 or all with −1."""
         kernels = [step for step in self.steps if isinstance(step, Kernel)]
         plain = all(_is_pointwise(kernel) and _is_depthwise(kernel) for kernel in kernels)
         return plain and abs(self.factor) == 1 and all((kernel.weight == 1).all() for kernel in kernels)
 
     def then(self, step: Step, shape: Shape, factor: float = 1.0) -> "Term":
-        """Return the term with one more step, merged with its neighbour if that can be had.
+        """Return the term with one more step, merged with the step before it if possible.
 
-        `shape` is the source's. Selections compose, and so do convolutions of which one has a single tap.
+        `shape` is the source's. Two selections merge; two convolutions merge if one of them has a single tap.
         """
         steps = list(self.steps)
         if isinstance(step, Select) and step.is_identity(self.shapes(shape)[-1]):
@@ -196,7 +229,7 @@ class Term:
         if (factors == factors[0]).all():
             return replace(self, factor=self.factor * float(factors[0]))
         scale = pointwise(factors[:, None], axes, groups=len(factors))
-        # Through a pooling, to weights that can take the factors up.
+        # The factors move before poolings, to weights that can include them.
         at = len(self.steps)
         while at and is_pooling(self.steps[at - 1]):
             at -= 1
@@ -206,15 +239,15 @@ class Term:
         return replace(self, steps=(*self.steps[: at - 1], merged, *self.steps[at:]))
 
     def absorbed(self, factors: Array) -> "Term | None":
-        """Return the term for a source that was divided by `factors` (C, *S), made up for by the weights.
+        """Return the term whose weights compensate that its source was divided by `factors` (C, *S).
 
-        None if one weight would have to make up for several factors.
+        Return None if one weight would have to compensate several factors.
         """
         for at, step in enumerate(self.steps):
             if isinstance(step, Select):
                 factors = np.where(step.index == OUTSIDE, np.nan, factors.ravel()[step.index])
                 continue
-            flat = factors.reshape(len(factors), -1)  # where all is padding, any factor will do
+            flat = factors.reshape(len(factors), -1)  # where all is padding, any factor is right
             own = np.nan_to_num(np.fmax.reduce(flat, axis=1), nan=1.0)
             if (own != np.nan_to_num(np.fmin.reduce(flat, axis=1), nan=1.0)).any():
                 return None
@@ -237,7 +270,7 @@ def pointwise(weight: Array, axes: int, groups: int = 1) -> Kernel:
 
 
 def _merged(a: Step, b: Step) -> Step | None:
-    """Return one step that does what the two do, or None."""
+    """Return one step that equals the step `a` followed by `b`, or None if there is none."""
     if isinstance(a, Select) and isinstance(b, Select):
         return Select(index=frozen(np.where(b.index == OUTSIDE, OUTSIDE, a.index.ravel()[b.index])))
     if not (isinstance(a, Kernel) and isinstance(b, Kernel)) or a.exact or b.exact:
@@ -274,12 +307,12 @@ def _merged(a: Step, b: Step) -> Step | None:
 
 
 def is_pooling(step: Step) -> bool:
-    """Whether a step sums windows of each channel on its own."""
+    """Return whether a step sums windows of each channel on its own."""
     return isinstance(step, Kernel) and step.exact and _is_depthwise(step)
 
 
 def _is_depthwise(kernel: Kernel) -> bool:
-    """Whether each output channel reads the input channel of its own number."""
+    """Return whether each output channel reads the input channel of its own number."""
     return kernel.weight.shape[1] == 1 and len(kernel.weight) == kernel.geometry.groups
 
 

@@ -1,4 +1,4 @@
-"""Says which real number each integer of a tensor stands for."""
+"""Maps the integers of a tensor to real numbers, and back."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from fheconv.basics.errors import InputRangeError, InvalidArgumentError
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedInput:
-    """What calibration showed of the images: all that their quantization depends on, and their number."""
+    """Describes the calibration images: their range, their number, and whether they are integers."""
 
     minimum: float
     maximum: float
@@ -21,10 +21,10 @@ class CalibratedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Which real number each integer stands for: real = scale · (integer − zero_point).
+    """Maps integers to real numbers: real = scale · (integer − zero_point).
 
-    Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real
-    numbers are the integers themselves, so that a fraction among them is a mistake.
+    Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real numbers
+    are the integers themselves; a fraction among them is then an error.
     """
 
     scale: float
@@ -40,7 +40,7 @@ class Quantization:
 
     @property
     def real_range(self) -> tuple[float, float]:
-        """The real numbers that the least and the greatest integer stand for."""
+        """The real numbers of the least and the greatest integer."""
         low, high = ((end - self.zero_point) * self.scale for end in (self.minimum, self.maximum))
         return low, high
 
@@ -52,7 +52,7 @@ class Quantization:
         """Return the int64 integers nearest to the real numbers `x`.
 
         Raises `InputRangeError` naming the first value that is not finite, is more than half a step
-        outside the range, or has a fraction where integers are asked.
+        outside the range, or has a fraction although `integral` is set.
         """
         finite = np.isfinite(x)
         if not finite.all():
@@ -61,7 +61,7 @@ class Quantization:
                 f"The value at {where} is {x[where]}; only finite numbers can be encrypted."
             )
         steps = x.astype(np.float64) / self.scale + self.zero_point
-        # A zero-point is rounded, so an end of the calibrated range may lie half a step outside.
+        # The zero-point is rounded, so an end of the calibrated range can lie half a step outside.
         slack = 0.0 if self.integral else 0.5 + 1e-6
         outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
         if outside.any():
@@ -83,7 +83,7 @@ class Quantization:
 
 
 def integer_images(x: Any, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
-    """Return images of such a shape as an int64 batch (N, *shape), and whether `x` was a batch.
+    """Return images of `shape` as an int64 batch (N, *shape), and whether `x` was a batch.
 
     Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
     """

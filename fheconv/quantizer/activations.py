@@ -1,6 +1,7 @@
-"""How the values of tensors become integers: scales of images and of activations, from calibration."""
+"""Chooses the scales of images and activations, by calibration images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,16 +12,16 @@ from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.components import connected
 
-# Greatest values that are tried, as shares of the greatest that calibration observed.
+# The clips that are tried, as shares of the greatest value that calibration observed.
 CLIPS = np.linspace(0.3, 1.0, 36)
-# On so many values the error of a clip is measured.
+# The error of a clip is measured on at most this many values.
 MOST_VALUES = 200_000
 
 
 def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantization:
-    """Return how `config` quantizes images such as calibration showed.
+    """Return the quantization of images, by `config` and the range of the calibration images.
 
-    Raises `CalibrationError` where they leave `input_range`, or no scale can be chosen.
+    Raises `CalibrationError` if the images leave `input_range`, or if no scale can be chosen.
     """
     least, greatest = config.input_ends()
     seen = images.minimum, images.maximum
@@ -36,7 +37,7 @@ def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantiza
         return Quantization(
             scale=1.0, zero_point=0, minimum=min(least, 0), maximum=max(greatest, 0), integral=True
         )
-    # 0 must have an integer of its own, because it is what images are padded with (Jacob et al. 2018).
+    # 0 must have its own integer, because images are padded with it (Jacob et al. 2018).
     low, high = min(low, 0.0), max(high, 0.0)
     if config.input_signed:
         scale, zero_point = max(low / least, high / greatest), 0
@@ -54,11 +55,11 @@ def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantiza
 def activation_quantizations(
     network: Network, tensors: Sequence[Array], image: Quantization, config: QuantConfig
 ) -> list[Quantization | None]:
-    """Return how each tensor is quantized (None: the last, whose accumulators are decrypted).
+    """Return the quantization of each tensor, None for the last, whose accumulators are decrypted.
 
-    `tensors` are those of the calibration images, in floats. The scale of an activation is that of the least
-    mean squared error over a grid of clips. Tensors that are added up as they are get one scale, so that the
-    sum needs no weights.
+    `tensors` holds the floats of the calibration images. The scale of an activation has the least mean
+    squared error over a grid of clips. Tensors that are added without weights share a scale, so that their
+    sum still needs no weights.
 
     Raises `CalibrationError` for activations that are not finite.
     """
@@ -70,20 +71,42 @@ def activation_quantizations(
             found.append(None)
         else:
             found.append(least_error(layer.name, values, config.activation_levels_of(layer.name)))
+    for number, (layer, mine) in enumerate(zip(network.layers, found[1:], strict=True), 1):
+        if isinstance(layer, Layer) and mine is not None and not tensors[number].any():
+            # The sums before the activation tell how large its values may become on other images.
+            reach = float(np.ptp(layer.sums(tensors))) / max(mine.maximum, 1)
+            scales = _scales_beside(network, number, tensors, found)
+            if 0 < reach < np.inf:
+                scales.append(reach)
+            found[number] = replace(mine, scale=min(scales, default=mine.scale))
     for together in sharing(network):
         quantizations = [found[number] for number in together]
         scale = max(quantization.scale for quantization in quantizations if quantization is not None)
         for number, quantization in zip(together, quantizations, strict=True):
             if quantization is not None:
                 found[number] = _at_scale(quantization, scale)
-    return [
-        found[layer.source] if number and isinstance(layer := network.layers[number - 1], Maximum) else mine
-        for number, mine in enumerate(found)
-    ]
+    return [found[_origin(network, number)] for number in range(len(found))]
+
+
+def _scales_beside(
+    network: Network, number: int, tensors: Sequence[Array], found: Sequence[Quantization | None]
+) -> list[float]:
+    """Return the scales of the tensors that some layer reads together with tensor `number`.
+
+    Tensors of zeros are left out. A tensor of zeros gets no greater scale than these: in the layer that reads
+    both, all weights share a scale, and a large unit of one tensor makes it too coarse for the others.
+    """
+    beside = {
+        source
+        for reader in network.layers
+        if number in (sources := {_origin(network, source) for source in reader.sources})
+        for source in sources
+    }
+    return [q.scale for at in beside if tensors[at].any() and (q := found[at]) is not None]
 
 
 def least_error(name: str, values: Array, levels: int) -> Quantization:
-    """Return the quantization to [0, levels − 1] of least mean squared error on `values`."""
+    """Return the quantization to [0, levels − 1] with the least mean squared error on `values`."""
     if not np.isfinite(values).all():
         raise CalibrationError(
             f"The activation of layer {name!r} is not finite on the calibration images; check the model."
@@ -104,7 +127,7 @@ def least_error(name: str, values: Array, levels: int) -> Quantization:
 
 
 def _at_scale(quantization: Quantization, scale: float) -> Quantization:
-    """Return the quantization of the same range by a greater scale: fewer integers."""
+    """Return the quantization of the same range with a greater scale, which needs fewer integers."""
     ratio = quantization.scale / scale
     below = int(np.ceil(quantization.zero_point * ratio))
     above = int(np.ceil((quantization.maximum - quantization.zero_point) * ratio))
@@ -112,7 +135,7 @@ def _at_scale(quantization: Quantization, scale: float) -> Quantization:
 
 
 def sharing(network: Network) -> list[list[int]]:
-    """Return the activations that are to have one scale, because they are added up without weights."""
+    """Return groups of activations that must share a scale, because they are added without weights."""
     pairs = []
     for layer in network.layers:
         if isinstance(layer, Layer):
@@ -121,12 +144,12 @@ def sharing(network: Network) -> list[list[int]]:
     count = len(network.layers) + 1
     labels = connected(np.array(pairs, np.int64).reshape(-1, 2).T, count)
     groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    # The image's scale is its own.
+    # A group with the image is left out, because the scale of the image is fixed.
     return [group for group in groups if len(group) > 1 and 0 not in group]
 
 
 def _origin(network: Network, number: int) -> int:
-    """Return the tensor of which tensor `number` takes maxima, or itself."""
+    """Return the tensor that the maxima in tensor `number` are taken of, or `number` itself."""
     while number and isinstance(layer := network.layers[number - 1], Maximum):
         number = layer.source
     return number

@@ -1,9 +1,10 @@
-"""Numbers that are "auto", chosen together by the network's error on calibration images that are held out.
+"""Chooses the numbers that are "auto", by the network's error on held-out calibration images.
 
-An accumulator of P bits can be spent on many levels of what a layer reads, or on great weights; which is
-better depends on the layers around. The search is a coordinate descent on ladders of numbers. It climbs from
-the narrowest accumulators to the widest that are allowed, each width from the numbers of the one before. A
-narrower network keeps to a wider limit too, so that more bits never give a greater error.
+An accumulator of P bits allows either many levels of the inputs or large weights. Which is better depends on
+the other layers. The search is a coordinate descent. Each number has a ladder of values, and a rung is a
+place on it. The search starts with the narrowest accumulators and goes on to the widest that are allowed;
+each width starts from the numbers of the width before. A narrower network also fits a wider limit, so that
+more bits never give a greater error.
 """
 
 from bisect import bisect
@@ -22,25 +23,27 @@ from fheconv.networks.floats import Layer, Network
 from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.layerwise import quantize_network
 
-# How many integers an activation, or an image value, can be, each about √2 times the one before: half of what
-# a bit more for an accumulator is worth. Finer steps get stuck, and take longer. And how many bits a weight.
+# The ladder of levels: how many integers an activation or an image value can be. Each is about √2 times the
+# one before, which costs half a bit of an accumulator. With finer steps the search gets stuck, and takes
+# longer.
 LEVELS = (2, 3, 4, 5, 7, 10, 14, 20, 28)
+# The ladder of weight bits.
 WEIGHT_BITS = (2, 3, 4, 5, 6)
 # The greatest width of "auto" accumulators.
 WIDEST = 8
-# The error at which "auto" accumulators are wide enough: digits networks lose a point or two of accuracy.
+# "auto" accumulators are wide enough at this error: networks on digits lose a point or two of accuracy.
 TOLERANCE = 0.06
-# The least share by which a move has to lessen the error: less is luck.
+# A move must reduce the error by at least this share, because a smaller gain is chance.
 SHARE = 0.01
 # Every fifth image is held out, where there are enough for both parts.
 EVERY, ENOUGH = 5, 20
 
-# The rung on each ladder.
+# The rungs of all knobs.
 State: TypeAlias = tuple[int, ...]
 
 
 class Allocation(NamedTuple):
-    """A configuration with numbers throughout, and its error on the held-out images."""
+    """Holds a configuration without "auto", and its error on the held-out images."""
 
     config: QuantConfig
     error: float
@@ -48,7 +51,7 @@ class Allocation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """A number to choose, `name` of a layer or (None) of images: from `ladder`, beginning at rung `first`."""
+    """Describes a number to choose: `name` of a `layer` (None: of images), on `ladder` from rung `first`."""
 
     name: str
     layer: str | None
@@ -57,7 +60,7 @@ class Knob:
 
 
 class Trial:
-    """Quantizes on some of the calibration images (N, C, *S), and measures on the others."""
+    """Quantizes on some of the calibration images (N, C, *S), and measures the error on the others."""
 
     def __init__(self, network: Network, images: Array, calibrated: CalibratedInput) -> None:
         self.network, self.calibrated = network, calibrated
@@ -68,7 +71,7 @@ class Trial:
         self.expected = network.tensors(self.held_out)[-1]
 
     def error(self, config: QuantConfig) -> float:
-        """Return the mean squared error of the last layer's real sums, over their variance among images.
+        """Return the mean squared error of the last layer's real sums, divided by their variance.
 
         Raises like `fheconv.quantize`.
         """
@@ -80,7 +83,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The search for numbers, with accumulators of `widths` by the names of layers."""
+    """Searches for numbers, with the limits `widths` of accumulators by the names of layers."""
 
     trial: Trial
     config: QuantConfig
@@ -111,21 +114,21 @@ class Search:
         return replace(config, **numbers)
 
     def error(self, state: State) -> float:
-        """Return a state's error, infinity if accumulators would overflow."""
+        """Return the error of a state, or infinity if accumulators would overflow."""
         try:
             return self.trial.error(self.filled(state))
         except AccumulatorOverflowError:
             return np.inf
 
     def descended(self, state: State) -> tuple[State, float]:
-        """Return the state to which moves of single rungs lead, and its error.
+        """Improve a state by moves of single rungs. Return the result and its error.
 
-        They start from the best of `state`, a rung more of all levels, and half of the width for all levels.
-        Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
+        The descent starts from the best of three: `state`, one rung more for all levels, and levels that take
+        half of the width. Raises `AccumulatorOverflowError` if accumulators of `state` would overflow.
         """
         error = cache(self.error)
         if error(state) == np.inf:
-            self.trial.error(self.filled(state))  # raises, and says which layer needs what
+            self.trial.error(self.filled(state))  # raises, and names the layer and what it needs
         levels = [place for place, knob in enumerate(self.knobs) if knob.name != "weight_bits"]
         state = min((state, self._moved(state, levels, 1), self._halves()), key=error)
         least, before = error(state), np.inf
@@ -138,7 +141,7 @@ class Search:
         return state, least
 
     def _halves(self) -> State:
-        """Return the state in which levels have half of an accumulator's bits, and weights begin."""
+        """Return the state in which levels take half of a width, and weights have their first rung."""
         levels = 2 ** (max(self.widths.values()) // 2)
         return tuple(
             knob.first if knob.name == "weight_bits" else max(bisect(knob.ladder, levels) - 1, 0)
@@ -146,7 +149,7 @@ class Search:
         )
 
     def _moved(self, state: State, places: Collection[int], step: int) -> State:
-        """Return a state some of whose numbers are a step further on their ladders, where these go on."""
+        """Return the state with some rungs moved by `step`, within their ladders."""
         return tuple(
             min(max(rung + step, 0), len(knob.ladder) - 1) if place in places else rung
             for place, (rung, knob) in enumerate(zip(state, self.knobs, strict=True))
@@ -154,10 +157,10 @@ class Search:
 
 
 def allocate(network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig) -> Allocation:
-    """Choose all that is "auto" in `config`, by calibration images (N, C, *S).
+    """Choose the numbers that are "auto" in `config`, by calibration images (N, C, *S).
 
-    Raises `AccumulatorOverflowError` if no numbers keep to the widths, `InvalidArgumentError` if there is no
-    width to keep to, and else like `fheconv.quantize`.
+    Raises `AccumulatorOverflowError` if no numbers fit the widths, `InvalidArgumentError` if nothing limits a
+    width, and the other errors of `fheconv.quantize`.
     """
     layers = [layer for layer in network.layers if isinstance(layer, Layer)]
     limits = _limits(layers, config)
@@ -188,7 +191,7 @@ def allocate(network: Network, images: Array, calibrated: CalibratedInput, confi
 
 
 def _limits(layers: Sequence[Layer], config: QuantConfig) -> dict[str, int]:
-    """Return how wide accumulators may be at most, by the names of the layers that have a limit."""
+    """Return the greatest allowed width of each layer that has a limit, by its name."""
     limits = {}
     for layer in layers:
         looks_up = layer.activation is not None
@@ -205,7 +208,7 @@ def _limits(layers: Sequence[Layer], config: QuantConfig) -> dict[str, int]:
 
 
 def _knobs(layers: Sequence[Layer], config: QuantConfig) -> list[Knob]:
-    """Return the numbers to choose beside the accumulators'."""
+    """Return the numbers to choose, except those of accumulators."""
     knobs = []
     if config.asks("input_bits") and config.input_levels is None:
         ladder = LEVELS[1:] if config.input_signed else LEVELS

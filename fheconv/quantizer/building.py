@@ -1,4 +1,4 @@
-"""Layers in integers, one after the other: from rounded weights to lookup tables that cannot overflow."""
+"""Builds the integer network layer by layer, from rounded weights to lookup tables."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,15 +15,15 @@ from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.tables import Budget, Window, compressed, lookup, reserve, width
 from fheconv.quantizer.weights import IntegerTerms
 
-# The integers of a bias must stay exact in float64, through which they are computed.
+# The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
 
 
 class Building:
-    """An integer network in the making: layers are added in order, each on what those before it deliver.
+    """Builds an integer network: layers are added in order, each on the results of those before it.
 
-    `quantizations` says how each tensor becomes integers, None the last. `tensors` are those that exist so
-    far, for the images (N, C, *S), in integers.
+    `quantizations` says how each tensor becomes integers (None: the last). `tensors` holds the integer
+    tensors of the layers added so far, for the images (N, C, *S).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Building:
         images: Array,
     ) -> None:
         if quantizations[0] is None:
-            raise TypeError("Images are quantized.")
+            raise TypeError("The first tensor is the image, which must have a quantization.")
         self.source, self.config, self.calibrated = source, config, calibrated
         self.quantizations = quantizations
         self.image = quantizations[0]
@@ -45,11 +45,11 @@ class Building:
         self._observed: list[tuple[Array, Array] | None] = []
 
     def inputs(self, layer: Layer) -> list[Quantization]:
-        """Return how what each term of a layer reads is quantized."""
+        """Return the quantization of the tensor that each term of a layer reads."""
         return [q for source in layer.sources if (q := self.quantizations[source]) is not None]
 
     def budget(self, layer: Layer) -> Budget | None:
-        """Return how many steps an accumulator of a layer may span, None for any number."""
+        """Return the greatest allowed span of a layer's accumulators, None if there is no limit."""
         looks_up = layer.activation is not None
         limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
         if limit is None:
@@ -58,11 +58,11 @@ class Building:
         return Budget(2**limit - 1 - reserve(limit, rounding_bits), rounding_bits)
 
     def rounding_bits(self, layer: Layer) -> int | None:
-        """Return how many bits of a layer's accumulators are looked up, None for all."""
+        """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
     def sums(self, layer: Layer, rounded: IntegerTerms) -> Array:
-        """Return the accumulators (N, C, *S) less what they are where every real input is zero."""
+        """Return the accumulators (N, C, *S), minus their values when every real input is zero."""
         bare = self._bare(layer, rounded)
         sums: Array = bare.accumulate(self.tensors) - self._zero(bare)
         return sums
@@ -74,8 +74,8 @@ class Building:
     def add(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> None:
         """Add a layer with integer weights; `bias` (C, *S) is added to its sums, in real numbers.
 
-        Raises `AccumulatorOverflowError` where `accumulator_bits` are not kept, `CalibrationError` where a
-        bias or a step cannot be counted.
+        Raises `AccumulatorOverflowError` if the layer does not fit `accumulator_bits`, and `CalibrationError`
+        if a bias or a step is outside the range of numbers.
         """
         bare = self._bare(layer, rounded)
         zero, sums = self._zero(bare), bare.accumulate(self.tensors)
@@ -122,7 +122,7 @@ class Building:
         self._append(quantized, observed)
 
     def network(self) -> IntegerNetwork:
-        """Return the network, once every layer was added."""
+        """Return the network, after every layer was added."""
         return IntegerNetwork(
             config=self.config,
             input=self.image,
@@ -153,35 +153,35 @@ class Building:
         )
 
     def _zero(self, layer: QuantizedLayer) -> Array:
-        """Return what the accumulators (C, *S) are where every real input is zero."""
+        """Return the accumulators (C, *S) when every real input is zero."""
         zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
         blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
         zero: Array = layer.accumulate(blank)[0]
         return zero
 
     def _feeds_maxima(self) -> bool:
-        """Whether the next tensor has maxima taken of it.
+        """Return whether maxima are taken of the next tensor.
 
-        They are right for values in range only: what they make of one that wrapped cannot be foreseen.
+        Maxima are right only for values in range; for a value that wrapped around, the result is unknown.
         """
         number = len(self.tensors)
         return any(isinstance(one, Maximum) and one.source == number for one in self.source.layers)
 
     def _expected(self, layer: QuantizedLayer, least: Array, greatest: Array) -> tuple[Array, Array]:
-        """Return where calibration lets one expect the accumulators of each channel: start and span."""
+        """Return the start and the span that calibration observed for each channel, with the margin."""
         extra = np.ceil(self.config.margin * (greatest - least)).astype(np.int64)
-        # Concrete, which sees the blank images, stops at what leaves a table.
+        # The window includes the blank images: Concrete evaluates them, and fails if a value leaves a table.
         blank = np.moveaxis(layer.accumulate(self._blanks), 1, 0).reshape(len(least), -1)
         start = np.minimum(least - extra, blank.min(axis=1))
         return start, np.maximum(greatest + extra, blank.max(axis=1)) - start
 
 
 def _steps(layer: Layer, step: Array, bias: Array) -> Array:
-    """Return the real size of an accumulator step for each value, (C, *S), none of them 0.
+    """Return the real size of an accumulator step for each value, (C, *S), never 0.
 
-    Raises `CalibrationError` where float64 does not hold it.
+    Raises `CalibrationError` if float64 cannot hold it.
     """
-    # A filter of zeros gives its bias everywhere: take that as the step, and the bias is exactly ±1.
+    # A filter of zeros gives its bias everywhere. With the bias as the step, it is exactly ±1.
     step = np.where(step != 0, step, np.where(bias != 0, np.abs(bias), 1.0))
     usable = np.isfinite(step) & (np.abs(step) >= np.finfo(np.float64).tiny)
     if not usable.all():
@@ -194,12 +194,13 @@ def _steps(layer: Layer, step: Array, bias: Array) -> Array:
 
 
 def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
-    with np.errstate(over="ignore"):  # what overflows is refused below
+    with np.errstate(over="ignore"):  # overflow is refused below
         steps = np.rint(bias / step)
     if (np.abs(steps) >= BIAS_LIMIT).any():
         where = first_position(np.abs(steps) >= BIAS_LIMIT)
         raise CalibrationError(
             f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
-            f"is {step[where]:g}: too many to count. Its weights are vanishingly small; prune the channel."
+            f"is {step[where]:g}: the bias has too many steps (2^53 or more). Its weights are "
+            "vanishingly small; prune the channel."
         )
     return steps.astype(np.int64)

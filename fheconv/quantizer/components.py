@@ -1,4 +1,4 @@
-"""Which things belong together because some pairs of them do."""
+"""Finds the connected groups of things, from pairs that belong together."""
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -8,7 +8,7 @@ from fheconv.basics.arrays import Array
 
 
 def connected(pairs: Array, count: int) -> Array:
-    """Return a label for each of `count` things, (count,), the same for those that pairs (2, n) connect."""
+    """Return labels (count,) of `count` things: equal labels for things that `pairs` (2, n) connect."""
     edges = np.unique(pairs, axis=1)
     graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(count, count))
     labels: Array = connected_components(graph, directed=False)[1]

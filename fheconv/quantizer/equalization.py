@@ -1,9 +1,9 @@
-"""Channels of equal size: each activation channel is scaled to fill the integers that all of them share.
+"""Scales each channel of an activation so that it uses all integers of the activation.
 
-The integers of an activation have one scale, and a channel of small values would use few of them. Divide the
-channel by its own size, and multiply the weights that read it: the network computes the same. Neither costs
-anything, because the one is in the lookup table and the other in weights that are rounded anyway (cross-layer
-equalization, Nagel et al. 2019, for any activation).
+All channels of an activation share a scale, so that a channel of small values would use few integers. Divide
+the channel by its own size, and multiply the weights that read it: the results stay the same. This costs
+nothing, because the lookup table includes the division, and the weights are rounded after the multiplication
+(cross-layer equalization, Nagel et al. 2019, for any activation).
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from fheconv.quantizer.activations import least_error, sharing
 
 
 def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -> Network:
-    """Return a network of the same results, in which every channel of an activation has the same best scale.
+    """Return a network with equal results, in which all channels of an activation have the same best scale.
 
-    `tensors` are the network's on the calibration images. Activations that are added up as they are stay so,
-    and so do those whose channels are mixed before they meet weights.
+    `tensors` holds the network's tensors for the calibration images. Two kinds of activations do not change:
+    those that are added without weights, and those whose channels are mixed before weights multiply them.
     """
     together = {number for group in sharing(network) for number in group}
     for number, layer in enumerate(network.layers, 1):
@@ -39,7 +39,7 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
 
 
 def _divided(network: Network, number: int, scales: Array) -> Network | None:
-    """Return the network with tensor `number`, an activation, divided by `scales` (C,), or None."""
+    """Return the network with activation `number` divided by `scales` (C,), or None if that is impossible."""
     rescaled = network.rescaled(number, scales)
     layer = network.layers[number - 1]
     if rescaled is None or not isinstance(layer, Layer) or layer.activation is None:

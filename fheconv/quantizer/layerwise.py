@@ -1,4 +1,4 @@
-"""A network in integers, layer by layer, each on what the quantized ones before it deliver."""
+"""Quantizes a network layer by layer, each layer on the results of the quantized layers before it."""
 
 from collections.abc import Sequence
 
@@ -20,9 +20,9 @@ from fheconv.quantizer.weights import round_by_output, round_nearest
 def quantize_network(
     network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig
 ) -> IntegerNetwork:
-    """Return the integer network that `config` asks for, by calibration images (N, C, *S).
+    """Quantize a network as `config` says, by calibration images (N, C, *S).
 
-    Raises like `fheconv.quantize`.
+    Raises the errors of `fheconv.quantize`.
     """
     floats = network.tensors(images)
     method = chosen_method(network, config)
@@ -60,9 +60,9 @@ def quantize_network(
 
 
 def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array]) -> Array:
-    """Return by how much `sums`, in units of `step` and without bias, are too small on average, (C, *1).
+    """Return the mean error (C, *1) of `sums`, which are in units of `step` and without bias.
 
-    The bias makes up for it, at no cost (Nagel et al. 2019).
+    The bias corrects the error at no cost (Nagel et al. 2019).
     """
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
         error: Array = layer.sums(floats) - layer.bias - step * sums

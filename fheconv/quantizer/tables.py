@@ -1,8 +1,7 @@
-"""Lookup tables: an activation, with all that lies between two accumulators, as integers.
+"""Makes lookup tables.
 
-A table holds, for every accumulator that can enter it, the integer of the activation that follows: the
-layer's scale, bias and zero-points, BatchNorm, the activation itself and the next layer's scale are all in
-it.
+For every accumulator that can enter it, a table holds the integer of the activation. The table includes the
+layer's scale, bias and zero-points, BatchNorm, the activation function, and the scale of its integers.
 """
 
 from dataclasses import dataclass
@@ -16,24 +15,24 @@ from fheconv.networks.expression import Expression
 from fheconv.networks.integers import Lookup
 from fheconv.networks.quantization import Quantization
 
-# Concrete looks up at most so many bits.
+# Concrete supports lookups of at most this many bits.
 LOOKUP_LIMIT = 16
 
 
 def reserve(bits: int, rounding_bits: int | None) -> int:
-    """Return how many of 2^bits values accumulators that are rounded to `rounding_bits` must not take.
+    """Return how many of 2^bits values must stay free when accumulators are rounded to `rounding_bits`.
 
-    Rounding half up carries out of the topmost half step, and noise moves a value by less than a step before
-    it is rounded: what left the table at one end would come back at the other, with the opposite sign.
+    Rounding half up can carry a value above the top, and noise moves a value by less than a step before it is
+    rounded. A value that leaves the table at one end comes back at the other, with the opposite sign.
     """
     dropped = bits - rounding_bits if rounding_bits is not None else 0
     return 2 << dropped if dropped > 0 else 0
 
 
 def width(name: str, span: int, rounding_bits: int | None) -> int:
-    """Return the least width that holds 0 to `span`, and what rounding needs at the ends.
+    """Return the least width that holds 0 to `span`, and the values that rounding needs free.
 
-    Raises `AccumulatorOverflowError` above what Concrete looks up.
+    Raises `AccumulatorOverflowError` above the width that Concrete supports.
     """
     for bits in range(max(span.bit_length(), 1), LOOKUP_LIMIT + 1):
         if span + reserve(bits, rounding_bits) < 2**bits:
@@ -52,9 +51,10 @@ def width(name: str, span: int, rounding_bits: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
-    """The accumulators that a lookup of `bits` bits is made for: `span` steps from `minimum`, both (C,).
+    """Describes the accumulators that a lookup of `bits` bits covers: `span` steps from `minimum`, both (C,).
 
-    `rounding_bits` are left of them before the lookup, None: all. `proved`: no image leads outside.
+    Accumulators are rounded to `rounding_bits` before the lookup (None: not rounded). `proved` says that no
+    image leads outside.
     """
 
     minimum: Array
@@ -65,14 +65,14 @@ class Window:
 
     @property
     def dropped_bits(self) -> int:
-        """How many low bits are rounded away."""
+        """The number of low bits that are rounded away."""
         return 0 if self.rounding_bits is None else max(self.bits - self.rounding_bits, 0)
 
     @property
     def start(self) -> Array:
         """The accumulator of the first column, (C,).
 
-        The room that 2^bits leaves is shared out to both ends, where a lookup that fails lands.
+        Half of the unused columns lie at each end, because noise can move an accumulator beyond either end.
         """
         below = 1 << (self.dropped_bits - 1) if self.dropped_bits else 0
         return (
@@ -85,10 +85,12 @@ class Window:
 def lookup(
     name: str, activation: Expression, output: Quantization, window: Window, *, step: Array, bias: Array
 ) -> Lookup:
-    """Return the tables of a layer whose accumulator `a` stands for the real number a · step + bias.
+    """Return the tables of a layer whose accumulator `a` means the real number a · step + bias.
 
-    `step` and `bias` have the layer's shape (C, *S). Values that mean the same share a table. Raises
-    `CalibrationError` where the activation is not a number.
+    `step` and `bias` have the layer's shape (C, *S). Values with equal step, bias and constants share a
+    table.
+
+    Raises `CalibrationError` if the activation gives NaN.
     """
     shape = step.shape
     bits, dropped, minimum = window.bits, window.dropped_bits, window.start
@@ -97,7 +99,7 @@ def lookup(
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
     keys = np.stack([values.ravel() for values in (step, offset, *constants)])
     _, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    # What is rounded to a column lies around it, half a step of the accumulator lower on average.
+    # The accumulators that round to a column are on average half a step lower than it.
     columns = np.arange(2.0 ** (bits - dropped)) * 2.0**dropped - (0.5 if dropped else 0.0)
     real = keys[0, first, None] * columns + keys[1, first, None]
     values = activation.at(shape, first)(real)
@@ -119,13 +121,13 @@ def lookup(
 
 
 def compressed(values: Array) -> Array:
-    """Return (C, *S) as (C, *1) if each channel has one value."""
+    """Return (C, *S) as (C, *1) if every channel has a single value."""
     first = along_channels(values.reshape(len(values), -1)[:, 0], values.ndim)
     return first if (values == first).all() else values
 
 
 class Budget(NamedTuple):
-    """How many steps an accumulator may span, and what rounding leaves of it before a lookup."""
+    """Limits the span of accumulators to `steps`, and rounds to `rounding_bits` before the lookup."""
 
     steps: int
     rounding_bits: int | None = None

@@ -1,4 +1,4 @@
-"""The integer weights of a layer: which of them share a scale, and what they are rounded to."""
+"""Rounds the weights of a layer to integers, and finds which filters must share a scale."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,20 +18,21 @@ from fheconv.quantizer.components import connected
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
 from fheconv.quantizer.tables import Budget, width
 
-# On so many windows of the calibration images the second moment of what a layer reads is measured.
+# The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
 MOST_WINDOWS = 20_000
 
-# How much the fit to what is delivered holds on to the trained weights, as a share of the inputs' variance.
+# How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
 RIDGE = 0.01
 
-# The filters, as (number of the term, output channel), that make one row: they share a scale.
+# A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class IntegerTerms(NamedTuple):
-    """A layer's terms with integer weights, and the real size of an accumulator step, of the layer's shape.
+    """Holds a layer's terms with integer weights, and the real size of an accumulator step.
 
-    A step of 0 says that all weights are zero. `range` is that of the weights' data type.
+    `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
+    weights' data type.
     """
 
     terms: tuple[Term, ...]
@@ -41,12 +42,12 @@ class IntegerTerms(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """One term: the convolution with its weights, and what surrounds it.
+    """Describes one term: its convolution, and how this reaches the accumulators.
 
-    `unit` is the real size of one step of its input; `range` how much the accumulator's range grows with one
-    step of a weight; `channels` (C, *S) the filter from which each of the layer's values comes, and `tied`
-    pairs of filters (2, n) that are added up later. `aligned` says that the convolution's outputs are the
-    layer's.
+    `unit` is the real size of one step of its input. `range` is the growth of the accumulator's span for one
+    step of a weight. `channels` (C, *S) is the filter that each value of the layer comes from. `tied` holds
+    pairs of filters (2, n) whose results are added later. `aligned` says that no step follows the
+    convolution.
     """
 
     term: Term
@@ -60,7 +61,7 @@ class _Part:
 
 
 class Rows:
-    """The filters of a layer in rows: those that meet in one accumulator share a scale, and are one row."""
+    """Groups the filters of a layer into rows: filters of one accumulator share a scale, and form a row."""
 
     def __init__(self, layer: Layer, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> None:
         self.layer = layer
@@ -85,16 +86,16 @@ class Rows:
         self.rows: list[Row] = [tuple(one) for one in members.values()]
         number = {label: at for at, label in enumerate(members)}
         of_node = np.array([number[label] for label in labels.tolist()])
-        # The row of each of the layer's values; where nothing comes from anywhere, any will do.
+        # The row of each value of the layer; a value that comes from no filter takes the first row.
         self.of_value = np.where(lead == OUTSIDE, 0, of_node[lead]).reshape(layer.shape)
         by_channel = self.of_value.reshape(layer.shape[0], -1)
-        # Whether some channel, whose values start from one minimum, has values of several filters.
+        # Whether a channel has values of several filters, although its values share one minimum.
         self.mixed = bool((by_channel != by_channel[:, :1]).any())
-        if self.mixed:  # one of these filters may reach down and another up
+        if self.mixed:  # one of these filters can go down and another up
             self.parts = [replace(part, range=2 * part.range) for part in self.parts]
 
     def weights(self, row: Row) -> Array:
-        """Return the float weights of a row, relative to the first term's unit; a lone term's unchanged."""
+        """Return the float weights of a row, in the unit of the first term."""
         unit = self.parts[0].unit
         filters = ((self.parts[p], c) for p, c in row)
         return np.concatenate(
@@ -105,7 +106,7 @@ class Rows:
         )
 
     def alike(self) -> list[list[int]]:
-        """Return the numbers of the rows in lists of those that read the same inputs."""
+        """Return lists of the numbers of rows that read the same inputs."""
         batches: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for number, row in enumerate(self.rows):
             batches.setdefault(tuple((p, self._group(p, c)) for p, c in row), []).append(number)
@@ -116,27 +117,27 @@ class Rows:
         return channel // (len(kernel.weight) // kernel.geometry.groups)
 
     def read(self, row: Row) -> Array:
-        """Return, as a mask of a row's weights, those whose input the trained filters read."""
+        """Return a mask of a row's weights: those whose input the trained filters read."""
         parts = ((self.parts[p].kernel, c) for p, c in row)
         return np.concatenate([_flat(read_taps(kernel)[c]) for kernel, c in parts])
 
     def ranges(self, row: Row) -> Array:
-        """Return by how much the accumulator's range grows with one step of each weight of a row."""
+        """Return the growth of the accumulator's span for one step of each weight of a row."""
         return np.concatenate(
             [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
         )
 
     def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
-        """Return the covariance of two kinds of `windows` that the weights of a row meet."""
+        """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
         blocks = [[windows[p][self._group(p, c)] for p, c in row] for windows in (a, b)]
         if all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row):
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
 
     def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
-        """Return what each term's convolution reads on some images, (groups, windows, taps).
+        """Return the inputs of each term's convolution on some images, (groups, windows, taps).
 
-        Each term's tensor counts from its own of `zeros` in its own of `units`.
+        `zeros` and `units` hold the zero and the unit of each term's tensor.
         """
         found = []
         for part, unit, zero in zip(self.parts, units, zeros, strict=True):
@@ -152,14 +153,14 @@ class Rows:
                 found.append(im2col(x.astype(np.float64), geometry))
         return found
 
-    @np.errstate(over="ignore")  # a step that overflows is refused where the bias is counted in it
+    @np.errstate(over="ignore")  # a step that overflows is refused later, when the bias is divided by it
     def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
         """Return the terms with the integers and the scale of each row."""
         terms = tuple(replace(term, factor=1.0) for term in self.terms(integers))
         return IntegerTerms(terms, scale[self.of_value] * self.parts[0].unit, ends)
 
     def terms(self, values: Sequence[Array]) -> tuple[Term, ...]:
-        """Return the terms with other weights, those of each row relative to the first term's unit."""
+        """Return the terms with other weights, in the first term's unit."""
         weights = [np.zeros(part.kernel.weight.shape, values[0].dtype) for part in self.parts]
         for row, own_values in zip(self.rows, values, strict=True):
             sizes = [self.parts[p].kernel.weight[c].size for p, c in row]
@@ -205,7 +206,7 @@ def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
 
 
 def read_taps(kernel: Kernel) -> Array:
-    """Return, as a mask of the kernel's weights, those whose input some filter of their group reads."""
+    """Return a mask of the kernel's weights: those whose input some filter of their group reads."""
     weight, groups = kernel.weight, kernel.geometry.groups
     by_group = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
     read = (by_group != 0).any(axis=1, keepdims=True)
@@ -213,23 +214,22 @@ def read_taps(kernel: Kernel) -> Array:
 
 
 def _flat(weight: Array) -> Array:
-    """Return one filter (C/groups, *k) as a row, channels last as in the rows of im2col."""
+    """Return one filter (C/groups, *k) flat, with channels last as in the rows of im2col."""
     return np.moveaxis(weight, 0, -1).ravel()
 
 
 def _covariance(x: Array, y: Array) -> Array:
-    # The mean is not the weights' business: what it costs goes into the bias.
+    # The mean is subtracted, because the bias corrects the mean error.
     return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
 
 
 def least_squares(moment: Array, target: Array, weights: Array) -> Array:
-    """Return the weights (K, n) of least squared error that hold on to `weights` a little.
+    """Return the weights (K, n) of least squared error, with a small penalty for leaving `weights`.
 
-    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the sums that are
-    meant.
+    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the float sums.
     """
     ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
-    if not ridge > 0:  # inputs that are constant tell nothing of the weights
+    if not ridge > 0:  # constant inputs do not determine the weights
         return weights
     fitted: Array = scipy.linalg.solve(
         moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
@@ -246,7 +246,7 @@ def round_nearest(
     *,
     per_channel: bool,
 ) -> IntegerTerms:
-    """Round each row by `method`, which looks at the weights alone; without `per_channel` all rows as one."""
+    """Round each row by `method`, which uses only weights; without `per_channel`, all rows as one."""
     rows = Rows(layer, inputs, shapes)
     if not per_channel:
         weights, ranges = map(rows.weights, rows.rows), map(rows.ranges, rows.rows)
@@ -269,21 +269,22 @@ def round_by_output(
 ) -> IntegerTerms:
     """Round by `method` so that the layer's sums on the calibration images change little.
 
-    `floats` are the network's tensors, `tensors` the integers that the quantized network delivers in their
-    place: what is rounded are the weights that make the best of these, by least squares. Raises
-    `AccumulatorOverflowError` where the `budget` is too small for any weight.
+    `floats` holds the tensors of the float network, `tensors` those of the quantized network. The weights are
+    first fitted to the quantized tensors by least squares, and then rounded.
+
+    Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
     if budget is not None and budget.steps < least:
         enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
-        if activations:  # by default they would get more bits where accumulators have more
+        if activations:  # by default, wider accumulators would give them more bits
             enough += f" and activation_bits={max(activations)}"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, "
-            f"where {budget.steps} are allowed; quantize with {enough}, or give what the layer reads fewer "
-            "bits.",
+            f"where {budget.steps} are allowed; quantize with {enough}, or use fewer bits for the inputs of "
+            "the layer.",
             layer=layer.name,
             value=least,
             limit=budget.steps,
@@ -293,10 +294,11 @@ def round_by_output(
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
 
     def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
-        # Filters of any size, none of whose squares overflow.
+        # Dividing by the greatest weight keeps the squares from overflowing.
         size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
         stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
-        # What is pruned stays pruned: a weight there would ask for lookups. Filters of zeros stay zeros.
+        # Pruned weights stay zero, because another value there would need more lookups. So do filters of
+        # zeros.
         read = rows.read(batch[0]) | (not stacked.any())
         both, stacked = np.ix_(read, read), stacked[:, read]
         moment = rows.covariance(batch[0], delivered, delivered)[both]

@@ -128,24 +128,25 @@ def finetune(
     with torch.random.fork_rng(devices=[]):  # noise and augmentations draw from torch's own generator
         torch.manual_seed(int(seed))
         teacher = network.source
-        trained: IntegerNetwork = network
+        trained = network
         if lookup_budget is not None:
             observed = examples.images[:MOST_OBSERVED].double().numpy()
             source = thinned(teacher, observed, lookup_budget)
             if source is not teacher:
-                trained = quantize_network(source, observed, network.calibrated, network.config)
+                fewer = quantize_network(source, observed, network.calibrated, network.config)
+                trained = type(network).of(fewer)
         schedule = _Schedule(epochs, learning_rate, batch_size, patience or epochs)
-        return type(network).of(_train(trained, teacher, examples, held_out, augment, schedule))
+        return _train(trained, teacher, examples, held_out, augment, schedule)
 
 
 def _train(
-    network: IntegerNetwork,
+    network: N,
     teacher: Network,
     examples: Examples,
     held_out: Examples,
     augment: Augment | None,
     schedule: "_Schedule",
-) -> IntegerNetwork:
+) -> N:
     """Train, and return the network with the least held-out loss of all that were measured."""
     epochs, batch_size = schedule.epochs, schedule.batch_size
     module = TrainableNetwork(network).train()

@@ -9,7 +9,7 @@ latent weights stay near the L1 ball of the budget (A2Q, Colbert et al. 2023), w
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -32,21 +32,30 @@ BALL = 1.5
 # The standard deviation of the noise that stands for approximate rounding in training, in rounding steps.
 ROUNDING_NOISE = 0.25
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+# What `quantized` returns is of the type of the network that training began with.
+AnyNetwork = TypeVar("AnyNetwork", bound=IntegerNetwork)
 
 
-class TrainableNetwork(nn.Module):
+class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
     """A trainable integer network. It maps images (N, C, *S) to the last layer's sums (N, K, *Out).
 
-    `IntegerNetwork.to_torch` makes it. Each layer has three parameters: the latent weights, the logarithm of
-    the growth of each filter's accumulator step (its size as a real number), and a shift of each channel's
+    `QuantizedNetwork.to_torch` makes it. Each layer has three parameters: the latent weights, the logarithm
+    of the growth of each filter's accumulator step (its size as a real number), and a shift of each channel's
     bias, in such steps. Call `draw_in` after each step of an optimizer. `quantized` returns the integer
     network that training has reached.
 
     In training mode, noise stands for the approximate rounding before lookups. In evaluation mode, this
     rounding is left out.
+
+    Example:
+        >>> import fheconv
+        >>> image = np.arange(16).reshape(1, 4, 4)
+        >>> module = fheconv.quantize([[1, -2, 1]], image).to_torch().eval()
+        >>> module(torch.tensor(image[None])).shape
+        torch.Size([1, 1, 4, 2])
     """
 
-    def __init__(self, network: IntegerNetwork) -> None:
+    def __init__(self, network: AnyNetwork) -> None:
         super().__init__()
         self.network = network
         building = self._building(np.zeros((0, *network.input_shape)))
@@ -75,7 +84,7 @@ class TrainableNetwork(nn.Module):
             layer.draw_in()
 
     @torch.no_grad()
-    def quantized(self, calibration: Array) -> IntegerNetwork:
+    def quantized(self, calibration: Array) -> AnyNetwork:
         """Return the integer network, with the ranges that it observes on calibration images (N, C, *S).
 
         Raises `CalibrationError` if training has diverged: parameters are not finite, or accumulator steps
@@ -92,7 +101,7 @@ class TrainableNetwork(nn.Module):
                 building.add_maximum(source)
             else:
                 building.add(source, *layer.rounded())
-        return building.network()
+        return type(self.network).of(building.network())
 
     def _building(self, images: Array) -> Building:
         network = self.network

@@ -21,7 +21,12 @@ Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned."""
+    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned.
+
+    Example:
+        >>> print(Setting(accumulator_bits=8, rounding_bits=5, fine_tuned=True))
+        8 bits, rounded to 5, fine-tuned
+    """
 
     accumulator_bits: int
     rounding_bits: int | None = None
@@ -42,6 +47,10 @@ class TunePoint:
     `accuracy` is predicted with failing lookups, `clear_accuracy` is the accuracy of the exact integers, both
     on the evaluation images. `cost` comes from Concrete. `seconds` is an estimate, or the median of encrypted
     runs if `measured`.
+
+    Example:
+        >>> point = result.best(max_drop=0.01)  # doctest: +SKIP
+        >>> circuit = point.compile()  # doctest: +SKIP
     """
 
     setting: Setting

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv.arithmetic import conv, conv_gradients, conv_transpose
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
-from tests.strategies import conv_problems
+from tests.support.strategies import conv_problems
 
 METHODS = ["loops", "shifts", "im2col", "tensordot", "matrix"]
 

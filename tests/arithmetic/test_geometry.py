@@ -4,7 +4,7 @@ from hypothesis import given
 
 from fheconv.arithmetic import ConvGeometry, conv_output_shape
 from fheconv.basics.errors import InvalidArgumentError
-from tests.strategies import conv_problems
+from tests.support.strategies import conv_problems
 
 
 def test_the_shape_of_an_image_through_a_filter():

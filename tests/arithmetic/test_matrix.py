@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fheconv.arithmetic import filter_matrix
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
-from tests.strategies import conv_problems
+from tests.support.strategies import conv_problems
 
 
 @given(conv_problems(), st.sampled_from(["dense", "csr"]))

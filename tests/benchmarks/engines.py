@@ -31,7 +31,7 @@ LAYERS = {  # name: (weight, image size)
 
 
 def unit_costs(runs: int, console: Console) -> None:
-    """Print the microseconds of one multiply-add: `fheconv.lowering.engines.UNIT_COST`."""
+    """Print the microseconds of one multiply-add: `fheconv.lowering.engines.ENGINES`."""
     table = Table(title=f"One multiply-add, in process, median of {runs}", title_justify="left")
     for heading in ("layer", "engine", "multiply-adds", "run", "a multiply-add"):
         table.add_column(heading, justify="left" if heading in ("layer", "engine") else "right")

@@ -6,7 +6,7 @@ from hypothesis import given
 from fheconv import CalibrationError, Conv, InvalidArgumentError, UnsupportedLayerError
 from fheconv.arithmetic import conv
 from fheconv.capture.model import capture, single_convolution
-from tests.strategies import layer_problems
+from tests.support.strategies import layer_problems
 
 
 @given(layer_problems())

@@ -11,74 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fheconv.capture.model import capture
-from fheconv.networks.floats import Layer, Network
+from fheconv.networks.floats import Layer
+from tests.support.captured import Fn, check, conv, trained
 
 torch.set_num_threads(1)
-
-
-class Fn(nn.Module):
-    """A model written as a function, with named parts as its layers."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def trained(model, seed=0):
-    """The model in double precision, with statistics and affine parameters unlike their first values."""
-    torch.manual_seed(seed)
-    for part in model.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.running_mean.normal_()
-            part.running_var.uniform_(0.5, 2)
-            if part.affine:
-                part.weight.data.normal_()
-                part.bias.data.normal_()
-    return model.double()
-
-
-def check(model, shape, lookups=None, layers=None) -> Network:
-    """Capture the model and compare with torch; `lookups` is how many elements activations are taken of."""
-    model = trained(model)
-    network = capture(model, shape)
-    x = torch.randn(3, *shape, dtype=torch.float64)
-    training = [part.training for part in model.modules()]
-    with torch.no_grad():
-        expected = model.eval()(x).double().numpy()
-    for part, mode in zip(model.modules(), training, strict=True):
-        part.training = mode
-    y = network(x.numpy())
-    assert y.shape == expected.shape
-    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9)
-    if lookups is not None:
-        assert cost(network) == lookups
-    if layers is not None:
-        assert len(network.layers) == layers
-    assert network.layers[-1].activation is None
-    assert len({layer.name for layer in network.layers}) == len(network.layers)
-    for layer in network.layers[:-1]:
-        assert layer.activation is not None if isinstance(layer, Layer) else True
-    for layer in network.layers:
-        for term in getattr(layer, "terms", ()):
-            assert len(term.inexact()) == 1
-    return network
-
-
-def cost(network):
-    return sum(
-        math.prod(layer.shape)
-        for layer in network.layers
-        if isinstance(layer, Layer) and layer.activation is not None
-    )
-
-
-def conv(i, o, k=3, **options):
-    return nn.Conv2d(i, o, k, **{"padding": k // 2, **options})
 
 
 # Styles.
@@ -403,6 +339,7 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 
 
 @pytest.mark.parametrize("move", [move for _, move in CASES], ids=[name for name, _ in CASES])
+@pytest.mark.sampled(4)
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():
@@ -456,6 +393,7 @@ MAX_POOLS = [
 
 
 @pytest.mark.parametrize("pool", MAX_POOLS, ids=[f"{n}-{type(p).__name__}" for n, p in enumerate(MAX_POOLS)])
+@pytest.mark.sampled(4)
 def test_an_activation_after_a_maximum_costs_what_it_costs_before(pool):
     before = check(nn.Sequential(conv(1, 4), nn.ReLU(), pool), (1, 5, 6), lookups=120)
     after = check(nn.Sequential(conv(1, 4), pool, nn.ReLU()), (1, 5, 6), lookups=120)
@@ -576,6 +514,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=[f"{n}-{a}" for n, a in enumerate(ACTIVATIONS)])
+@pytest.mark.sampled(4)
 def test_activations_and_chains_of_them_are_one_layer(activation):
     check(nn.Sequential(conv(1, 2), activation), (1, 4, 3), lookups=0, layers=1)
     parts = {"a": conv(1, 2), "n": nn.BatchNorm2d(2), "f": activation, "b": conv(2, 2)}
@@ -741,6 +680,7 @@ def random_model(seed):
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_random_networks(seed):
     model, shape = random_model(seed)
     check(model, shape)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fheconv import CalibrationError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.capture.model import capture
-from tests.capture.test_graph import Fn, check, conv
+from tests.support.captured import Fn, check, conv
 
 torch.set_num_threads(1)
 
@@ -152,6 +152,7 @@ def test_attention_and_recurrence():
         (lambda m, x: m.missing(x), "missing"),
     ],
 )
+@pytest.mark.sampled(4)
 def test_what_has_no_circuit(function, words):
     message = refused(Fn(function, a=conv(2, 2), b=conv(2, 2)))
     assert re.search(words, message), message

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fheconv.quantizer.rounding.accumulator import round_accumulator
 from fheconv.quantizer.rounding.gptq import round_gptq
-from tests.quantizer.problems import damped, errors, nothing, problems
+from tests.support.problems import damped, errors, nothing, problems
 
 
 @given(problems(), st.integers(0, 300))

@@ -9,7 +9,7 @@ from fheconv.capture.model import capture
 from fheconv.networks.floats import Maximum
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import CLIPS, activation_quantizations, input_quantization
-from tests.nets import quantized, random_net
+from tests.support.nets import quantized, random_net
 
 IMAGE = Quantization(scale=1.0, zero_point=0, minimum=0, maximum=15, integral=True)
 

@@ -10,7 +10,7 @@ from fheconv import QuantConfig
 from fheconv.capture.model import capture
 from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.allocation import LEVELS, SHARE, TOLERANCE, WEIGHT_BITS, Trial, allocate
-from tests import nets
+from tests.support import nets
 
 AUTO = {"activation_bits": "auto", "input_bits": "auto"}
 FIRST, SECOND, LAST = "0", "2", "5"

@@ -10,7 +10,7 @@ from fheconv.capture.model import capture
 from fheconv.networks.floats import Layer
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.equalization import equalized
-from tests.nets import random_net
+from tests.support.nets import READERS, Readers, random_net
 
 
 def changed(module, images, **options):
@@ -21,36 +21,12 @@ def changed(module, images, **options):
 
 @settings(max_examples=20)  # torch takes most of a second to export each
 @given(st.integers(0, 2**32))
+@pytest.mark.slow
 def test_the_network_computes_the_same(seed):
     module, images = random_net(seed)
     network, equal, _ = changed(module, images)
     want = network.tensors(images)[-1]
     np.testing.assert_allclose(equal.tensors(images)[-1], want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
-
-
-class Readers(nn.Module):
-    """One activation whose channels differ in size, read in each of the ways that weights can read."""
-
-    def __init__(self, reader):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, padding=1).double()
-        with torch.no_grad():
-            self.conv.weight.mul_(torch.tensor([1.0, 0.1, 10.0, 1.0])[:, None, None, None])
-        self.reader = reader().double()
-
-    def forward(self, x):
-        return self.reader(torch.relu(self.conv(x)))
-
-
-READERS = {
-    "convolution": lambda: nn.Conv2d(4, 3, 3),
-    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
-    "transposed": lambda: nn.ConvTranspose2d(4, 3, 2, stride=2),
-    "reflected": lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"),
-    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 5)),
-    "average": lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 3, 2)),
-    "maximum": lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)),
-}
 
 
 @pytest.mark.parametrize("name", READERS)

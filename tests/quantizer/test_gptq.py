@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fheconv.quantizer.rounding.gptq import SCALES, round_gptq
 from fheconv.quantizer.rounding.minmax import round_minmax
-from tests.quantizer.problems import damped, errors, nothing, problems
+from tests.support.problems import damped, errors, nothing, problems
 
 
 @given(problems())

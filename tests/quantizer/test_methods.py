@@ -7,7 +7,7 @@ import fheconv
 from fheconv.basics.config import Method
 from fheconv.networks.floats import Network
 from fheconv.quantizer.rounding.methods import METHODS, chosen_method
-from tests.nets import integer_images, quantize, quantized, random_net
+from tests.support.nets import integer_images, quantize, quantized, random_net
 
 NET = ("conv", "residual")  # with these blocks, seed 3 is a net of 4 layers
 

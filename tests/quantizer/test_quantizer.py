@@ -13,7 +13,7 @@ from fheconv import (
     UnsupportedLayerError,
     quantize,
 )
-from tests.strategies import layer_problems, quant_configs
+from tests.support.strategies import layer_problems, quant_configs
 
 
 def network_of(problem):

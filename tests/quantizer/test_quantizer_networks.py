@@ -8,7 +8,15 @@ from torch import nn
 import fheconv
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.floats import Layer, Maximum
-from tests.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images, torch_output
+from tests.support.nets import (
+    BLOCKS,
+    integer_images,
+    quantize,
+    quantized,
+    random_net,
+    real_images,
+    torch_output,
+)
 
 SEEDS = range(5)
 NET = ("conv", "residual")  # with these blocks, seed 3 is a net of 4 layers

@@ -8,8 +8,8 @@ import fheconv
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.quantization import Quantization
-from fheconv.quantizer.tables import LOOKUP_LIMIT, compressed, lookup, reserve, width
-from tests.nets import quantized
+from fheconv.quantizer.tables import LOOKUP_LIMIT, Window, compressed, lookup, reserve, width
+from tests.support.nets import quantized
 
 # Computed by torch, on tensors of doubles.
 FUNCTIONS = {
@@ -60,7 +60,11 @@ def tables(draw, rounded=None):
 
 
 def made(name, arguments):
-    return lookup("layer", FUNCTIONS[name][0], **arguments)
+    return table_of(FUNCTIONS[name][0], **arguments)
+
+
+def table_of(activation, *, output, step, bias, **window):
+    return lookup("layer", activation, output, Window(**window), step=step, bias=bias)
 
 
 def everything(minimum, span, shape):
@@ -170,10 +174,9 @@ def test_rounding_to_one_bit_leaves_nothing_and_is_refused(bits):
 def test_constants_of_channels_are_in_the_tables():
     slopes = np.array([0.5, 0.25, 0.0]).reshape(3, 1, 1)
     shape = (3, 2, 2)
-    table = lookup(
-        "layer",
+    table = table_of(
         Expression("prelu", (X, slopes)),
-        Quantization(scale=0.25, zero_point=4, minimum=0, maximum=15),
+        output=Quantization(scale=0.25, zero_point=4, minimum=0, maximum=15),
         step=np.full(shape, 0.5),
         bias=np.zeros(shape),
         minimum=np.full(3, -3),
@@ -201,8 +204,8 @@ def test_what_is_not_a_number_is_refused_and_infinity_is_clipped():
     }
     log = Expression("log", (X,))
     with pytest.raises(fheconv.CalibrationError, match=r"log\(x\).*'layer'.*-1"):
-        lookup("layer", log, minimum=np.array([-1]), **arguments)
-    table = lookup("layer", log, minimum=np.array([0]), **arguments)  # log 0 = −∞
+        table_of(log, minimum=np.array([-1]), **arguments)
+    table = table_of(log, minimum=np.array([0]), **arguments)  # log 0 = −∞
     np.testing.assert_array_equal(table(np.arange(4).reshape(4, 1, 1)).ravel(), [0, 3, 4, 4])
 
 

@@ -16,7 +16,7 @@ from fheconv.quantizer.rounding.accumulator import round_accumulator
 from fheconv.quantizer.rounding.mse import round_mse
 from fheconv.quantizer.tables import Budget, reserve
 from fheconv.quantizer.weights import Rows, round_by_output, round_nearest
-from tests.nets import integer_images, quantize, quantized, random_net
+from tests.support.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(6)
 

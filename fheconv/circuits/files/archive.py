@@ -1,7 +1,7 @@
 """Writes and reads a circuit as two files: `client.zip` for the keys' owner, `server.zip` for the server.
 
 Both hold `manifest.json`, `interface.json` (see the modules of these names) and `specs.json` (Concrete's
-parameters). `server.zip` also holds `circuit.mlir`, the program as Concrete's text, and `config.json`, the
+parameters). `server.zip` also holds `circuit.mlir`, the circuit as Concrete's text, and `config.json`, the
 configuration to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
 pickle and no native library. The server compiles the text, so a file from elsewhere is only data.
 """
@@ -148,7 +148,7 @@ def read_server(file: str | Path | bytes) -> ServerParts:
     found = fingerprint_of(parts["specs.json"], parts["circuit.mlir"])
     if found != manifest.fingerprint:
         raise ArtifactError(
-            f"{_name(file)} is altered: its program has the fingerprint {found}, and its manifest says "
+            f"{_name(file)} is altered: its contents have the fingerprint {found}, and its manifest says "
             f"{manifest.fingerprint}. Get it again, from whoever compiled it."
         )
     return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)

@@ -1,4 +1,4 @@
-"""What a client checks of the parameters in a file from elsewhere before it makes keys with them.
+"""Checks the parameters in a file from elsewhere before a client makes keys with them.
 
 Whoever writes `client.zip` chooses how its owner encrypts. Parameters without enough noise, or an input that
 is declared clear, would give the images away to whoever sees the ciphertexts. So what Concrete is told must
@@ -29,27 +29,65 @@ def check_security(specs: bytes) -> None:
     try:
         parameters = json.loads(specs)
         keyset, circuits = parameters["keyset"], parameters["circuits"]
-        dimensions = {key["id"]: _dimension(key["params"]) for key in keyset["lweSecretKeys"]}
-        for kind in ("lweBootstrapKeys", "lweKeyswitchKeys", "packingKeyswitchKeys"):
-            for key in keyset[kind]:
-                _check(dimensions[key["outputId"]], key["params"]["variance"])
+        dimensions = [_dimension(key, position) for position, key in enumerate(keyset["lweSecretKeys"])]
+        kinds = "lweBootstrapKeys", "lweKeyswitchKeys", "packingKeyswitchKeys"
+        keys = [key for kind in kinds for key in keyset[kind]]
+        for key in keys:
+            _check(_at(dimensions, key["outputId"]), key["params"]["variance"])
+        if not dimensions or min(dimensions) < LEAST_DIMENSION:
+            raise ArtifactError(
+                f"The encryption's parameters are not secure: there are secrets of {dimensions} bits, and "
+                f"each needs {LEAST_DIMENSION} or more. Do not use this file; ask whoever gave it to you."
+            )
         inputs = [one for circuit in circuits for one in circuit["inputs"]]
         for one in inputs:
             if set(one["typeInfo"]) != {"lweCiphertext"}:
                 raise ArtifactError("This circuit takes images in clear: nothing would be encrypted.")
             encryption = one["typeInfo"]["lweCiphertext"]["encryption"]
-            _check(dimensions[encryption["keyId"]], encryption["variance"])
+            _check(_at(dimensions, encryption["keyId"]), encryption["variance"])
+        for key in keys:
+            params, output = key["params"], _at(dimensions, key["outputId"])
+            _require(params["inputLweDimension"], _at(dimensions, key["inputId"]))
+            _require(params.get("outputLweDimension", output), output)
+        for one in (*inputs, *(one for circuit in circuits for one in circuit["outputs"])):
+            _check_shapes(one, dimensions)
         if len(circuits) != 1 or len(inputs) != 1:
             raise ValueError(f"{len(circuits)} circuits with {len(inputs)} inputs")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"The encryption's parameters are altered: {error!r:.200}.") from error
 
 
-def _dimension(params: Any) -> int:
-    dimension = params["lweDimension"]
-    if type(dimension) is not int or params["keyType"] != "binary":
-        raise ValueError(f"a secret key of {params!r:.100}")
+def _dimension(key: Any, position: int) -> int:
+    """Return the bits of a secret key. Its `id` must be its position: the native library goes by that."""
+    dimension = key["params"]["lweDimension"]
+    if type(dimension) is not int or key["params"]["keyType"] != "binary":
+        raise ValueError(f"a secret key of {key['params']!r:.100}")
+    if type(key["id"]) is not int or key["id"] != position:
+        raise ValueError(f"secret key {position} has the id {key['id']!r:.50}")
     return dimension
+
+
+def _at(dimensions: list[int], number: Any) -> int:
+    if type(number) is not int or not 0 <= number < len(dimensions):
+        raise ValueError(f"no secret key {number!r:.50}")
+    return dimensions[number]
+
+
+def _require(found: Any, expected: Any) -> None:
+    if found != expected or isinstance(found, float | bool):
+        raise ValueError(f"{found!r:.100} where {expected} belongs")
+
+
+def _check_shapes(one: Any, dimensions: list[int]) -> None:
+    """Raise `ValueError` unless the shapes of a value are those of ciphertexts under its secret key."""
+    ciphertext = one["typeInfo"]["lweCiphertext"]
+    encryption, compression = ciphertext["encryption"], ciphertext["compression"]
+    dimension = _at(dimensions, encryption["keyId"])
+    _require(encryption["lweDimension"], dimension)
+    # A ciphertext has a number for each bit of the secret, and its body. Compressed, it has a seed for them.
+    last = {"none": dimension + 1, "seed": 3}[compression]
+    _require(ciphertext["concreteShape"]["dimensions"], [*ciphertext["abstractShape"]["dimensions"], last])
+    _require(one["rawInfo"]["shape"]["dimensions"], ciphertext["concreteShape"]["dimensions"])
 
 
 def _check(dimension: int, variance: Any) -> None:

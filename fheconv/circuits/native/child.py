@@ -10,9 +10,8 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import FheConvError
-from fheconv.circuits.native.protocol import UNLIMITED, drain
+from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
 
 
 class InProcess:
@@ -25,7 +24,7 @@ class InProcess:
         self.released: deque[int] = deque()
 
     def request(
-        self, failure: type[FheConvError], method: str, *arguments: Any, limits: CompileConfig = UNLIMITED
+        self, failure: type[FheConvError], method: str, *arguments: Any, limits: Limits = UNLIMITED
     ) -> Any:
         """Call the method here, without limits. `CompileConfig` refuses limits together with `in_process`."""
         self._circuits.release(drain(self.released))

@@ -4,20 +4,19 @@ import itertools
 import weakref
 from typing import Any
 
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import CompilationError, ExecutionError
-from fheconv.circuits.native.protocol import CircuitForgotten, Session
+from fheconv.circuits.native.protocol import CircuitForgotten, Limits, Session
 
 _numbers = itertools.count()
 
 
-class Program:
+class Handle:
     """A circuit that the native library holds by number. A new worker is given it again.
 
     `opening` is the method of `NativeCircuits` that makes the circuit, with its arguments after the number.
     """
 
-    def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: CompileConfig) -> None:
+    def __init__(self, session: Session, opening: tuple[str, tuple[Any, ...]], limits: Limits) -> None:
         self.number = next(_numbers)
         weakref.finalize(self, session.released.append, self.number).atexit = False
         self._session, self.limits = session, limits

@@ -1,7 +1,7 @@
 """Calls Concrete: compiles circuits, makes keys, encrypts, runs and decrypts.
 
 Other modules call it through `fheconv.circuits.native.worker`, because the native library may end the
-process.
+process. What requests carry is imported here: what a worker imports later counts towards a user's limits.
 """
 
 import math
@@ -18,7 +18,7 @@ from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
 from fheconv.lowering.lower import lower
-from fheconv.networks.integers import IntegerNetwork
+from fheconv.quantized import QuantizedNetwork
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
@@ -44,7 +44,7 @@ class NativeCircuits:
     def compile(
         self,
         number: int,
-        network: IntegerNetwork,
+        network: QuantizedNetwork,
         config: CompileConfig,
         lanes: int,
         key_id: str = "",
@@ -98,7 +98,7 @@ class NativeCircuits:
         )
 
     def export(self, number: int, key_id: str) -> tuple[bytes, str]:
-        """Return the circuit's parameters, which a client needs, and the program that a server runs."""
+        """Return the circuit's parameters, which a client needs, and the MLIR text that a server compiles."""
         circuit = self._named(number, key_id).circuit
         return circuit.client.specs.serialize(), circuit.mlir
 

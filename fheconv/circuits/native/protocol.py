@@ -8,19 +8,38 @@ from typing import Any, Protocol
 from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import FheConvError
 
-UNLIMITED = CompileConfig()
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most `seconds` that a request may take, and `bytes` that the worker may hold; None for no limit.
+
+    Example:
+        >>> Limits.of(CompileConfig(time_limit=60))
+        Limits(seconds=60, bytes=None)
+    """
+
+    seconds: float | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def of(cls, config: CompileConfig) -> "Limits":
+        """Return the limits that a user chose."""
+        return cls(seconds=config.time_limit, bytes=config.memory_limit)
+
+
+UNLIMITED = Limits()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Which circuit the native library holds, in hexadecimal."""
+    """Names the circuit that the native library holds, in hexadecimal."""
 
     fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Opened):
-    """What is known of a circuit once it is compiled, before any key is made. Sizes in bytes."""
+    """Holds the figures of a compiled circuit, known before any key is made. Sizes are in bytes."""
 
     output_bits: int
     lookups: int
@@ -55,7 +74,7 @@ class Session(Protocol):
     released: deque[int]
 
     def request(
-        self, failure: type[FheConvError], method: str, *arguments: Any, limits: CompileConfig = UNLIMITED
+        self, failure: type[FheConvError], method: str, *arguments: Any, limits: Limits = UNLIMITED
     ) -> Any:
         """Call a method of `NativeCircuits`; raise `failure` if it or the place fails."""
 

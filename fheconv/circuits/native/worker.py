@@ -30,9 +30,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
-from fheconv.basics.config import CompileConfig
 from fheconv.basics.errors import FheConvError
-from fheconv.circuits.native.protocol import UNLIMITED, drain
+from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
 
 LAST_WORDS = 2000
 # LLVM prints the reason for an abort, and then the whole stack. Only the reason is useful.
@@ -62,7 +61,7 @@ class Worker:
         self._lock = threading.Lock()
 
     def request(
-        self, failure: type[FheConvError], method: str, *arguments: Any, limits: CompileConfig = UNLIMITED
+        self, failure: type[FheConvError], method: str, *arguments: Any, limits: Limits = UNLIMITED
     ) -> Any:
         """Call the method in the worker, within the time and the memory of `limits`.
 
@@ -71,7 +70,7 @@ class Worker:
         exceeded: list[str] = []
         with self._lock:
             try:
-                most = limits.memory_limit
+                most = limits.bytes
                 if self.pid is not None and most is not None and self._held(self.pid) > most:
                     self.stop()  # others filled it; in a new one, the limit counts this circuit only
                 connection = self._connection or self._start()
@@ -144,9 +143,9 @@ class Worker:
         return _memory(pid) - self._idle_memory
 
     @contextlib.contextmanager
-    def _watched(self, method: str, limits: CompileConfig, exceeded: list[str]) -> Iterator[None]:
+    def _watched(self, method: str, limits: Limits, exceeded: list[str]) -> Iterator[None]:
         """End the worker if the block takes more than `limits`, and add the reason to `exceeded`."""
-        process, seconds, most = self._process, limits.time_limit, limits.memory_limit
+        process, seconds, most = self._process, limits.seconds, limits.bytes
         if process is None or (seconds is None and most is None):
             yield
             return

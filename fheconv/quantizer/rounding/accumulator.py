@@ -1,7 +1,8 @@
-"""Integer weights that compute nearly what the float weights do, under a budget for the accumulator.
+"""Rounds weights so that outputs change little and the accumulator keeps to a budget.
 
-In offset form an accumulator with weights q and inputs of ranges r needs Σ|q_i|·r_i steps, so that a width of
-P bits is the budget Σ|q_i|·r_i ≤ 2^P − 1: the L1 bound of A2Q (Colbert et al. 2023), without the sign bit.
+In offset form, an accumulator with weights q and inputs of ranges r has the span Σ|q_i|·r_i. A width of P
+bits therefore gives the budget Σ|q_i|·r_i ≤ 2^P − 1. This is the L1 bound of A2Q (Colbert et al. 2023),
+without the sign bit.
 """
 
 import numpy as np
@@ -10,7 +11,7 @@ from fheconv.basics.arrays import Array
 from fheconv.quantizer.rounding.base import IntegerWeight, best_scale, damped, greatest_integer
 from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
 
-# How often integers and scale are adapted to each other.
+# The number of rounds in which integers and scale are adapted to each other.
 ROUNDS = 3
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -20,16 +21,16 @@ def round_accumulator(
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error, each filter within the budget.
 
-    A `Rounding`. For each scale of a grid: GPTQ, then, while over budget, the unit decrement of least harm
-    for what it saves. From the best: single moves and exchanges within the budget while they help, and the
-    best scale for what came out. One bit is {−1, 0, 1}.
+    This is a `Rounding`. It starts with GPTQ at each scale of a grid. While a result is over the budget, it
+    decrements the weight that adds the least error for the steps that this saves. The best result is improved
+    by single moves and exchanges within the budget. Then it gets its best scale. One bit means {−1, 0, 1}.
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
     if budget is None:
         start = round_gptq(weight, bits, moment).values
     else:
-        # Still finer integers would only be taken back again.
+        # At finer scales, the integers would exceed the budget and be decremented again.
         scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))
         candidates = compensated(weight, scale, h, greatest)
         _decrement(candidates, weight, scale, h, ranges, budget)
@@ -42,7 +43,7 @@ def round_accumulator(
 def _decrement(
     candidates: Array, weight: Array, scale: Array, moment: Array, ranges: Array, budget: int
 ) -> None:
-    """Take units off `candidates` (K, S, n), in place, until each is within the budget."""
+    """Decrement `candidates` (K, S, n), in place, until each is within the budget."""
     q = candidates.reshape(-1, weight.shape[1])
     used = np.abs(q) @ ranges
     over = np.flatnonzero(used > budget)
@@ -62,7 +63,7 @@ def _decrement(
 
 
 def _descend(w: Array, q: Array, moment: Array, ranges: Array, greatest: int, budget: int | None) -> Array:
-    """Improve one row while a step of one tap, or of two, lessens the error within the budget."""
+    """Improve one row while a step of one tap, or of two, reduces the error within the budget."""
     q = q.copy()
     diagonal = np.diag(moment)
     steps = np.array([1, -1])[:, None]
@@ -94,7 +95,7 @@ def _descend(w: Array, q: Array, moment: Array, ranges: Array, greatest: int, bu
 def _exchange(
     harm: Array, price: Array, left: float, s: float, moment: Array, tolerance: float
 ) -> list[tuple[int, int]]:
-    """Return the best pair of steps of two taps that lessens the error within the budget, or nothing."""
+    """Return the best pair of steps of two taps that reduces the error within the budget, or no steps."""
     taps = harm.shape[1]
     sign = np.repeat([1, -1], taps)
     harm, price = harm.ravel(), price.ravel()

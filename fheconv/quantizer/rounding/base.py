@@ -1,7 +1,7 @@
-"""What the methods of rounding weights share: their signature, what they return, what they minimise.
+"""Defines what all methods of rounding weights share: signature, result, and the error to minimise.
 
-For one filter w, and the second moment H of the inputs it meets, the error of integers q with scale s is
-E(q, s) = (w − s·q) H (w − s·q)ᵀ, the mean squared error of what the layer computes.
+For one filter w, and the second moment H of its inputs, the error of integers q with scale s is
+E(q, s) = (w − s·q) H (w − s·q)ᵀ, the mean squared error of the layer's outputs.
 """
 
 from typing import NamedTuple, Protocol
@@ -10,12 +10,12 @@ import numpy as np
 
 from fheconv.basics.arrays import Array
 
-# What is added to the diagonal of H, as a share of its mean: inputs that calibration never saw still count.
+# This share of the mean of the diagonal of H is added to it, so that inputs without calibration data count.
 DAMPING = 0.01
 
 
 class IntegerWeight(NamedTuple):
-    """Integers `values` (int64) and scales (K,) with weight ≈ scale·values; `range` is their data type's."""
+    """Holds integers `values` (int64), scales (K,) with weight ≈ scale·values, and the data type's range."""
 
     values: Array
     scale: Array
@@ -23,26 +23,26 @@ class IntegerWeight(NamedTuple):
 
 
 class Rounding(Protocol):
-    """A method of rounding K filters that read the same n inputs."""
+    """Rounds K filters that read the same n inputs."""
 
     def __call__(
         self, weight: Array, bits: int, moment: Array | None, ranges: Array, budget: int | None
     ) -> IntegerWeight:
         """Return integers of `bits` bits, and scales, for `weight` (K, n).
 
-        `moment` is H (n, n), None if nothing is known of the inputs; `ranges` (n,) how many steps the
-        accumulator gains for one step of each weight, and `budget` how many it may span, None for any number.
-        A method looks at what it needs.
+        `moment` is H (n, n), None if the inputs are not known. `ranges` (n,) is the growth of the
+        accumulator's span for one step of each weight. `budget` is the greatest allowed span, None for any. A
+        method uses the arguments that it needs.
         """
 
 
 def greatest_integer(bits: int) -> int:
-    """Return the greatest of the symmetric integers of `bits` bits; of one bit 1."""
+    """Return the greatest symmetric integer of `bits` bits; it is 1 for one bit."""
     return max(2 ** (bits - 1) - 1, 1)
 
 
 def exact(weight: Array, bits: int) -> IntegerWeight | None:
-    """Return weights (K, …) that are integers of `bits` bits already, signed or unsigned; None for others."""
+    """Return weights (K, …) that are integers of `bits` bits already, signed or unsigned; else None."""
     if weight.dtype.kind in "iub":
         for low, high in ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), (0, 2**bits - 1)):
             if low <= weight.min() and weight.max() <= high:
@@ -51,7 +51,7 @@ def exact(weight: Array, bits: int) -> IntegerWeight | None:
 
 
 def damped(moment: Array | None, taps: int) -> Array:
-    """Return H, (taps, taps), to minimise by. Of inputs that tell nothing all count alike."""
+    """Return the damped H, (taps, taps). It is the identity if `moment` is None or zero."""
     variance = 0.0 if moment is None else float(np.trace(moment)) / taps
     if moment is None or variance <= 0:
         return np.eye(taps)
@@ -65,6 +65,6 @@ def output_error(weight: Array, q: Array, scale: Array, moment: Array) -> Array:
 
 
 def best_scale(weight: Array, q: Array, moment: Array) -> float:
-    """Return the scale of least E for the integers of one row (n,), 0 if they are of no use."""
+    """Return the scale of least E for the integers of one row (n,); 0 if no positive scale reduces E."""
     fit = float(q @ moment @ q)
     return max(float(weight @ moment @ q) / fit, 0.0) if fit > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Integer weights that compute nearly what the float weights do: GPTQ (Frantar et al. 2022)."""
+"""Rounds weights so that outputs change little, by GPTQ (Frantar et al. 2022)."""
 
 import numpy as np
 import scipy.linalg
@@ -6,8 +6,8 @@ import scipy.linalg
 from fheconv.basics.arrays import Array
 from fheconv.quantizer.rounding.base import IntegerWeight, best_scale, damped, greatest_integer, output_error
 
-# How many scales are tried: from a quarter of the one at which a filter's greatest weight becomes the
-# greatest integer, to one at which it is little more than a half.
+# The number of scales that are tried. At the finest, a quarter of the greatest weight becomes the greatest
+# integer; at the coarsest, the greatest weight becomes little more than a half.
 SCALES = 40
 
 
@@ -20,13 +20,14 @@ def round_gptq(
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error.
 
-    A `Rounding` without a budget. Of a grid of scales, each with the integers of GPTQ and with the nearest
-    ones, the best is taken, and then the best scale for its integers. One bit is {−1, 0, 1}.
+    This is a `Rounding` without a budget. It tries a grid of scales, each with the integers of GPTQ and with
+    the nearest integers. It takes the best, and then the best scale for its integers. One bit means {−1, 0,
+    1}.
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
     scale = scale_grid(weight, greatest)
-    # What one tap leaves to the others may be more than they can take up.
+    # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
     candidates = np.concatenate([compensated(weight, scale, h, greatest), nearest], axis=1)
     q = best_rows(weight, candidates, np.tile(scale, 2), h)
@@ -48,7 +49,7 @@ def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Arr
 def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Array:
     """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S).
 
-    They are rounded tap by tap, the one with the most input first; each error is made up for by the others.
+    Taps are rounded one by one, the tap with the largest inputs first. The later taps compensate each error.
     """
     order = np.argsort(-np.diag(moment), kind="stable")
     inverse = scipy.linalg.inv(moment[np.ix_(order, order)])
@@ -65,7 +66,7 @@ def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Ar
 
 
 def best_rows(weight: Array, candidates: Array, scale: Array, moment: Array) -> Array:
-    """Return for each row (K, n) that of its candidates (K, S, n), with scales (K, S), of least error."""
+    """Return for each row (K, n) the candidate (K, S, n), with scales (K, S), of least error."""
     filters, tried, taps = candidates.shape
     rows = np.repeat(weight, tried, axis=0)
     error = output_error(rows, candidates.reshape(-1, taps), scale.ravel(), moment).reshape(filters, tried)

@@ -1,4 +1,4 @@
-"""The methods of rounding weights, by name, and which of them "auto" is."""
+"""Lists the methods of rounding weights by name, and chooses the method for "auto"."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from fheconv.quantizer.rounding.mse import round_mse
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How weights are rounded; `by_output`: to what the layer computes, else to the weights alone."""
+    """Holds a method; `by_output` says that it minimises the error of outputs, not of weights."""
 
     round: Rounding
     by_output: bool
@@ -28,14 +28,14 @@ METHODS = {
 
 
 def chosen_method(network: Network, config: QuantConfig) -> Method:
-    """Return the method that `config` names."""
+    """Return the method that `config` names, or the method for "auto"."""
     if config.method != "auto":
         return METHODS[config.method]
     return METHODS["mse" if _is_one_filter(network, config) else "accumulator"]
 
 
 def _is_one_filter(network: Network, config: QuantConfig) -> bool:
-    """Whether there is but one convolution, whose accumulators may take any width."""
+    """Return whether the network is a single convolution without a limit for the width."""
     first = network.layers[0]
     if len(network.layers) > 1 or not isinstance(first, Layer) or len(first.terms) > 1:
         return False

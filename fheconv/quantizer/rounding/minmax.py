@@ -1,4 +1,4 @@
-"""The integers nearest to float weights when the greatest weight becomes the greatest integer."""
+"""Rounds weights to the nearest integers, where the greatest weight becomes the greatest integer."""
 
 import numpy as np
 
@@ -15,8 +15,8 @@ def round_minmax(
 ) -> IntegerWeight:
     """Return the integers of `bits` bits nearest to float weights (K, …), with the scale max|w| / greatest.
 
-    A `Rounding` that looks at the weights alone (Jacob et al. 2018). All-zero channels get scale 0. Weights
-    that are integers of `bits` bits already stay as they are, with scale 1.
+    This is a `Rounding` that uses only the weights (Jacob et al. 2018). All-zero channels get scale 0.
+    Weights that are integers of `bits` bits already stay as they are, with scale 1.
     """
     if (integers := exact(weight, bits)) is not None:
         return integers

@@ -1,4 +1,4 @@
-"""The integers nearest to float weights, at the best of all scales."""
+"""Rounds weights to the nearest integers, at the best of all scales."""
 
 import numpy as np
 
@@ -15,10 +15,10 @@ def round_mse(
 ) -> IntegerWeight:
     """Return the integers of `bits` bits, and the scales, of least squared error.
 
-    A `Rounding` that looks at the weights alone. Float weights (K, …) become symmetric integers in
-    ±(2^(bits−1) − 1), in {−1, +1} for one bit (XNOR-Net, Rastegari et al. 2016); the pair minimises
-    ‖weight − scale·values‖² exactly, for each of the K. All-zero channels get zeros and scale 0. Weights
-    that are integers of `bits` bits already stay as they are, with scale 1.
+    This is a `Rounding` that uses only the weights. Float weights (K, …) become symmetric integers in
+    ±(2^(bits−1) − 1), or in {−1, +1} for one bit (XNOR-Net, Rastegari et al. 2016). Integers and scale
+    minimise ‖weight − scale·values‖² exactly, for each filter. All-zero channels get zeros and scale 0.
+    Weights that are integers of `bits` bits already stay as they are, with scale 1.
     """
     if (integers := exact(weight, bits)) is not None:
         return integers
@@ -27,7 +27,7 @@ def round_mse(
     rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
     q, scale = zip(*(_nearest(row, bits) for row in rows), strict=True)
     greatest = greatest_integer(bits)
-    # In lowest terms: the same weights from narrower accumulators.
+    # Dividing by the common divisor gives the same weights with narrower accumulators.
     divisor = np.maximum(np.gcd.reduce(np.stack(q), axis=1), 1)
     return IntegerWeight(
         (np.stack(q) // divisor[:, None]).reshape(weight.shape),
@@ -37,8 +37,9 @@ def round_mse(
 
 
 def _nearest(row: Array, bits: int) -> tuple[Array, float]:
-    """Sweep the scale down from infinity: the rounded row changes only at its rounding breakpoints.
+    """Return the integers and the scale of least squared error for one row.
 
+    The scale is swept down from infinity, and the integers change only at breakpoints.
     |w_i|/scale passes k − ½ at scale = |w_i|/(k − ½), where |q_i| goes from k − 1 to k. For fixed q the
     best scale is A/D with A = Σ|w||q|, D = Σq², and leaves ‖w‖² − A²/D. The best pair is therefore the
     breakpoint with the greatest A²/D.
