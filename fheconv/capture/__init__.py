@@ -1,7 +1,7 @@
 """Turns a torch model, a weight array or a file into a network in floats.
 
 model: the entry: a model or a single convolution.
-tracing: modules as torch.export takes them.
+tracing: modules as torch.export takes them, and whether they repeat their results.
 exported: from torch.export's graph to a network.
 calls: one call of an operator, with its arguments.
 folding: tensors whose first axis is not the batch.

@@ -24,7 +24,8 @@ class Call:
     """Holds what a handler needs besides the arguments of its operator.
 
     `read_once` says that only this call reads the encrypted arguments. `real` says that each of these, and
-    the result, is one tensor of floats. `given` is the shape of the result where torch's is another.
+    the result, is one tensor of floats or complex numbers. `given` is the shape of the result where torch's
+    is another.
     """
 
     graph: Graph

@@ -1,6 +1,7 @@
 """Turns a torch module into a float network, by the graph of `torch.export`."""
 
 import operator
+import re
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.probing import leaves, linear
-from fheconv.capture.tracing import traceable
+from fheconv.capture.tracing import dependence, traceable
 from fheconv.networks.floats import Network
 
 
@@ -40,19 +41,31 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
         module.eval()
         with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
-            module(example)  # its error about a wrong shape is clearer than that of export
+            # Its error about a wrong shape is clearer than that of export.
+            depends = dependence(module, BATCH, input_shape, like)
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
     except Exception as error:  # the user's forward can raise anything
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a "
+            f"{_said(error)}. Calibrate on images as the model takes them; a "
             "model whose path depends on the values of the image cannot be a circuit."
         ) from error
     finally:
         for part in training:
             part.training = True
-    return network_of(program, input_shape)
+    network = network_of(program, input_shape)
+    if depends:  # last, because the graph may name the operator
+        raise UnsupportedLayerError(f"{kind} cannot be compiled: {depends}.")
+    return network
+
+
+def _said(error: Exception) -> str:
+    """Return the first paragraph of an error, and the user's line if torch names it."""
+    text = str(error).strip() or type(error).__name__
+    line = re.search(r"The following call raised this error:\n(.*?)(\n\n|$)", text, re.DOTALL)
+    said = text.split("\n\n")[0] + (f" ({line[1]})" if line else "")
+    return " ".join(said.split())
 
 
 def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:
@@ -75,7 +88,7 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
     except Exception as error:  # the program can raise anything
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Export a model of one argument, a batch of any "
+            f"{_said(error)}. Export a model of one argument, a batch of any "
             'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
             "that it was exported for."
         ) from error
@@ -166,17 +179,19 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         operation=operation,
         read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
         real=all(
-            _is_float(n)
+            _is_real(n)
             for n in (node, *(n for n in node.all_input_nodes if isinstance(values[n], Value | Folded)))
         ),
     )
     try:
         if node.target is operator.getitem:
             return _item(*arguments)
+        if _draws(call, arguments):
+            raise Unsupported(RANDOM)
         if not encrypted:
-            if _draws(node) and not ("dropout" in operation and not arguments[2]):
-                raise Unsupported(RANDOM)
-            return call.target(*arguments, **options)
+            made = call.target(*arguments, **options)
+            # What no one wrote may be anything: zeros, as in `new_empty`.
+            return made.zero_() if operation.startswith("empty") else made
         for value in encrypted:
             if isinstance(value, Final):
                 raise Unsupported(
@@ -190,27 +205,31 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         reason = str(error)
         cause: Exception = error
     except Exception as error:  # an unknown option, or a tensor in place of a number
-        reason = f"it is called in a way that is not supported ({str(error).strip() or type(error).__name__})"
+        reason = f"it is called in a way that is not supported ({_said(error)})"
         cause = error
     layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
 
 
-def _draws(node: Node) -> bool:
-    """Whether an operator draws at random."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+def _draws(call: Call, arguments: Any) -> bool:
+    """Return whether an operator draws at random."""
+    if "dropout" in call.operation:
+        _, share, train = (*arguments, False)[:3]
+        return bool(train) and share != 0
+    tags = getattr(call.node.target, "tags", ())
+    # Whether attention drops anything depends on an option, and is found out where it is probed.
+    return torch.Tag.nondeterministic_seeded in tags and call.operation not in (*HANDLERS, *NEAREST)
 
 
-def _is_float(node: Node) -> bool:
+def _is_real(node: Node) -> bool:
+    """Return whether a node is one tensor of floats, or of pairs of them: complex numbers."""
     example = node.meta.get("val")
-    return isinstance(example, torch.Tensor) and example.is_floating_point()
+    return isinstance(example, torch.Tensor) and (example.is_floating_point() or example.is_complex())
 
 
 def _handled(call: Call, arguments: Any, options: Any) -> Any:
     """Return what a handler makes of a call, or what is left: whatever torch shows to be linear."""
     if call.operation not in HANDLERS:
-        if _draws(call.node) and call.operation not in NEAREST:
-            raise Unsupported(RANDOM)
         made = linear(call, arguments, options)
         if made is None:
             raise Unsupported(nearest(call.operation))

@@ -26,6 +26,7 @@ from fheconv.capture.calls import (
     with_constant,
 )
 from fheconv.capture.graph import Final, Unsupported, Value
+from fheconv.capture.probing import leaves
 from fheconv.networks.expression import ELEMENTWISE, Expression, X
 from fheconv.networks.linear import Kernel, pointwise
 
@@ -119,7 +120,11 @@ def _batch_norm_of_constants(
 # Operators that only move values.
 
 
-def _move(call: Call, x: Value, *arguments: Any, **options: Any) -> Any:
+def _move(call: Call, x: Any, *arguments: Any, **options: Any) -> Any:
+    if any(isinstance(leaf, Value) for leaf in leaves((arguments, options))):
+        raise Unsupported(
+            "the places that it reads depend on the image; the nearest that is supported: constant places"
+        )
     return move(call, x, lambda places: call.target(places, *arguments, **options))
 
 
@@ -175,12 +180,6 @@ def _to(call: Call, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
-def _dropout(call: Call, x: Value, p: float = 0.5, train: bool = False) -> Value:
-    if train:
-        raise Unsupported(RANDOM)
-    return x
-
-
 def _softmax(call: Call, x: Value, dim: int, *_: Any) -> Final:
     axis = 1 + call.axis(dim, x.shape)
     return Final(call.graph.pending(x), Expression(call.operation, (X,), (("axis", axis),)))
@@ -215,7 +214,8 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(("to", "to_copy", "type_as"), _to),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    # Capture has refused those that drop anything.
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _same),
     **dict.fromkeys(("add", "sub", "rsub"), elementwise.add),
     **dict.fromkeys(("mul", "div"), elementwise.product),
     **dict.fromkeys(("maximum", "minimum"), elementwise.extreme),
@@ -269,6 +269,7 @@ RANDOM = (
 )
 NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
+    "batch_norm_legit_functional": "BatchNorm in evaluation mode, with running statistics",
     "bmm": "a Linear or convolution with constant weights",
     "embedding": "one-hot images and a Linear layer",
     "grid_sampler": "a convolution with constant weights",

@@ -33,7 +33,9 @@ def linear(call: Call, arguments: Any, options: Any) -> Affine | None:
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         own = iter(tensors)
-        positional, named = filled((arguments, options), lambda leaf: _double(leaf, own))
+        positional, named = filled(
+            (arguments, options), lambda leaf: next(own) if isinstance(leaf, Value) else precise(leaf)
+        )
         result: torch.Tensor = call.target(*positional, **named)
         return result
 
@@ -137,7 +139,7 @@ class _Part:
         return channelwise(matrix, self.shape, output), whole
 
     def _is_channelwise(self, channels: int) -> bool:
-        """Whether the same seems to be done to each channel: the last comparison will tell."""
+        """Return whether the same seems to be done to each channel: the last comparison will tell."""
         rng = np.random.default_rng(0)
         image = rng.standard_normal((1, channels, math.prod(self.shape[1:])))
         image[0, 0] = 0
@@ -153,7 +155,7 @@ def _agrees(
     bias: torch.Tensor,
     matrices: Sequence[scipy.sparse.csr_array],
 ) -> bool:
-    """Whether matrices and bias give what torch does, on random images of many sizes."""
+    """Return whether matrices and bias give what torch does, on random images of many sizes."""
     generator = torch.Generator().manual_seed(0)
     for scale in _SCALES:
         images = [torch.randn(zero.shape, generator=generator, dtype=torch.float64) * scale for zero in zeros]
@@ -170,15 +172,13 @@ def _agrees(
     return True
 
 
-def _double(leaf: Any, own: Iterator[torch.Tensor]) -> Any:
-    """Return a tensor for a value, and constants in double precision."""
-    if isinstance(leaf, Value):
-        return next(own)
-    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-        return leaf.detach().cpu().double()
-    if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-        return torch.float64
-    return leaf
+def precise(leaf: Any) -> Any:
+    """Return a constant or a type in double precision; anything else as it is."""
+    dtype = leaf.dtype if isinstance(leaf, torch.Tensor) else leaf
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        return leaf
+    double = torch.complex128 if dtype.is_complex else torch.float64
+    return leaf.detach().cpu().to(double) if isinstance(leaf, torch.Tensor) else double
 
 
 def filled(arguments: Any, fill: Callable[[Any], Any]) -> Any:

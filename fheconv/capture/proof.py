@@ -42,10 +42,7 @@ _GRADIENTS = {
 
 
 def is_affine(function: Function, examples: Sequence[torch.Tensor]) -> bool:
-    """Whether torch's derivative of a function reads none of its arguments, and the function has no steps.
-
-    Nor does it draw at random.
-    """
+    """Return whether a function has no steps, draws nothing, and torch's derivative reads no argument."""
 
     def derivative(weights: torch.Tensor, *tensors: torch.Tensor) -> Any:
         # Backwards, as in training: some operators have no other derivative, or crash for constants.

@@ -191,7 +191,7 @@ def _classes(windows: _Windows) -> list[_Windows]:
 
 
 def _is_flat(weight: Array) -> bool:
-    """Whether all weights that are not zero are the same."""
+    """Return whether all weights that are not zero are the same."""
     values = weight[weight != 0]
     return bool((np.abs(values - values[0]) <= _SAME * np.abs(values[0])).all())
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from fheconv.capture.model import capture
 from fheconv.networks.floats import Layer
-from tests.capture.against_torch import Fn, compare, lookups, weights
+from tests.support.captured import Fn, check, cost
+from tests.support.weighing import weights
 
 
 def conv(i, o, k=3, **options):
@@ -32,11 +33,11 @@ def conv(i, o, k=3, **options):
     ],
 )
 def test_convolutions_with_nothing_in_between_are_one(layers, shape, filter_):
-    network = compare(nn.Sequential(*layers), shape)
+    network = check(nn.Sequential(*layers), shape)
     (layer,) = network.layers
     (term,) = layer.terms
     assert term.weighted()[1].weight.shape == filter_
-    assert weights(compare(nn.Sequential(*layers, nn.ReLU()), shape)) == np.prod(filter_)
+    assert weights(check(nn.Sequential(*layers, nn.ReLU()), shape)) == np.prod(filter_)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +61,16 @@ def test_convolutions_with_nothing_in_between_are_one(layers, shape, filter_):
     ],
 )
 def test_borders_cost_no_more_than_their_own_filters(layers, shape, most):
-    network = compare(nn.Sequential(*layers), shape)
-    assert lookups(network) == 0
+    network = check(nn.Sequential(*layers), shape)
+    assert cost(network) == 0
     assert weights(network) <= most
 
 
 def test_a_narrow_layer_between_wide_ones_is_looked_up():
     """400 × 2 and 2 × 3000 weights and 2 lookups, not 400 × 3000 weights."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(400, 2), nn.Linear(2, 3000))
-    network = compare(model, (1, 20, 20))
-    assert lookups(network) == 2
+    network = check(model, (1, 20, 20))
+    assert cost(network) == 2
     assert weights(network) == 400 * 2 + 2 * 3000
 
 
@@ -79,12 +80,12 @@ def test_what_reads_a_cut_twice_looks_it_up_once():
         return m.b(y) + m.c(y).flip(1)
 
     model = Fn(twice, a=nn.Linear(400, 2), b=nn.Linear(2, 3000), c=nn.Linear(2, 3000))
-    assert lookups(compare(model, (1, 20, 20))) == 2
+    assert cost(check(model, (1, 20, 20))) == 2
 
 
 def test_a_product_too_large_to_hold_is_cut():
     model = nn.Sequential(nn.Flatten(), nn.Linear(10_000, 30, bias=False), nn.Linear(30, 10_000))
-    network = compare(model, (1, 100, 100), images=1)
+    network = check(model, (1, 100, 100))
     assert [layer.bias.size for layer in network.layers] == [30, 10_000]
     names = [layer.name for layer in network.layers]
     assert len(set(names)) == 2
@@ -98,15 +99,15 @@ def test_convolutions_of_photographs_in_a_row():
 
 
 def test_outputs_that_read_padding_alone():
-    compare(nn.Sequential(conv(1, 1, 1), conv(1, 1, 1, padding=2)), (1, 3, 3))
-    compare(nn.Sequential(conv(1, 2, 1, padding=3), conv(2, 1, 1, padding=2), nn.ReLU()), (1, 2, 2))
+    check(nn.Sequential(conv(1, 1, 1), conv(1, 1, 1, padding=2)), (1, 3, 3))
+    check(nn.Sequential(conv(1, 2, 1, padding=3), conv(2, 1, 1, padding=2), nn.ReLU()), (1, 2, 2))
     # Cropped to the padding, nothing is left but the biases.
     model = Fn(lambda m, x: m.b(m.a(x))[:, :, :1, :1], a=conv(1, 1, 1), b=conv(1, 1, 1, padding=2))
-    compare(model, (1, 3, 3))
+    check(model, (1, 3, 3))
 
 
 def test_sums_of_products():
     parts = {"a": conv(1, 2, padding=1), "b": conv(2, 2, padding=1), "c": conv(1, 2)}
-    compare(Fn(lambda m, x: m.b(m.a(x))[:, :, 1:-1, 1:-1] + m.c(x), **parts), (1, 8, 8))
-    compare(Fn(lambda m, x: m.b(torch.relu(m.a(x)) + m.a(x)), **parts), (1, 8, 8))
-    compare(Fn(lambda m, x: m.b(m.a(x).flip(2)) + m.b(m.a(x).flip(3)), **parts), (1, 8, 8))
+    check(Fn(lambda m, x: m.b(m.a(x))[:, :, 1:-1, 1:-1] + m.c(x), **parts), (1, 8, 8))
+    check(Fn(lambda m, x: m.b(torch.relu(m.a(x)) + m.a(x)), **parts), (1, 8, 8))
+    check(Fn(lambda m, x: m.b(m.a(x).flip(2)) + m.b(m.a(x).flip(3)), **parts), (1, 8, 8))

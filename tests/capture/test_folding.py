@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from fheconv import UnsupportedLayerError
 from fheconv.capture.model import capture
-from tests.capture.against_torch import Fn, compare, weights
+from tests.support.captured import Fn, check
+from tests.support.weighing import weights
 
 
 def conv(i, o, k=3, **options):
@@ -84,6 +85,10 @@ SLOPES = nn.Parameter(torch.tensor([0.1, 0.5]))
          (3, 6, 6)),
         (frames, {"a": conv(2, 3, padding=1), "linear": nn.Linear(3, 4)}, (3, 2, 5, 5)),
         (averaged_frames, {"a": conv(2, 3, padding=1)}, (3, 2, 5, 5)),
+        # One weight, and one bias, is still one for each of the folded channels.
+        (each_channel, {"a": conv(1, 1, 1)}, (3, 4, 4)),
+        (each_channel, {"a": nn.ConvTranspose2d(1, 1, 1)}, (3, 4, 4)),
+        (each_channel, {"a": nn.Sequential(conv(1, 1), nn.BatchNorm2d(1), nn.PReLU())}, (3, 4, 4)),
         (resized, {}, (3, 4, 4)),
         (channels_first, {}, (3, 4, 4)),
         (rows, {"linear": nn.Linear(4, 3)}, (3, 4, 4)),
@@ -93,11 +98,11 @@ SLOPES = nn.Parameter(torch.tensor([0.1, 0.5]))
     ],
 )  # fmt: skip
 def test_folded_and_unfolded(function, parts, shape):
-    compare(Fn(function, **parts), shape)
+    check(Fn(function, **parts), shape)
 
 
 def test_a_folded_convolution_is_one_of_groups():
-    assert weights(compare(Fn(each_channel, a=conv(1, 2, padding=1)), (3, 8, 8))) == 3 * 2 * 9
+    assert weights(check(Fn(each_channel, a=conv(1, 2, padding=1)), (3, 8, 8))) == 3 * 2 * 9
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from fheconv import UnsupportedLayerError
 from fheconv.capture.model import capture
 from fheconv.capture.proof import is_affine
-from tests.capture.against_torch import Fn, compare, lookups, weights
+from tests.support.captured import Fn, check, cost
+from tests.support.weighing import weights
 
 
 def constants(*shape):
@@ -66,6 +67,12 @@ def added_in_place(m, x):
          {"g": nn.Parameter(torch.rand(1, 3, 3, 2) * 2 - 1)}, (2, 4, 4)),
         (lambda m, x: F.bilinear(x, m.v.expand(x.shape[0], 3), m.w),
          {"v": constants(1, 3), "w": constants(2, 4, 3)}, (4,)),
+        (lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x) * m.w, s=x.shape[-2:]),
+         {"w": constants(2, 5, 3)}, (2, 5, 4)),
+        (lambda m, x: torch.view_as_real(torch.fft.fft(x) * torch.view_as_complex(m.w)).flatten(2),
+         {"w": constants(4, 2)}, (2, 4)),
+        (lambda m, x: torch.stft(x, 4, window=m.w, return_complex=True).imag, {"w": constants(4)}, (16,)),
+        (lambda m, x: (x.to(torch.complex128).cumsum(1) * 1j).imag.to(x.dtype), {}, (3, 4)),
         (assigned, {"w": constants(2, 4), "v": constants(2, 4)}, (2, 4, 4)),
         (added_in_place, {}, (2, 4, 4)),
         (lambda m, x: torch.slice_scatter(x, m.w.expand(x.shape[0], 2, 1, 4), 2, 1, 2),
@@ -75,9 +82,9 @@ def added_in_place(m, x):
     ],
 )  # fmt: skip
 def test_linear_functions(function, parts, shape):
-    network = compare(Fn(function, **parts), shape)
-    assert lookups(network) == 0
-    compare(nn.Sequential(Fn(function, **parts), nn.ReLU()), shape)
+    network = check(Fn(function, **parts), shape)
+    assert cost(network) == 0
+    check(nn.Sequential(Fn(function, **parts), nn.ReLU()), shape)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +102,8 @@ def test_linear_functions(function, parts, shape):
     ],
 )
 def test_layers_with_windows_that_differ(layer, shape):
-    compare(layer, shape)
-    compare(nn.Sequential(nn.ReLU(), layer, nn.Sigmoid()), shape)
+    check(layer, shape)
+    check(nn.Sequential(nn.ReLU(), layer, nn.Sigmoid()), shape)
 
 
 @pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d])
@@ -107,15 +114,27 @@ def test_instance_norm_with_statistics_that_are_constants(kind, affine):
     norm.running_var.uniform_(0.5, 2)
     if affine:
         norm.weight.data.normal_()
-    compare(norm, (2, 5) if kind is nn.InstanceNorm1d else (2, 4, 4))
+    check(norm, (2, 5) if kind is nn.InstanceNorm1d else (2, 4, 4))
+
+
+def test_many_spectra_that_read_one_another():
+    """Each is computed once: followed anew for each of its readers, the last would take 2^30 transforms."""
+
+    def function(m, x):
+        y = torch.fft.fft(x)
+        for _ in range(30):
+            y = y + y.roll(1, 1) / 2
+        return y.real
+
+    check(Fn(function), (4,))
 
 
 def test_uneven_averages_have_no_weights_of_their_own():
     """Only the ones that multiply sums: so a convolution before them keeps its few weights."""
     conv = nn.Conv2d(1, 2, 3, padding=1)
-    network = compare(nn.Sequential(conv, nn.AvgPool2d(2, ceil_mode=True), nn.ReLU()), (1, 33, 33))
+    network = check(nn.Sequential(conv, nn.AvgPool2d(2, ceil_mode=True), nn.ReLU()), (1, 33, 33))
     assert weights(network) <= 4 * conv.weight.numel()
-    compare(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)), (1, 129, 129))
+    check(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)), (1, 129, 129))
 
 
 BENDS = [

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fheconv import UnsupportedLayerError
 from fheconv.capture.model import capture
-from tests.capture.against_torch import Fn, compare
+from tests.support.captured import Fn, check
 
 
 def test_models_made_for_inference():
@@ -46,13 +46,13 @@ def under_inference(m, x):
     ],
 )
 def test_data_and_inference_in_forward(function):
-    compare(Fn(function, a=nn.Conv2d(1, 2, 3)), (1, 5, 5))
+    check(Fn(function, a=nn.Conv2d(1, 2, 3)), (1, 5, 5))
 
 
 @pytest.mark.parametrize("kind", [F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout])
 def test_dropout_as_a_function(kind):
     model = Fn(lambda m, x: kind(F.relu(m.a(x)), 0.5, m.training), a=nn.Conv2d(1, 2, 3))
-    compare(model, (1, 5, 5))
+    check(model, (1, 5, 5))
     model.train()
     capture(model, (1, 5, 5))  # in evaluation mode
     assert model.training
@@ -80,4 +80,4 @@ def test_what_draws_at_random(function):
 
 
 def test_dropout_of_constants_that_drops_nothing():
-    compare(Fn(lambda m, x: x * F.dropout(m.w, 0.5, m.training), w=nn.Parameter(torch.randn(3))), (2, 3))
+    check(Fn(lambda m, x: x * F.dropout(m.w, 0.5, m.training), w=nn.Parameter(torch.randn(3))), (2, 3))
