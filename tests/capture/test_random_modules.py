@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -83,10 +83,11 @@ def adaptive(b):
 
 
 def resized(b):
-    size = (b.number(1, 7), b.number(1, 7))
     mode, antialias = b.pick(
         ("bilinear", False), ("bilinear", True), ("bicubic", True), ("nearest", False), ("area", False)
     )
+    # Torch's antialiased images of width 1 are wrong, and not what its own derivative says: capture refuses.
+    size = (b.number(1, 7), b.number(2 if antialias else 1, 7))
     return lambda m, x: F.interpolate(x, size, mode=mode, antialias=antialias)
 
 
@@ -211,7 +212,6 @@ def modules(draw, longest=4, elements=200):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(modules())
 def test_random_modules_give_what_torch_does(made):
     module, shape = made
