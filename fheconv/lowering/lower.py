@@ -16,6 +16,7 @@ from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
 from fheconv.lowering.plan import Plan, TermProgram
 from fheconv.lowering.planes import Planes, in_planes
+from fheconv.networks.bounds import twos_complement_bits
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer, blank_image, comparison
@@ -105,7 +106,11 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     computed = changes if changes.any() else np.ones_like(changes)
     riding = Lanes.of(lanes, bounds.offset_bits)
     bits = riding.width(bounds.offset_bits)
-    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
+    ends = [end * riding.every for end in (network.input.minimum, network.input.maximum)]
+    # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
+    # narrower image than it is given.
+    least = twos_complement_bits(min(ends[0], 0), ends[1])
+    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
     image_bits = riding.width(network.input.integer_bits)
@@ -145,17 +150,22 @@ def _layer(
     start: Array,
     bits: int,
     every: int = 1,
+    least: int = 0,
 ) -> tuple[Function, LoweredLayer]:
     """Return the function of a layer, and its description.
 
     The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
     and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
-    several.
+    several. Concrete is told of at least `least` bits.
     """
     table = layer.lookup
+    summands = list(zip(layer.terms, (quantization.zero_point for quantization in layer.inputs), strict=True))
+    # What reads nothing adds a constant. Concrete fails on some sums with a summand that is always zero.
+    reading = [one for one in summands if one[0].read(wanted, masks[one[0].source].shape).any()]
+    nothing = [one for one in summands if one not in reading] if reading else summands[1:]
     plans = [
-        Plan.of(layer.name, term, quantization.zero_point, masks[term.source], wanted, engine)
-        for term, quantization in zip(layer.terms, layer.inputs, strict=True)
+        Plan.of(layer.name, term, pad, masks[term.source], wanted, engine)
+        for term, pad in reading or summands[:1]
     ]
 
     @cache
@@ -165,6 +175,9 @@ def _layer(
         channels = outputs // math.prod(layer.shape[1:])
         programs = [plan.program() for plan in plans]
         offset = sum((program.constant for program in programs), -start[channels])
+        for term, pad in nothing:
+            blank = np.zeros((1, *masks[term.source].shape), np.int64)
+            offset = offset + term.apply(blank, pad).ravel()[outputs]
         if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
             programs, offset = [with_offset], np.zeros_like(offset)
         which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
@@ -176,7 +189,7 @@ def _layer(
         for program in programs:
             summand = program(tensors[program.source], every)
             total = summand if total is None else total + summand
-        total = hint(total + offset if offset.any() else total, bits)
+        total = hint(total + offset if offset.any() else total, max(bits, least))
         return total if table is None else look_up(table, which, total)
 
     return function, LoweredLayer(
