@@ -16,10 +16,10 @@ from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
 from fheconv.lowering.plan import Plan, TermProgram
 from fheconv.lowering.planes import Planes, in_planes
-from fheconv.networks.bounds import twos_complement_bits
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer, blank_image, comparison
+from fheconv.networks.quantization import twos_complement_bits
 
 # Takes the tensors computed so far, each (N, values that are read), and returns the next one.
 Function: TypeAlias = Callable[[list[Any]], Any]
