@@ -28,7 +28,7 @@ def look_up(table: Lookup, which: Array, x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return table.rows(x, which)
     constant = table.constant[which]
-    values = np.where(constant, table.tables[which, 0], table.center)[None]
+    values = np.where(constant, table.tables[which, 0], table.centers[which])[None]
     if constant.all():  # Concrete needs results that depend on the image
         return hint(x * 0 + values, table.output.integer_bits)
     varying = np.flatnonzero(~constant)
@@ -57,7 +57,7 @@ def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
         x = fhe.hint(x, bit_width=table.bits)
     # Rounding leaves the kept bits in their place, and Concrete indexes by that value. So each entry is
     # repeated 2^dropped_bits times, and Concrete reads one of them.
-    rows = np.repeat(table.tables - table.center, 1 << table.dropped_bits, axis=1)
+    rows = np.repeat(table.tables - table.centers[:, None], 1 << table.dropped_bits, axis=1)
     used, at = np.unique(which, return_inverse=True)
     tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
     each: Any = tables[0]

@@ -26,7 +26,7 @@ class Lookup:
     It first subtracts `minimum` (C,), which gives 0 to 2^bits − 1. Then it rounds `dropped_bits` low bits
     away, half up. The result is the column of the table. `which` broadcasts to the layer's shape. `proved`
     says that no image leads outside the table. Otherwise the table repeats there, and every other time it is
-    mirrored at the `center` of its values: the least activation becomes the greatest.
+    mirrored at the `centers` of its rows: the activation at one end becomes that at the other.
     """
 
     tables: Array
@@ -47,10 +47,19 @@ class Lookup:
         start = int(self.minimum[channel])
         return start, start + 2**self.bits - 1
 
-    @property
-    def center(self) -> int:
-        """The activation from which entries are counted in the circuit, in the middle of the range."""
-        return 0 if self.proved else (self.output.minimum + self.output.maximum) // 2
+    @cached_property
+    def centers(self) -> Array:
+        """The activations from which the entries of each row are counted in the circuit, (rows,).
+
+        Where images can leave the window, it is the middle of the first and the last entry, or as near to it
+        as keeps mirrored entries in the range of `output`.
+        """
+        if self.proved:
+            return np.zeros(len(self.tables), np.int64)
+        least = -(-(self.tables.max(axis=1) - self.output.minimum) // 2) + self.output.minimum
+        greatest = (self.tables.min(axis=1) + self.output.maximum) // 2
+        centers: Array = np.clip((self.tables[:, 0] + self.tables[:, -1]) // 2, least, greatest)
+        return centers
 
     @cached_property
     def constant(self) -> Array:
@@ -73,7 +82,7 @@ class Lookup:
         turns, columns = np.divmod(columns, self.tables.shape[1])
         values = self.tables[which, columns]
         mirrored = (turns % 2 == 1) & ~self.constant[which]
-        return np.where(mirrored, 2 * self.center - values, values)
+        return np.where(mirrored, 2 * self.centers[which] - values, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -90,12 +90,12 @@ class Building:
         return sums
 
     def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
-        """Return whether what calibration reaches keeps to the budget, if that needs no proof."""
+        """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
         budget = self.budget(layer)
         if budget is None or budget.proved:
             return True
         least, greatest = _ends(self._bare(layer, rounded).accumulate(self.tensors))
-        return int((greatest - least).max()) <= budget.steps
+        return MOST_CUT * int((greatest - least).max()) <= budget.steps
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""

@@ -130,6 +130,7 @@ class _Layer(nn.Module):
     period: Tensor
     start: Tensor
     step_of_rounding: Tensor
+    centers: Tensor
     unit: Tensor
 
     def __init__(
@@ -189,6 +190,8 @@ class _Layer(nn.Module):
             start = along_channels(table.minimum, len(layer.shape)) - zero - 0.5 * (1 << table.dropped_bits)
         self._buffer("period", np.broadcast_to(period / gain, gain.shape).astype(np.float32))
         self._buffer("start", (start / gain).astype(np.float32))
+        centers = np.zeros(gain.shape, np.int64) if table is None else table.centers[table.which]
+        self._buffer("centers", centers.astype(np.float32))
         self._buffer("step_of_rounding", (2.0**self.dropped / gain).astype(np.float32))
 
     def _buffer(self, name: str, values: Array) -> None:
@@ -218,7 +221,7 @@ class _Layer(nn.Module):
         output = self.layer.lookup.output
         looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, output)  # type: ignore[no-untyped-call]
         # Outside the window activations are mirrored. Here they are counted from the zero-point.
-        mirrored = 2 * (self.layer.lookup.center - output.zero_point) - looked_up
+        mirrored = 2 * (self.centers - output.zero_point) - looked_up
         return torch.where(turns % 2 == 1, mirrored, looked_up)
 
     @torch.no_grad()
