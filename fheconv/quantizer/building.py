@@ -94,8 +94,9 @@ class Building:
         budget = self.budget(layer)
         if budget is None or budget.proved:
             return True
-        least, greatest = _ends(self._bare(layer, rounded).accumulate(self.tensors))
-        return MOST_CUT * int((greatest - least).max()) <= budget.steps
+        bare = self._bare(layer, rounded)
+        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), None)
+        return bool(MOST_CUT * span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
@@ -227,7 +228,7 @@ class Building:
         least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
         greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
         span = greatest - least
-        if budget is not None and self._windows_are_chosen and budget.steps > MOST_CUT * span.max():
+        if budget is not None and self._windows_are_chosen and MOST_CUT * span.max() <= budget.steps:
             span = np.minimum(span, budget.steps)
             least = np.maximum(least, blank[1] - span)
         return least, span
