@@ -156,6 +156,7 @@ class Building:
             bits=bits,
             rounding_bits=rounding_bits,
             proved=proved,
+            gain=by_channel,
         )
         return window, gains
 

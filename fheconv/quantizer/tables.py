@@ -29,10 +29,11 @@ def lookup(
     start = np.broadcast_to(along_channels(minimum, len(shape)), shape)
     offset = bias + step * start
     constants = [np.broadcast_to(array, shape) for array in activation.arrays()]
-    keys = np.stack([values.ravel() for values in (step, offset, *constants)])
+    gain = np.broadcast_to(window.gain, minimum.shape)
+    lattice = [np.broadcast_to(along_channels(one, len(shape)), shape) for one in (gain, minimum % gain)]
+    keys = np.stack([values.ravel() for values in (step, offset, *lattice, *constants)])
     _, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    # The accumulators that round to a column are on average half a step lower than it.
-    columns = np.arange(2.0 ** (bits - dropped)) * 2.0**dropped - (0.5 if dropped else 0.0)
+    columns = _means(np.arange(2 ** (bits - dropped)), dropped, *keys[2:4, first, None].astype(np.int64))
     real = keys[0, first, None] * columns + keys[1, first, None]
     values = activation.at(shape, first)(real)
     if np.isnan(values).any():
@@ -50,6 +51,18 @@ def lookup(
         output=output,
         proved=window.proved,
     )
+
+
+def _means(columns: Array, dropped: int, gain: Array, start: Array) -> Array:
+    """Return the mean of the accumulators in offset form that round to each column, (rows, columns).
+
+    In offset form, accumulators are multiples of `gain` minus `start` (rows, 1).
+    """
+    step = 1 << dropped
+    least, greatest = columns * step - step // 2 + start, columns * step + (step - 1) // 2 + start
+    first, last = -(-least // gain), greatest // gain
+    means: Array = np.where(first <= last, gain * (first + last) / 2, (least + greatest) / 2) - start
+    return means
 
 
 def compressed(values: Array) -> Array:

@@ -46,8 +46,8 @@ class Budget(NamedTuple):
 class Window:
     """Describes the accumulators that a lookup of `bits` bits covers: `span` steps from `minimum`, both (C,).
 
-    Accumulators are rounded to `rounding_bits` before the lookup (None: not rounded). `proved` says that no
-    image leads outside.
+    Accumulators are multiples of `gain` (C,). They are rounded to `rounding_bits` before the lookup (None:
+    not rounded). `proved` says that no image leads outside.
     """
 
     minimum: Array
@@ -55,6 +55,7 @@ class Window:
     bits: int
     rounding_bits: int | None
     proved: bool
+    gain: Array | int = 1
 
     @property
     def dropped_bits(self) -> int:

@@ -9,8 +9,11 @@ from torch import nn
 
 import fheconv
 from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.expression import Expression
 from fheconv.networks.integers import QuantizedLayer, blank_image
-from fheconv.quantizer.windows import LOOKUP_LIMIT, filling_gains, room, width
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.tables import lookup
+from fheconv.quantizer.windows import LOOKUP_LIMIT, Window, filling_gains, room, width
 from tests.support.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(8)
@@ -203,3 +206,30 @@ def test_one_of_four_values_inside_is_counted():
     network = quantize(module, images, input_range=(0, 1), input_bits=8, overflow="defined", margin=0.0)
     (share,) = network.outside(np.array([0.1, 0.5, 0.9, 1.0]).reshape(-1, 1, 1, 1)).values()
     assert share == 0.75
+
+
+@pytest.mark.parametrize("gain", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("start", [0, 1, 5, 7, -13])
+def test_an_entry_is_the_activation_at_the_mean_of_the_accumulators_that_read_it(gain, start):
+    """With a gain, accumulators are multiples of it, and few of them read one entry."""
+    identity = Expression("x", ())
+    output = Quantization(scale=2.0**-20, zero_point=0, minimum=-(2**40), maximum=2**40)
+    window = Window(
+        minimum=np.array([start * gain + 3]),
+        span=np.array([60]),
+        bits=7,
+        rounding_bits=4,
+        proved=True,
+        gain=np.array([gain]),
+    )
+    table = lookup("layer", identity, output, window, step=np.ones((1, 1)), bias=np.zeros((1, 1)))
+    accumulators = np.arange(-300, 300) * gain
+    offset = accumulators - table.minimum[0]
+    columns = (offset + 4) >> 3
+    seen = 0
+    for column in range(16):
+        own = accumulators[columns == column]
+        if len(own):
+            assert table.tables[0, column] * output.scale == pytest.approx(own.mean(), abs=1e-5)
+            seen += 1
+    assert seen >= 12
