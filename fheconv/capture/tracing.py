@@ -70,6 +70,8 @@ def dependence(module: torch.nn.Module, batch: int, shape: Shape, like: torch.Te
     remedy = (
         "forward reads the batch size, or mixes the images of a batch; let each image have its own result"
     )
+    if not first.ndim:
+        return f"its result is a single number for all images: {remedy}"
     try:
         larger = module(images.clone())
     except Exception as error:  # the user's forward can raise anything

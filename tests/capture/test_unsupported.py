@@ -131,7 +131,6 @@ def test_attention_and_recurrence():
         ),
         (lambda m, x: torch.pow(x, torch.arange(4.0)), "place to place"),
         (lambda m, x: 1j * x, ""),
-        (lambda m, x: torch.fft.fft(x).real, ""),
         (lambda m, x: (9 * x).to(torch.uint8), "uint8.*int32"),
         (lambda m, x: (x > 0) + (x > 1), "truth values"),
         (lambda m, x: x[:, :0], "no elements"),
