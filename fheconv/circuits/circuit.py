@@ -11,7 +11,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
     AccumulatorOverflowError,
     ArtifactError,
@@ -305,7 +305,7 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
 
     Raises `AccumulatorOverflowError` for widths on which the native compiler aborts.
     """
-    if one.lookups:
+    if not one.takes_lanes:
         if config.lanes not in ("auto", 1):
             raise InvalidArgumentError(
                 f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."

@@ -20,6 +20,7 @@ from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, channel_vec
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
+from fheconv.networks.quantization import twos_complement_bits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,13 +91,6 @@ class AccumulatorBounds:
             tuple(int(np.argmax(axis == number)) for axis, number in zip(self.classes, wanted, strict=True))
             for wanted in np.argwhere(classes)
         )
-
-
-def twos_complement_bits(minimum: int, maximum: int) -> int:
-    """Return the width that holds [minimum, maximum]: unsigned if nothing is negative, else signed."""
-    if minimum >= 0:
-        return maximum.bit_length()
-    return 1 + max(maximum.bit_length() if maximum > 0 else 0, (-minimum - 1).bit_length())
 
 
 def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int:

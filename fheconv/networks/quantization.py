@@ -8,6 +8,13 @@ from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_posit
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
 
 
+def twos_complement_bits(minimum: int, maximum: int) -> int:
+    """Return the width that holds [minimum, maximum]: unsigned if nothing is negative, else signed."""
+    if minimum >= 0:
+        return maximum.bit_length()
+    return 1 + max(maximum.bit_length() if maximum > 0 else 0, (-minimum - 1).bit_length())
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibratedInput:
     """Describes the calibration images: their range, their number, and whether they are integers."""
@@ -36,6 +43,11 @@ class Quantization:
     def bits(self) -> int:
         """The width that holds `maximum − minimum`."""
         return (self.maximum - self.minimum).bit_length()
+
+    @property
+    def integer_bits(self) -> int:
+        """The width of the integers themselves; it includes a sign bit if one of them is negative."""
+        return twos_complement_bits(self.minimum, self.maximum)
 
     @property
     def real_range(self) -> tuple[float, float]:
