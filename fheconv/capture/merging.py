@@ -57,9 +57,9 @@ def merged(terms: Sequence[Term], shape: Shape) -> list[Term] | None:
 def summed(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Return terms that add up to the same, where convolutions that differ in their weights alone are one."""
     found: dict[Any, Term] = {}
-    for term in terms:
+    for number, term in enumerate(terms):
         if len(term.inexact()) != 1:
-            found[id(term)] = term
+            found[number] = term
             continue
         at, kernel = term.weighted()
         others = tuple(map(id, (*term.steps[:at], *term.steps[at + 1 :])))

@@ -120,11 +120,12 @@ def residual(m, x):
 
 
 def test_residual_sums_with_nothing_in_between():
-    """Each doubles the terms of the sum before: alike, they are one; of several convolutions, they are cut."""
+    """Each doubles the terms of the sum before. Terms alike become one, and sums of many products are cut."""
     network = check(Fn(residual, layers=nn.ModuleList(conv(4, 4, 1) for _ in range(14))), (4, 5, 5))
     assert weights(network) == 4 + 4 * 4
     assert cost(network) == 0
-    network = check(Fn(residual, layers=nn.ModuleList(conv(2, 2, padding=1) for _ in range(12))), (2, 6, 6))
+    wide = nn.ModuleList(conv(2, 2, padding=1) for _ in range(12))
+    network = check(Fn(residual, layers=wide), (2, 6, 6))
     assert sum(len(layer.terms) for layer in network.layers) < 2000
 
 
