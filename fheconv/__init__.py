@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
         filter_matrix,
     )
     from fheconv.basics.config import CompileConfig, ParameterRange, QuantConfig
+    from fheconv.basics.warning import InputScaleWarning
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -68,6 +69,7 @@ _HOMES = {
         "filter_matrix",
     ),
     "basics.config": ("CompileConfig", "ParameterRange", "QuantConfig"),
+    "basics.warning": ("InputScaleWarning",),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -114,6 +116,7 @@ __all__ = [
     "FheCircuit",
     "FheConvError",
     "InputRangeError",
+    "InputScaleWarning",
     "InvalidArgumentError",
     "LayerBudget",
     "Manifest",

@@ -45,8 +45,12 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     `module` is a `torch.nn.Module`, what `torch.export.export` returned, a weight array (K, C/groups, *k) or
     (Hf, Wf), or a `fheconv.Conv`; `calibration` a batch of images (N, C, *S), or one (C, *S) for a single
     convolution, which fix the image size and the scales. Integer images that fit `input_bits` are taken as
-    they are, with scale 1 and the whole range of the data type; other images are scaled so that their range,
-    and 0, is covered.
+    they are, with scale 1 and the whole range of the data type. Other images are scaled so that their range,
+    and 0, is covered, and rounded. So integers that do not fit `input_bits`, such as 0..255 with 4 bits, lose
+    their lowest bits without a warning, as floats do; `input_bits=8` keeps them.
+
+    Later images must be on the same scale. A batch that fills less than a tenth of the range causes an
+    `InputScaleWarning`, and a value outside the range an `InputRangeError`.
 
     Every activation becomes one lookup, whose tables are made of integers here; everything linear merges into
     the layer before or after it. Layers are quantized in order, each on what the quantized ones before it

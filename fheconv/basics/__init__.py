@@ -7,4 +7,5 @@ config: what users choose: how to quantize, how to compile.
 report: reports as tables in terminals and notebooks.
 progress: spinners and bars.
 files: writes files whole or not at all.
+warning: warns of probable mistakes.
 """
