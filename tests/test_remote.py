@@ -14,7 +14,7 @@ import pytest
 
 import fheconv
 from fheconv.circuits.files.archive import load_manifest
-from tests import serving
+from tests.support import serving
 
 SECONDS = 120
 

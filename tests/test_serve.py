@@ -29,7 +29,7 @@ from fheconv.cli.main import app
 from fheconv.serving import app as serve
 from fheconv.serving import request_log
 from fheconv.serving.admission import Limits
-from tests import serving
+from tests.support import serving
 
 TOKEN = "the-token-of-the-tests"
 

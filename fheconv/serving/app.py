@@ -239,8 +239,8 @@ def serve(
             f"host={host!r}: whoever reaches the server could use it. Give a token, or allow it with "
             "--allow-remote (allow_remote=True)."
         )
-    app = application(server, token=token, **options)
     log_as_json()
+    app = application(server, token=token, **options)
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
