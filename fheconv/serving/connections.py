@@ -1,7 +1,7 @@
 """Limits the time and the number of connections on which no request has come yet.
 
-uvicorn has a time limit only between requests, while nothing at all comes. A client that sends half a request,
-or a byte now and then, or that does not read its answer, would keep its connection for ever.
+uvicorn has a time limit only between requests, while nothing at all comes. A client that sends half a
+request, or a byte now and then, or that does not read its answer, would keep its connection for ever.
 """
 
 import asyncio
