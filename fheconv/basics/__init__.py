@@ -6,6 +6,6 @@ checks: checks of numbers and words.
 config: what users choose: how to quantize, how to compile.
 report: reports as tables in terminals and notebooks.
 progress: spinners and bars.
-files: writes files whole or not at all.
+files: writes files whole or not at all, and refuses to read what is none.
 warning: warns of probable mistakes.
 """

@@ -1,8 +1,10 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all, and looks at files before they are read."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fheconv.basics.errors import ArtifactError
@@ -35,3 +37,27 @@ def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, ov
         ) from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error}.") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` unless a path is that of a regular file. To read another one might never end."""
+    mode = path.stat().st_mode
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    for is_kind, kind in kinds.items():
+        if is_kind(mode):
+            raise OSError(f"it is {kind}, not a file")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to the `ArtifactError` of its contents."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error

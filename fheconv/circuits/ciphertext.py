@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fheconv.basics.errors import ArtifactError
-from fheconv.basics.files import write_file
+from fheconv.basics.files import check_regular, naming, write_file
 from fheconv.circuits.files.envelope import MAX_BYTES, Envelope
 
 OTHER_KEYS = "The ciphertext was made with other keys; encrypt again with the present ones."
@@ -110,12 +110,15 @@ class Ciphertext:
 
         Raises `ArtifactError` that says what is wrong with the file.
         """
+        path = Path(path)
         try:
-            with Path(path).open("rb") as file:
+            check_regular(path)
+            with path.open("rb") as file:
                 data = file.read(max_bytes + 1)
         except OSError as error:
             raise ArtifactError(f"The ciphertext cannot be read from {path}: {error}.") from error
-        return cls.from_bytes(data, max_bytes=max_bytes)
+        with naming(path):
+            return cls.from_bytes(data, max_bytes=max_bytes)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":

@@ -19,7 +19,7 @@ from typing import Any
 
 from fheconv.basics.config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
-from fheconv.basics.files import write_file
+from fheconv.basics.files import check_regular, write_file
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.interface import interface_from_dict, interface_to_dict
 from fheconv.circuits.files.manifest import Manifest
@@ -220,6 +220,8 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, di
     """
     what = _name(file)
     try:
+        if not isinstance(file, bytes):
+            check_regular(Path(file))
         size = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
         if size > MOST_BYTES:
             raise ArtifactError(
@@ -248,6 +250,10 @@ def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]
     entries = archive.infolist()
     names = sorted(entry.filename for entry in entries)
     if names not in [sorted((DIGESTS, *wanted)) for wanted in expected]:
+        for mine, other, wanted in (("server.zip", SERVER, CLIENT), ("client.zip", CLIENT, SERVER)):
+            if names == sorted((DIGESTS, *other)) and wanted in expected:
+                right = "client.zip" if wanted is CLIENT else "server.zip"
+                raise ArtifactError(f"{what} is a {mine}; give the {right} that was saved with it.")
         raise ArtifactError(
             f"{what} holds {names!r:.300}, where {' or '.join(sorted((*expected[0], DIGESTS)))} belong; give "
             "the client.zip or the server.zip that circuit.save wrote, whichever is asked for."

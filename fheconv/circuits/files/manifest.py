@@ -88,8 +88,9 @@ class Manifest(Report):
 
     def __rich__(self) -> RenderableType:
         table = Table(title="Circuit", title_justify="left", show_header=False)
-        table.add_row("fingerprint", self.fingerprint)
-        table.add_row("made by", f"fheconv {self.fheconv}, concrete-python {self.concrete}")
+        # Plain text: a file may hold text that looks like rich's markup.
+        table.add_row("fingerprint", Text(self.fingerprint))
+        table.add_row("made by", Text(f"fheconv {self.fheconv}, concrete-python {self.concrete}"))
         table.add_row("image", " × ".join(map(str, self.input_shape)))
         table.add_row("results", " × ".join(map(str, self.output_shape)))
         if self.class_names is not None:
