@@ -31,5 +31,5 @@ class Report(ABC):
 
 
 def _console(**options: Any) -> Console:
-    """Return a console without a terminal. It prints text from files as it is, even if it looks like markup."""
+    """Return a console without a terminal. It prints text as it is, even if it looks like markup."""
     return Console(file=io.StringIO(), width=110, force_jupyter=False, markup=False, emoji=False, **options)

@@ -59,10 +59,10 @@ def check_no_pickle(path: Path) -> None:
     """Raise `InvalidArgumentError` for a file of `torch.save`, and say what to do with it."""
     if path.suffix.lower() in PICKLES:
         raise InvalidArgumentError(
-            f"{path} looks like a file of torch.save, which runs what is in it when it is loaded, and may hold "
-            "weights without a model. Load it in Python, if you trust it, and write the model with "
-            "torch.export.save(torch.export.export(model.eval(), (images,)), 'model.pt2'), or the weights with "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors'); or call "
+            f"{path} looks like a file of torch.save, which runs what is in it when it is loaded. If you "
+            "trust it, load it in Python. Write the model with "
+            "torch.export.save(torch.export.export(model.eval(), (images,)), 'model.pt2'), or the weights "
+            "with safetensors.torch.save_file(model.state_dict(), 'model.safetensors'); or call "
             "fheconv.quantize(model, images) there."
         )
 

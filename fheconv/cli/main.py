@@ -31,7 +31,6 @@ from fheconv.networks.floats import Conv
 MOST_VALUES = 2**27
 
 app = typer.Typer(
-    help="Trained convolutions on encrypted images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -247,6 +246,8 @@ def run(
             )
         return
     check_no_pickle(file)
+    if layer is None:
+        check_kind(file, "server.zip", "The file")
     if evaluation_keys is not None or url is not None or keys is not None or layer is None:
         raise InvalidArgumentError(
             f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
@@ -345,7 +346,3 @@ def serve(
 def main() -> None:
     """Run the command."""
     run_to_status(app)
-
-
-if __name__ == "__main__":
-    main()
