@@ -70,7 +70,8 @@ class Quantization:
             raise InputRangeError(
                 f"The value at {where} is {x[where]}; only finite numbers can be encrypted."
             )
-        steps = x.astype(np.float64) / self.scale + self.zero_point
+        with np.errstate(over="ignore"):  # infinity is outside the range
+            steps = x.astype(np.float64) / self.scale + self.zero_point
         # A zero-point is rounded, so an end of the calibrated range may lie half a step outside.
         slack = 0.0 if self.integral else 0.5 + 1e-6
         outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)

@@ -17,6 +17,8 @@ from fheconv.lowering.lower import LoweredLayer
 # The version of the file format. Other versions are refused.
 FORMAT = 1
 MOST_NAMES = 100_000
+# No number of a manifest is as great as this.
+GREATEST = 2.0**1000
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -124,10 +126,12 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
 def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:
     """Return the numbers and strings of a dataclass `kind`. Each has the type that the dataclass gives it."""
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    read = {}
     for name, value in data.items():
         allowed = (int, float) if types[name] is float else (types[name],)
-        _check(type(value) in allowed and (type(value) is str or value >= 0), name)
-    return dict(data)
+        _check(type(value) in allowed and (type(value) is str or 0 <= value < GREATEST), name)
+        read[name] = types[name](value)
+    return read
 
 
 def _check(holds: bool, name: str) -> None:
