@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     )
     from fheconv.basics.compile_config import CompileConfig, ParameterRange
     from fheconv.basics.config import QuantConfig
+    from fheconv.basics.warning import InputScaleWarning
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -70,6 +71,7 @@ _HOMES = {
     ),
     "basics.compile_config": ("CompileConfig", "ParameterRange"),
     "basics.config": ("QuantConfig",),
+    "basics.warning": ("InputScaleWarning",),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -116,6 +118,7 @@ __all__ = [
     "FheCircuit",
     "FheConvError",
     "InputRangeError",
+    "InputScaleWarning",
     "InvalidArgumentError",
     "LayerBudget",
     "Manifest",

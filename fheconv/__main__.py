@@ -1,6 +1,6 @@
 """Runs the command `fheconv` as `python -m fheconv`."""
 
-from fheconv.cli.main import main
+from fheconv.cli.entry import main
 
 if __name__ == "__main__":
     main()

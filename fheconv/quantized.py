@@ -60,8 +60,12 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
     (Hf, Wf), or a `fheconv.Conv`. `calibration` is a batch of images (N, C, *S), or one image (C, *S) for a
     single convolution. It fixes the image size and the scales. Integer images that fit `input_bits` stay as
-    they are, with scale 1 and the whole range of the data type. Other images, integers that do not fit among
-    them, are scaled so that the integers cover their range and 0: small differences are lost.
+    they are, with scale 1 and the whole range of the data type. Other images are scaled so that the integers
+    cover their range and 0: small differences are lost. So integers that do not fit, such as 0..255 with 4
+    bits, lose their lowest bits without a warning; `input_bits=8` keeps them.
+
+    Later images must be on the same scale. A batch that fills less than a tenth of the range causes an
+    `InputScaleWarning`, and a value outside the range an `InputRangeError`.
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that

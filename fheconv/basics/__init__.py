@@ -7,5 +7,6 @@ config: what users choose: how to quantize.
 compile_config: what users choose: how to compile.
 report: reports as tables in terminals and notebooks.
 progress: spinners and bars.
-files: writes files whole or not at all, and reads files of a bounded size.
+files: writes files whole or not at all, and reads regular files of a bounded size.
+warning: warns of probable mistakes.
 """

@@ -43,7 +43,7 @@ class QuantConfig:
         that change the layer's sums on the calibration images least. "accumulator": like "gptq", and it keeps
         to `accumulator_bits`; no other method does. "auto": "accumulator"; but for a single convolution
         without `accumulator_bits` it is "mse", so that the result does not depend on the images.
-    input_bits: 1 to 16. The width of an image value.
+    input_bits: 1 to 16. The width of an image value. Floats, and integers that need more bits, are rounded.
     input_levels: 2 to 65536. The number of integers that an image value can be. It replaces input_bits.
     per_channel: True: each output channel has its own weight scale. False: the whole tensor has one scale;
         only "minmax" and "mse" can do this.

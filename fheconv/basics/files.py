@@ -1,8 +1,10 @@
-"""Writes files whole or not at all, and reads files of a bounded size."""
+"""Writes files whole or not at all, and reads regular files of a bounded size."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fheconv.basics.errors import ArtifactError
@@ -41,12 +43,13 @@ def write_file(path: Path, chunks: Iterable[bytes], *, private: bool = False, ov
 
 
 def read_file(path: Path, what: str, most: int) -> bytes:
-    """Return the first `most` + 1 bytes of a file: enough to see that it is too large.
+    """Return the first `most` + 1 bytes of a regular file: enough to see that it is too large.
 
     Raises `ArtifactError`, naming `what` it should hold, if it cannot be read.
     """
     data = bytearray()
     try:
+        check_regular(path)
         with path.open("rb") as file:
             # In pieces, because `read` takes the memory for all that it may return.
             while len(data) <= most and (piece := file.read(min(PIECE, most + 1 - len(data)))):
@@ -54,3 +57,27 @@ def read_file(path: Path, what: str, most: int) -> bytes:
     except OSError as error:
         raise ArtifactError(f"{what} cannot be read from {path}: {error}.") from error
     return bytes(data)
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` unless a path is that of a regular file. To read another one might never end."""
+    mode = path.stat().st_mode
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    for is_kind, kind in kinds.items():
+        if is_kind(mode):
+            raise OSError(f"it is {kind}, not a file")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to the `ArtifactError` of its contents."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error

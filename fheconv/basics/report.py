@@ -2,6 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
+from typing import Any
 
 from rich.console import Console, RenderableType
 
@@ -16,14 +17,19 @@ class Report(ABC):
         return str(self)  # Python's prompt shows the repr; notebooks use HTML
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, force_jupyter=False, color_system=None)
+        console = _console(color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=110, record=True, force_jupyter=False)
+        console = _console(record=True)
         console.print(self)
         return console.export_html(
             inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>'
         )
+
+
+def _console(**options: Any) -> Console:
+    """Return a console without a terminal. It prints text as it is, even if it looks like markup."""
+    return Console(file=io.StringIO(), width=110, force_jupyter=False, markup=False, emoji=False, **options)

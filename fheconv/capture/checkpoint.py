@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fheconv.basics.arrays import as_array
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError, UnsupportedLayerError
+from fheconv.basics.files import check_regular
 from fheconv.networks.floats import Conv
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 PARTS = ("weight", "bias", *STATISTICS)
 # A file of `torch.export.save` holds one of these, in a folder whose name depends on the file.
 PROGRAMS = ("models/model.json", "serialized_exported_program.json")
+# The usual endings of files of `torch.save`, which are pickles.
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+
+
+def check_no_pickle(path: Path) -> None:
+    """Raise `InvalidArgumentError` for a file of `torch.save`, and say what to do with it."""
+    if path.suffix.lower() in PICKLES:
+        raise InvalidArgumentError(
+            f"{path} looks like a file of torch.save, which runs what is in it when it is loaded. If you "
+            "trust it, load it in Python. Write the model with "
+            "torch.export.save(torch.export.export(model.eval(), (images,)), 'model.pt2'), or the weights "
+            "with safetensors.torch.save_file(model.state_dict(), 'model.safetensors'); or call "
+            "fheconv.quantize(model, images) there."
+        )
 
 
 def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -> Any:
@@ -62,8 +77,10 @@ def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -
 
     Raises `ArtifactError` for a file or a card that cannot be read or has no such layer, or if weights and
     card do not fit together. Raises `UnsupportedLayerError` for a kind of layer outside `KINDS` and
-    `MODULES`, and `InvalidArgumentError` for a `.pt2` file that is not trusted, or for a `layer` of one.
+    `MODULES`, and `InvalidArgumentError` for a `.pt2` file that is not trusted, for a `layer` of one, and for
+    a file of `torch.save`.
     """
+    check_no_pickle(path)
     if path.suffix.lower() != ".pt2":
         return _sequence(path) if layer is None else load_layer(path, layer)
     if layer is not None:
@@ -87,6 +104,7 @@ def load_layer(path: Path, layer: str, **options: Any) -> Conv:
     Raises `ArtifactError` for a file that cannot be read or has no such layer, or if the card's entry has an
     unknown field. Raises `InvalidArgumentError` for a type of numbers that numpy does not have (such as fp8).
     """
+    check_no_pickle(path)
     names, found = _tensors(path, (f"{layer}.weight", f"{layer}.bias"))
     arrays = {name: as_array(tensor, f"{name} of {path}") for name, tensor in found.items()}
     weight = arrays.get(f"{layer}.weight")
@@ -115,6 +133,7 @@ def _tensors(path: Path, wanted: Collection[str] | None = None) -> tuple[list[st
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             return names, {name: file.get_tensor(name) for name in names if wanted is None or name in wanted}
@@ -125,6 +144,7 @@ def _tensors(path: Path, wanted: Collection[str] | None = None) -> tuple[list[st
 def _entries(card: Path) -> list[dict[str, Any]]:
     """Return the entries of a card's architecture."""
     try:
+        check_regular(card)
         entries = json.loads(card.read_text())["architecture"]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise TypeError("its architecture is not a list of objects")
@@ -227,6 +247,7 @@ def _program(path: Path) -> "ExportedProgram":
     import torch
 
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:  # for other files, torch would print pages of text
             if not any(name.endswith(PROGRAMS) for name in archive.namelist()):
                 raise zipfile.BadZipFile("it holds no program")

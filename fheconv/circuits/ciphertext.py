@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fheconv.basics.errors import ArtifactError
-from fheconv.basics.files import read_file, write_file
+from fheconv.basics.files import naming, read_file, write_file
 from fheconv.circuits.files.envelope import MAX_BYTES, Envelope
 
 OTHER_KEYS = "The ciphertext was made with other keys; encrypt again with the present ones."
@@ -110,7 +110,10 @@ class Ciphertext:
 
         Raises `ArtifactError` that says what is wrong with the file.
         """
-        return cls.from_bytes(read_file(Path(path), "The ciphertext", max_bytes), max_bytes=max_bytes)
+        path = Path(path)
+        data = read_file(path, "The ciphertext", max_bytes)
+        with naming(path):
+            return cls.from_bytes(data, max_bytes=max_bytes)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> "Ciphertext":

@@ -77,7 +77,7 @@ class Cost(Report):
             **({} if self.seconds is None else {"expected time": f"{self.seconds:.2g} s on this machine"}),
         }
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         return table if len(self.layers) == 1 else Group(table, self._layer_table())
 
     def _layer_table(self) -> Table:
@@ -88,7 +88,7 @@ class Cost(Report):
             looked_up = f"{layer.lookup_bits} bits" if layer.lookups else "–"
             planes = f" in {layer.planes} planes of {layer.plane_bits}" if layer.planes > 1 else ""
             counts = f"{layer.multiply_adds:,}", f"{layer.lookups:,}", f"{layer.bits}{planes}"
-            table.add_row(Text(layer.name), layer.engine, *counts, looked_up)
+            table.add_row(Text(layer.name), Text(layer.engine), *counts, looked_up)
         return table
 
 

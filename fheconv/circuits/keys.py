@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fheconv.basics.errors import ArtifactError
-from fheconv.basics.files import PIECE, read_file, write_file
+from fheconv.basics.files import PIECE, check_regular, naming, read_file, write_file
 from fheconv.circuits.files.envelope import Envelope, Incoming
 
 ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", names=("fingerprint", "key_id"))
@@ -78,7 +78,10 @@ class EvaluationKeys(_PublicKeys):
 
         Raises `ArtifactError` for a file that cannot be read, is damaged, or holds something else.
         """
-        return cls.from_bytes(read_file(Path(path), "The evaluation keys", max_bytes), max_bytes=max_bytes)
+        path = Path(path)
+        data = read_file(path, "The evaluation keys", max_bytes)
+        with naming(path):
+            return cls.from_bytes(data, max_bytes=max_bytes)
 
     @classmethod
     def from_bytes(
@@ -111,13 +114,15 @@ class StoredKeys(_PublicKeys):
         Raises `ArtifactError` that says what is wrong with it.
         """
         path, incoming = Path(path), Incoming(EVALUATION, max_bytes)
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(PIECE):
-                    incoming.feed(piece)
-        except OSError as error:
-            raise ArtifactError(f"The evaluation keys cannot be read from {path}: {error}.") from error
-        return cls.arrived(path, incoming)
+        with naming(path):
+            try:
+                check_regular(path)
+                with path.open("rb") as file:
+                    while piece := file.read(PIECE):
+                        incoming.feed(piece)
+            except OSError as error:
+                raise ArtifactError(f"The evaluation keys cannot be read: {error}.") from error
+            return cls.arrived(path, incoming)
 
     @classmethod
     def arrived(cls, path: Path, incoming: Incoming) -> "StoredKeys":
@@ -166,6 +171,7 @@ def read_key_file(path: Path) -> tuple[str, str, bytes]:
     Raises `ArtifactError` for a file that cannot be read or is damaged.
     """
     try:
+        check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise ArtifactError(
                 f"{path} has {path.stat().st_size:,} bytes; no key file has more than {MAX_BYTES:,}."
@@ -173,7 +179,8 @@ def read_key_file(path: Path) -> tuple[str, str, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"The keys cannot be read from {path}: {error}.") from error
-    fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
+    with naming(path):
+        fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
     for name in ("fingerprint", "key_id"):
         if not isinstance(fields[name], str) or not fields[name]:
             raise ArtifactError(f"The key file {path} names no {name}.")

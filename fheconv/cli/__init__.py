@@ -1,9 +1,12 @@
 """Implements the command `fheconv`.
 
 arguments: reads arguments and files.
+kinds: tells which kind of file a file is.
+outcome: turns errors into messages and exit statuses.
 circuits: the commands for saved circuits.
 inspection: tells what a file is.
 bench: times the steps of a circuit.
 demo: runs the demo.
-main: the entry: the commands.
+main: the commands.
+entry: the entry: signals, and then the imports.
 """

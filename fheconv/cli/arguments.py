@@ -4,17 +4,22 @@ import io
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
-from fheconv.basics.files import write_file
+from fheconv.basics.files import check_regular, write_file
 
-out = Console()
-err = Console(stderr=True)
+# Text from files may look like rich's markup. It is printed as it is.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that exists.")]
+# Image files that a folder of calibration images may hold.
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
@@ -32,17 +37,27 @@ def integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
 
 
 def print_error(message: str) -> None:
-    """Print a message in red on standard error, without interpreting markup."""
-    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    """Print a message in red on standard error."""
+    err.print(message, style="red", highlight=False, soft_wrap=True)
+
+
+def print_warning(message: str) -> None:
+    """Print a message in yellow on standard error."""
+    err.print(message, style="yellow", highlight=False, soft_wrap=True)
 
 
 def check_output(
-    output: Path, endings: Collection[str] = (), option: str = "--output", *, overwrite: bool = False
+    output: Path,
+    endings: Collection[str] = (),
+    option: str = "--output",
+    *,
+    force: bool,
+    secrets: bool = False,
 ) -> None:
     """Raise `InvalidArgumentError` unless a file can be written, before any work is done for it.
 
-    With `endings`, its name must have one of these endings. Without `overwrite`, secret keys are never
-    overwritten.
+    With `endings`, its name must have one of these endings. A file that exists is written over only with
+    `force`, and if it holds secret keys only with `secrets` too.
     """
     from fheconv.circuits.keys import ENVELOPE
 
@@ -51,19 +66,23 @@ def check_output(
     folder = output.absolute().parent
     if not folder.is_dir():
         raise InvalidArgumentError(f"{option}={output}: there is no folder {folder}; make it first.")
-    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+    regular = output.is_file() or not output.exists()
+    if not regular or not os.access(output if output.exists() else folder, os.W_OK):
         raise InvalidArgumentError(f"{option}={output} cannot be written; choose another file.")
-    if output.is_file() and os.access(output, os.R_OK) and not overwrite:
+    if output.exists() and os.access(output, os.R_OK) and not secrets:
         with output.open("rb") as file:
             if file.read(len(ENVELOPE.magic)) == ENVELOPE.magic:
                 raise InvalidArgumentError(
                     f"{option}={output} holds secret keys, perhaps the only copy; choose another file."
                 )
+    if output.exists() and not force:
+        raise InvalidArgumentError(f"{option}={output} exists; choose another file, or pass --force.")
 
 
 def load_array(path: Path, option: str) -> Array:
     """Return the array of a .npy file. Raises `InvalidArgumentError` if the file holds none."""
     try:
+        check_regular(path)
         array: Any = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is a zip archive (.npz), not one array")
@@ -87,16 +106,46 @@ def load_image(path: Path, channels: int, axes: int) -> Array:
             f"What is computed takes {channels} channels and {axes} spatial axes, an image file has 1 or 3 "
             "channels and 2 axes; give --input as .npy."
         )
+    return _picture(path, "--input", channels)
+
+
+def load_calibration(path: Path) -> Array:
+    """Return the images of --calibration: a .npy file, an image file, or a folder of image files.
+
+    Image files become (n, C, M, N), grey ones with one channel and others with three. Raises
+    `InvalidArgumentError` for files that cannot be read or have different sizes, `MissingExtraError` if image
+    files cannot be read.
+    """
+    if not path.is_dir():
+        return load_array(path, "--calibration") if path.suffix == ".npy" else _pictures(path, [path])
+    return _pictures(path, sorted(one for one in path.iterdir() if one.suffix.lower() in PICTURES))
+
+
+def _pictures(path: Path, files: list[Path]) -> Array:
+    images = [_picture(one, "--calibration") for one in files]
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise InvalidArgumentError(
+            f"--calibration={path} has image files of {len(shapes)} shapes {sorted(shapes)!r:.100}; give a "
+            "folder of images that all have one size and number of channels, or .npy."
+        )
+    return np.stack(images)
+
+
+def _picture(path: Path, option: str, channels: int | None = None) -> Array:
+    """Return an image file as (C, M, N), with its own channels, 1 or 3, unless `channels` says how many."""
     try:
+        check_regular(path)
         from PIL import Image
 
         with Image.open(path) as picture:
-            grey = np.atleast_3d(np.asarray(picture.convert("L" if channels == 1 else "RGB")))
-        return np.moveaxis(grey, -1, 0)
+            grey = picture.mode in ("1", "L", "LA") if channels is None else channels == 1
+            pixels = np.atleast_3d(np.asarray(picture.convert("L" if grey else "RGB")))
+        return np.moveaxis(pixels, -1, 0)
     except ImportError as error:
         raise MissingExtraError(f'Image files need pillow: pip install "fheconv[demo]" ({error}).') from error
     except Exception as error:  # the errors for broken files are not documented
-        raise _unreadable(path, "--input", error) from error
+        raise _unreadable(path, option, error) from error
 
 
 def token_of_environment() -> str | None:

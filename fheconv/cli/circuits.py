@@ -14,15 +14,17 @@ from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
 from fheconv.cli.arguments import (
+    Force,
     check_output,
     integers,
-    load_array,
+    load_calibration,
     load_image,
     out,
     print_error,
     save_array,
     token_of_environment,
 )
+from fheconv.cli.kinds import check_kind
 
 if TYPE_CHECKING:
     from fheconv.circuits.ciphertext import Ciphertext
@@ -41,7 +43,12 @@ def compile_model(
             "torch.export.save, with --trusted."
         ),
     ],
-    calibration: Annotated[Path, typer.Option(help="Images to calibrate on: .npy of shape (n, C, M, N).")],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            help="Images to calibrate on: .npy of shape (n, C, M, N), an image file, or a folder of them."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder, made if need be.")],
     layer: Annotated[
         str | None, typer.Option(help="One convolution of a .safetensors file instead of all.")
@@ -65,6 +72,7 @@ def compile_model(
         bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it, from people you trust.")
     ] = False,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Compile a trained model to client.zip and server.zip. Exit status 1 means its widths do not fit.
 
@@ -86,7 +94,13 @@ def compile_model(
         rounding_bits=rounding_bits, **{name: value for name, value in chosen.items() if value is not None}
     )
     compile_config = CompileConfig(p_error=p_error)
-    images = load_array(calibration, "--calibration")
+    for name in ("client.zip", "server.zip"):
+        if (output / name).exists() and not force:
+            raise InvalidArgumentError(
+                f"{output / name} exists, and keys may have been made for it; choose another --output, or "
+                "pass --force."
+            )
+    images = load_calibration(calibration)
     try:
         network = quantize(load_model(model, layer, trusted=trusted), images, config)
         circuit = compile_circuit(network, compile_config)
@@ -119,7 +133,9 @@ def keygen(
         Path, typer.Option(help="The secret keys to write. They decrypt: keep them to yourself.")
     ],
     evaluation_keys: Annotated[Path, typer.Option(help="The keys to write for whoever computes.")],
-    overwrite: Annotated[bool, typer.Option(help="Write over other keys, for good.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", "--force", help="Write over other keys, for good.")
+    ] = False,
 ) -> None:
     """Make the keys of a circuit.
 
@@ -137,8 +153,9 @@ def keygen(
         raise InvalidArgumentError(
             f"--keys={keys} and --evaluation-keys={evaluation_keys} are one file; secret keys need their own."
         )
-    check_output(keys, option="--keys", overwrite=overwrite)
-    check_output(evaluation_keys, option="--evaluation-keys")
+    check_output(keys, option="--keys", force=overwrite, secrets=overwrite)
+    check_output(evaluation_keys, option="--evaluation-keys", force=overwrite)
+    check_kind(client_file, "client.zip", "The file")
     client = load_client(client_file)
     client.keygen()
     client.evaluation_keys.save(evaluation_keys)
@@ -153,6 +170,7 @@ def encrypt(
         Path, typer.Option("--input", help="An image file, or .npy of one image or of a batch.")
     ],
     output: Annotated[Path, typer.Option(help="The ciphertext to write.")],
+    force: Force = False,
 ) -> None:
     """Encrypt an image, or a batch.
 
@@ -160,7 +178,9 @@ def encrypt(
     """
     from fheconv.circuits.client import load_client
 
-    check_output(output)
+    check_output(output, force=force)
+    check_kind(client_file, "client.zip", "The file")
+    check_kind(keys, "a file of secret keys", "--keys")
     client = load_client(client_file)
     channels, *size = client.manifest.input_shape
     pixels = load_image(image, channels, len(size))
@@ -169,25 +189,35 @@ def encrypt(
     _write(encrypted, output)
 
 
-def run_circuit(server_file: Path, evaluation_keys: Path, encrypted: Path, output: Path) -> None:
+def run_circuit(
+    server_file: Path, evaluation_keys: Path, encrypted: Path, output: Path, *, force: bool
+) -> None:
     """Run the circuit of a server.zip on a ciphertext, with the keys of the ciphertext's owner."""
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.keys import StoredKeys
     from fheconv.circuits.server import load_server
 
-    check_output(output)
+    check_output(output, force=force)
+    check_kind(server_file, "server.zip", "The file")
+    check_kind(evaluation_keys, "a file of evaluation keys", "--evaluation-keys")
+    check_kind(encrypted, "a ciphertext", "--input")
     keys = StoredKeys.of(evaluation_keys)
     images = Ciphertext.load(encrypted)
     results = load_server(server_file).run(images, keys)
     _write(results, output)
 
 
-def run_remotely(client_file: Path, url: str, keys: Path, encrypted: Path, output: Path) -> None:
+def run_remotely(
+    client_file: Path, url: str, keys: Path, encrypted: Path, output: Path, *, force: bool
+) -> None:
     """Run a circuit on a ciphertext at a server."""
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.serving.remote import RemoteCircuit
 
-    check_output(output)
+    check_output(output, force=force)
+    check_kind(client_file, "client.zip", "The file")
+    check_kind(keys, "a file of secret keys", "--keys")
+    check_kind(encrypted, "a ciphertext", "--input")
     images = Ciphertext.load(encrypted)
     remote = RemoteCircuit(url, client_file, token=token_of_environment())
     remote.load_keys(keys)
@@ -203,6 +233,7 @@ def decrypt(
         Path | None, typer.Option(help="The results to write, as .npy. Default: print them.")
     ] = None,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Decrypt results. If compile was given class names, print the class with the highest score.
 
@@ -212,7 +243,10 @@ def decrypt(
     from fheconv.circuits.client import load_client
 
     if output is not None:
-        check_output(output, ("npy",))
+        check_output(output, ("npy",), force=force)
+    check_kind(client_file, "client.zip", "The file")
+    check_kind(keys, "a file of secret keys", "--keys")
+    check_kind(encrypted, "a ciphertext", "--input")
     client = load_client(client_file)
     results = Ciphertext.load(encrypted)
     client.load_keys(keys)
@@ -257,6 +291,8 @@ def bench(
     """
     from fheconv.cli.bench import measure
 
+    check_kind(server_file, "server.zip", "The file")
+    check_kind(client_file, "client.zip", "--client")
     _show(measure(server_file, client_file, runs), as_json)
 
 
@@ -286,7 +322,7 @@ def _write(ciphertext: "Ciphertext", output: Path) -> None:
 
 
 def _say(message: str) -> None:
-    out.print(message, markup=False, highlight=False, soft_wrap=True)
+    out.print(message, highlight=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

@@ -1,6 +1,5 @@
 """Tells what a file is: a side of a circuit, keys or a ciphertext. Nothing is compiled or decrypted."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from rich.text import Text
 
 from fheconv.basics.errors import ArtifactError
 from fheconv.basics.report import Report
-from fheconv.circuits import ciphertext, keys
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import load_manifest
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import StoredKeys, read_key_file
-
-_ZIP = b"PK\3\4"
+from fheconv.cli.kinds import kind_of
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -71,25 +68,23 @@ def inspect_file(path: Path) -> Inspection:
     Raises `ArtifactError` for a file that cannot be read, is damaged, or does not come from fheconv.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            magic = file.read(8)
+        size, kind = path.stat().st_size, kind_of(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
-    if magic.startswith(_ZIP):
+    if kind in ("client.zip", "server.zip"):
         manifest = load_manifest(path)
-        with zipfile.ZipFile(path) as archive:
-            kind = "server" if "circuit.mlir" in archive.namelist() else "client"
-        return Inspection(kind=kind, size=size, fingerprint=manifest.fingerprint, manifest=manifest)
-    if magic == keys.ENVELOPE.magic:
+        return Inspection(
+            kind=kind.removesuffix(".zip"), size=size, fingerprint=manifest.fingerprint, manifest=manifest
+        )
+    if kind == "a file of secret keys":
         fingerprint, key_id, _ = read_key_file(path)
         return Inspection(kind="secret keys", size=size, fingerprint=fingerprint, key_id=key_id)
-    if magic == keys.EVALUATION.magic:
+    if kind == "a file of evaluation keys":
         stored = StoredKeys.of(path)
         return Inspection(
             kind="evaluation keys", size=size, fingerprint=stored.fingerprint, key_id=stored.key_id
         )
-    if magic == ciphertext.ENVELOPE.magic:
+    if kind == "a ciphertext":
         held = Ciphertext.load(path)
         return Inspection(
             kind="encrypted images" if held.kind == "input" else "encrypted results",
@@ -99,6 +94,9 @@ def inspect_file(path: Path) -> Inspection:
             images=held.images,
         )
     raise ArtifactError(
-        f"{path} is no file of fheconv's: it begins like neither client.zip or server.zip, nor keys, nor a "
-        "ciphertext."
+        f"{path} is no file of fheconv's: it begins like neither client.zip or "
+        "server.zip, nor keys, nor a ciphertext."
+        if kind is None
+        else f"{path} is {kind}, which is no file of fheconv's: neither client.zip or server.zip, nor keys, "
+        "nor a ciphertext."
     )

@@ -1,16 +1,11 @@
-"""Defines the `fheconv` command.
-
-Exit status: 0 means success. 1 means that the command ran but a check failed: the widths do not fit, or a
-result differs from the clear one. 2 means an error that fheconv reports, such as wrong arguments. 3 means an
-error inside fheconv, printed with its traceback. 130 means that the user interrupted the command.
-"""
+"""Defines the `fheconv` command."""
 
 import json
 import math
-import traceback
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import typer
@@ -18,24 +13,25 @@ import typer
 from fheconv.arithmetic.geometry import PaddingMode
 from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import FheConvError, InvalidArgumentError
+from fheconv.basics.errors import InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
 from fheconv.cli.arguments import (
+    Force,
     check_output,
     integers,
     load_image,
     out,
-    print_error,
     save_array,
     token_of_environment,
 )
+from fheconv.cli.kinds import check_kind
+from fheconv.cli.outcome import run_to_status
 from fheconv.networks.floats import Conv
 
 # The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
 MOST_VALUES = 2**27
 
 app = typer.Typer(
-    help="Trained convolutions on encrypted images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,6 +55,21 @@ Transposed = Annotated[
 OutputPadding = Annotated[
     str | None, typer.Option(help="N or H,W, of a transposed convolution. Default: the card's, else 0.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fheconv {version('fheconv')}, concrete-python {version('concrete-python')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Trained convolutions on encrypted images."""
 
 
 def _load_layer(
@@ -97,7 +108,7 @@ def demo(
     from fheconv.analysis.plots import picture_endings
     from fheconv.cli.demo import run_demo
 
-    check_output(output, picture_endings())
+    check_output(output, picture_endings(), force=True)
     raise typer.Exit(0 if run_demo(output, size, out) else 1)
 
 
@@ -193,6 +204,7 @@ def run(
     transposed: Transposed = None,
     output_padding: OutputPadding = None,
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Engine))}.")] = "auto",
+    force: Force = False,
 ) -> None:
     """Run a compiled circuit on a ciphertext, or one layer of a model on an image.
 
@@ -209,8 +221,10 @@ def run(
     options from --layer on are only for this use:
     fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
     """
+    from fheconv.capture.checkpoint import check_no_pickle
+
     if file.suffix.lower() == ".zip":
-        both = ("file", "image", "output", "evaluation_keys", "url", "keys")
+        both = ("file", "image", "output", "evaluation_keys", "url", "keys", "force")
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
         # Compare by name: depending on its version, typer has its own copy of click.
         others = [
@@ -223,15 +237,18 @@ def run(
                 f"{', '.join(others)}: a server.zip is compiled already; leave it out."
             )
         if url is not None and keys is not None and evaluation_keys is None:
-            cli_circuits.run_remotely(file, url, keys, image, output)
+            cli_circuits.run_remotely(file, url, keys, image, output, force=force)
         elif url is None and keys is None and evaluation_keys is not None:
-            cli_circuits.run_circuit(file, evaluation_keys, image, output)
+            cli_circuits.run_circuit(file, evaluation_keys, image, output, force=force)
         else:
             raise InvalidArgumentError(
                 f"{file} needs --evaluation-keys, which fheconv keygen makes, if it is a server.zip; if it "
                 "is a client.zip, --url and --keys."
             )
         return
+    check_no_pickle(file)
+    if layer is None:
+        check_kind(file, "server.zip", "The file")
     if evaluation_keys is not None or url is not None or keys is not None or layer is None:
         raise InvalidArgumentError(
             f"{file} is no .zip file; give a server.zip with --evaluation-keys, or weights with a --layer."
@@ -247,6 +264,7 @@ def run(
         transposed=transposed,
         output_padding=output_padding,
     )
+    check_output(output, ("npy",), force=force)
     config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
     raise typer.Exit(0 if _run_layer(convolution, config, engine, image, output) else 1)
 
@@ -261,7 +279,6 @@ def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, outp
     from fheconv.circuits.circuit import compile as compile_circuit
     from fheconv.quantized import quantize
 
-    check_output(output, ("npy",))
     pixels = load_image(image, source.in_channels, len(source.geometry.kernel))
     network = quantize(source, pixels, config)
     out.print(network.budget())
@@ -310,6 +327,7 @@ def serve(
         token = token_of_environment() if token_file is None else token_file.read_text().strip()
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
+    check_kind(file, "server.zip", "The file")
     server = load_server(file)
     worker().stop()  # the copies that serve have their own workers
     serve_circuit(
@@ -327,24 +345,5 @@ def serve(
 
 
 def main() -> None:
-    """Run the command. An error of fheconv is printed as one line on standard error, with exit status 2."""
-    try:
-        app()
-    except FheConvError as error:
-        _fail(f"{type(error).__name__}: {error}", 2)
-    except MemoryError as error:
-        _fail(f"Out of memory: {str(error) or 'no more to be had'}; take a smaller image or layer.", 2)
-    except KeyboardInterrupt:
-        _fail("Interrupted.", 130)
-    except Exception as error:
-        traceback.print_exc()
-        _fail(f"internal error: {type(error).__name__}: {error}, please report it with the lines above.", 3)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    print_error(message)
-    raise SystemExit(status) from None
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command."""
+    run_to_status(app)

@@ -6,6 +6,12 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
+from fheconv.basics.warning import InputScaleWarning, warn
+
+# A batch that stays within this share of the input range is suspicious. Values 0..1 where 0..255 or 0..16
+# were calibrated do so, and values divided by 16. A dark photograph hardly ever does: one bright pixel is
+# enough.
+SLIVER = 0.1
 
 
 def twos_complement_bits(minimum: int, maximum: int) -> int:
@@ -62,6 +68,10 @@ class Quantization:
     def integers(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`.
 
+        Warns with `InputScaleWarning` if no value is farther from 0 than `SLIVER` times the farthest end of
+        the range, and not all are 0. It does not warn where integers are asked: their range is that of the
+        data type, and images may need a small part of it.
+
         Raises `InputRangeError` naming the first value that is not finite, is more than half a step
         outside the range, or has a fraction although `integral` is set.
         """
@@ -71,7 +81,8 @@ class Quantization:
             raise InputRangeError(
                 f"The value at {where} is {x[where]}; only finite numbers can be encrypted."
             )
-        steps = x.astype(np.float64) / self.scale + self.zero_point
+        with np.errstate(over="ignore"):  # infinity is outside the range
+            steps = x.astype(np.float64) / self.scale + self.zero_point
         # The zero-point is rounded, so an end of the calibrated range can lie half a step outside.
         slack = 0.0 if self.integral else 0.5 + 1e-6
         outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
@@ -90,11 +101,27 @@ class Quantization:
                 f"The value {x[where]} at {where} has a fraction, and this network was calibrated on integer "
                 "images; round the images, or calibrate on floats."
             )
+        self._warn_of_other_scale(x)
         return np.clip(nearest, self.minimum, self.maximum).astype(np.int64)
+
+    def _warn_of_other_scale(self, x: Array) -> None:
+        low, high = self.real_range
+        sliver = SLIVER * max(-low, high)
+        if not self.integral and 0 < np.abs(x.astype(np.float64)).max(initial=0) < sliver:
+            # The text is the same for all images, so that Python shows it once in a loop.
+            warn(
+                f"No value of these images is above {sliver:g} in size, and the input range is [{low:g}, "
+                f"{high:g}]. If they are on another scale than the calibration images, such as 0..1 instead "
+                "of 0..255, the results are wrong: bring them to that scale. If they are only dark, ignore "
+                "fheconv.InputScaleWarning.",
+                InputScaleWarning,
+            )
 
 
 def integer_images(x: ArrayLike, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
     """Return images of `shape` as an int64 batch (N, *shape), and whether `x` was a batch.
+
+    Warns with `InputScaleWarning` of images that are probably on another scale.
 
     Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
     """

@@ -34,6 +34,7 @@ try:
     from pydantic import BaseModel
 
     from fheconv.serving.admission import Limits, Pool, Refused, Service
+    from fheconv.serving.connections import CONNECTIONS, Connection
     from fheconv.serving.problems import HANDLERS, Problem
     from fheconv.serving.request_log import LOGGER, RequestLog, log_as_json
 except ImportError as error:
@@ -43,8 +44,6 @@ except ImportError as error:
 
 # The time that running requests still have when the server is told to stop.
 GRACE_SECONDS = 10
-# The most connections at once. Further ones are answered 503 before anything of them is read.
-CONNECTIONS = 256
 SWEEP_SECONDS = 3600
 T = TypeVar("T")
 
@@ -239,8 +238,8 @@ def serve(
             f"host={host!r}: whoever reaches the server could use it. Give a token, or allow it with "
             "--allow-remote (allow_remote=True)."
         )
-    app = application(server, token=token, **options)
     log_as_json()
+    app = application(server, token=token, **options)
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -255,7 +254,9 @@ def configured(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
+        http=Connection,
+        ws="none",
+        limit_concurrency=CONNECTIONS + 1,  # reached only when so many requests run; then it answers 503
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

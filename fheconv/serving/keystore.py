@@ -7,9 +7,11 @@ server.
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ EXPIRY = 30 * 86_400
 NAME = re.compile(r"[0-9a-f]{64}")
 _ENDING = ".keys"
 _HALF = ".incoming-"
+_GUARD = ".lock"
+LOGGER = logging.getLogger(__name__)
 
 
 class UnknownKeys(ArtifactError):
@@ -93,7 +97,7 @@ class KeyStore:
 
     def _guarded(self) -> IO[bytes]:
         """Keep other processes out of the folder as long as this process lives."""
-        guard = (self.folder / ".lock").open("ab")
+        guard = os.fdopen(_private(str(self.folder / _GUARD), os.O_RDWR | os.O_CREAT), "rb+")
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -104,12 +108,17 @@ class KeyStore:
         return guard
 
     def _read_folder(self) -> None:
-        """Read the files that an earlier process left, and remove unfinished ones."""
+        """Read the files that an earlier process left, and remove unfinished ones. Ignore all others."""
         for path in self.folder.iterdir():
-            if path.name.startswith(_HALF):
-                path.unlink()
-            elif path.suffix == _ENDING and NAME.fullmatch(path.stem):
-                found = path.stat()
+            found = path.lstat()
+            half, keys = path.name.startswith(_HALF), path.suffix == _ENDING and NAME.fullmatch(path.stem)
+            if path.name == _GUARD:
+                continue
+            if not stat.S_ISREG(found.st_mode) or not (half or keys):
+                LOGGER.warning("%s is not of the server's making and is ignored.", path)
+            elif half:
+                _discard(path)
+            else:
                 self._entries[path.stem] = _Entry(size=found.st_size, used=found.st_mtime)
         self.expire()
 
@@ -139,15 +148,16 @@ class KeyStore:
             with self._lock:
                 entry.users -= 1
                 entry.used = time.time()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the keys were removed, or the disk is read-only
                 os.utime(self._path(name))
 
     def delete(self, name: str) -> None:
-        """Remove the keys of that name. Raises `UnknownKeys`, `KeysInUse`."""
+        """Remove the keys of that name. Raises `UnknownKeys`, `KeysInUse`, `StoreFull` if the disk fails."""
         with self._lock:
             if self._entry(name).users:
                 raise KeysInUse("Something runs with these keys; remove them when it is done.")
-            self._remove(name)
+            if not self._remove(name):
+                raise StoreFull("The disk does not let go of these keys. Tell whoever runs the server.")
 
     def expire(self) -> None:
         """Remove the keys that were not used for `expiry` seconds."""
@@ -172,8 +182,8 @@ class KeyStore:
             for name in unused:
                 if held + size <= self._quota:
                     break
-                held -= self._entries[name].size
-                self._remove(name)
+                size_of_unused = self._entries[name].size
+                held -= size_of_unused if self._remove(name) else 0
             if held + size > self._quota:
                 raise StoreFull(
                     f"There is no room for these keys: the server stores at most {self._quota:,} bytes, with "
@@ -204,7 +214,8 @@ class KeyStore:
                 except ArtifactError as error:
                     with self._lock:
                         if self._entries.get(name) is entry:
-                            self._remove(name)
+                            _discard(self._path(name))
+                            self._entries.pop(name)
                     raise UnknownKeys(f"The keys {name} were lost on the disk; send them again.") from error
                 entry.keys = keys
             return entry.keys
@@ -223,9 +234,12 @@ class KeyStore:
             raise UnknownKeys(f"There are no evaluation keys {name:.64} here; send them.")
         return self._entries[name]
 
-    def _remove(self, name: str) -> None:
-        self._entries.pop(name, None)
-        self._path(name).unlink(missing_ok=True)
+    def _remove(self, name: str) -> bool:
+        """Remove the file of that name, and return whether it is gone. If it is not, it still counts."""
+        gone = _discard(self._path(name))
+        if gone:
+            self._entries.pop(name, None)
+        return gone
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_ENDING}"
@@ -246,9 +260,12 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-        self._store.release(self._reserved)
+        try:
+            with contextlib.suppress(OSError):  # it tries again to write what the disk has refused
+                self._file.close()
+            _discard(self._path)
+        finally:
+            self._store.release(self._reserved)
 
     def feed(self, piece: bytes) -> None:
         """Take the next bytes.
@@ -276,7 +293,17 @@ class Upload:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)  # without this flag, a named pipe would block
+
+
+def _discard(path: Path) -> bool:
+    """Remove a file, and return whether it is gone. If the disk refuses, the log says so."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        LOGGER.warning("%s cannot be removed: %s.", path, error.strerror)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -286,5 +313,5 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreFull(
-            f"The keys cannot be stored: {error.strerror}. Tell whoever runs the server."
+            f"The keys cannot be stored: {error.strerror}. Try again later, or tell whoever runs the server."
         ) from error

@@ -1,9 +1,11 @@
 """Runs a circuit behind a URL. This is the client side; the server side is `fheconv.serving.app`."""
 
+import logging
 import random
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +34,14 @@ except ImportError as error:
         f'fheconv.RemoteCircuit needs httpx ({error}); install it with: pip install "fheconv[serve]".'
     ) from error
 
+LOGGER = logging.getLogger(__name__)
 RETRIES = 8
+# The retries if a server that has never answered cannot be reached: then the URL is probably wrong.
+FIRST_RETRIES = 2
 # Seconds to wait without a sign of life from the server. An image of a large network takes minutes.
 TIMEOUT = 600.0
+# Seconds to wait for a connection, and for the answer to a question that needs no work.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 20.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_JSON = 2**24
 
@@ -49,8 +56,9 @@ class RemoteCircuit(Client):
 
     `token` is the token that the server asks for. Send it to https only, unless the server is on this
     machine. If a request finds no server, or a busy one, it is repeated up to `retries` times. The wait is as
-    long as the server says, or gets longer each time. A request fails after `timeout` seconds without a sign
-    of life.
+    long as the server says, or gets longer each time. A server that has never answered is tried three times
+    only, which takes seconds. A request fails after `timeout` seconds without a sign of life. Each retry is
+    logged as a warning of the logger `fheconv.serving.remote`. Python prints it on standard error.
 
     Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than that of
     `client`, `InvalidArgumentError` for an invalid URL, token or number.
@@ -74,6 +82,7 @@ class RemoteCircuit(Client):
         check_number("timeout", timeout, 0)
         self._retries = retries
         self._uploaded: tuple[str, str] | None = None  # a key set and its name at the server
+        self._timeout, self._answered = timeout, False
         headers = {}
         if token is not None:
             check_token(token)
@@ -84,9 +93,7 @@ class RemoteCircuit(Client):
             raise InvalidArgumentError(f"url={url!r:.200} is none: {error}.") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise InvalidArgumentError(f"url={url!r:.200} must be http://host:port, or https.")
-        self._http = httpx.Client(
-            base_url=address, headers=headers, timeout=httpx.Timeout(timeout, connect=10)
-        )
+        self._http = httpx.Client(base_url=address, headers=headers)
         weakref.finalize(self, self._http.close)
         manifest, self._images = self._circuit()
         if client is None:
@@ -196,19 +203,16 @@ class RemoteCircuit(Client):
     ) -> bytes:
         """Return the answer to a request, at most `most` bytes. Repeat the request if that may help.
 
-        Chunks of `content` are sent with a progress bar. Raises the error that the server names, or
-        `RemoteError`.
+        Raises the error that the server names, or `RemoteError`.
         """
-        for attempt in range(self._retries + 1):
-            body: bytes | Iterable[bytes] = content
-            headers = {}
-            if not isinstance(content, bytes):
-                body = track_bytes(content, "Sending evaluation keys…")
-                headers = {"Content-Length": str(sum(map(len, content)))}
-            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1)  # noqa: S311
+        started = time.monotonic()
+        for attempt in range(1, self._retries + 2):
+            wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT) * random.uniform(0.5, 1)  # noqa: S311
+            attempts = self._retries + 1
             try:
-                with self._http.stream(method, path, content=body, headers=headers) as response:
+                with self._stream(method, path, content) as response:
                     answer = self._read(response, most)
+                self._answered = True
                 if response.is_success:
                     return answer
                 problem = _problem(response, answer)
@@ -221,11 +225,29 @@ class RemoteCircuit(Client):
                 said = str(error) or type(error).__name__
                 problem = RemoteError(f"{method} {path} at {self._http.base_url} has no answer: {said}.")
                 problem.__cause__ = error
-            if attempt < self._retries:
-                time.sleep(wait)
+                if not self._answered:
+                    attempts = min(attempts, FIRST_RETRIES + 1)
+            if attempt >= attempts:
+                break
+            LOGGER.warning("%s Attempt %d of %d follows in %.1f s.", problem, attempt + 1, attempts, wait)
+            time.sleep(wait)
+        tried = f"{attempt} attempt{'s' if attempt > 1 else ''} in {time.monotonic() - started:.0f} s"
         raise RemoteError(
-            f"{problem} Given up after {self._retries + 1} attempts; check the URL and that the server runs."
+            f"{problem} Given up after {tried}; check the URL and that the server runs."
         ) from problem
+
+    def _stream(
+        self, method: str, path: str, content: bytes | Sequence[bytes]
+    ) -> AbstractContextManager[httpx.Response]:
+        """Send a request. Show a progress bar for chunks of `content`."""
+        body: bytes | Iterable[bytes] = content
+        headers = {}
+        if not isinstance(content, bytes):
+            body = track_bytes(content, "Sending evaluation keys…")
+            headers = {"Content-Length": str(sum(map(len, content)))}
+        seconds = min(self._timeout, ANSWER_TIMEOUT) if method == "GET" else self._timeout
+        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_TIMEOUT))
+        return self._http.stream(method, path, content=body, headers=headers, timeout=timeout)
 
     def _read(self, response: httpx.Response, most: int) -> bytes:
         answer = bytearray()

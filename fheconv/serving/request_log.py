@@ -66,10 +66,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the log lines of requests and of uvicorn to standard error."""
+    """Write the log lines of this room and of uvicorn to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in (LOGGER.name, "uvicorn"):
+    for name in ("fheconv.serving", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)

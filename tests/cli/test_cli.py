@@ -200,7 +200,7 @@ def test_run_filters_a_transposed_layer(tmp_path):
 def test_run_takes_one_signal_as_one_channel(tmp_path):
     save_file({"c.weight": np.ones((2, 1, 3), np.float32)}, tmp_path / "m.safetensors")
     np.save(tmp_path / "x.npy", np.arange(9))
-    run = ("run", "m.safetensors", "--layer", "c", "--output", "y.npy", "--input")
+    run = ("run", "m.safetensors", "--layer", "c", "--force", "--output", "y.npy", "--input")
     done = fheconv_command(*run, "x.npy", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "y.npy").shape == (2, 7)

@@ -78,7 +78,8 @@ def command(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
+        forced = ["--force"] if arguments[0] in ("compile", "encrypt", "run", "decrypt") else []
+        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments, *forced])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code or 0, *capsys.readouterr()
@@ -286,13 +287,13 @@ def test_bench_times_every_step(command):
         ((*COMPILE, "--class-names", "a,b"), "2 class_names"),
         ((*COMPILE, "--p-error", "2"), "p_error=2"),
         (("keygen", "out/server.zip", *KEYGEN[2:], "--overwrite"), "server.zip"),
-        ((*ENCRYPT[:3], "keys.eval", *ENCRYPT[4:]), "no key file"),
+        ((*ENCRYPT[:3], "keys.eval", *ENCRYPT[4:]), "keys.eval is a file of evaluation keys"),
         ((*ENCRYPT[:5], "none.npy", *ENCRYPT[6:]), "none.npy"),
         ((*ENCRYPT[:5], "y.ct", *ENCRYPT[6:]), "--input=y.ct cannot be read"),
         ((*ENCRYPT[:-1], "none/x.ct"), "no folder"),
-        ((*RUN[:3], "keys.secret", *RUN[4:]), "no evaluation key file"),
+        ((*RUN[:3], "keys.secret", *RUN[4:]), "keys.secret is a file of secret keys"),
         ((*RUN[:5], "y.ct", *RUN[6:]), "what encrypt() returned"),
-        ((*RUN[:5], "one.npy", *RUN[6:]), "no ciphertext"),
+        ((*RUN[:5], "one.npy", *RUN[6:]), "one.npy is a .npy file"),
         ((*RUN, "--layer", "c", "--stride", "2"), "--layer, --stride"),
         (("run", "out/server.zip", *RUN[4:]), "needs --evaluation-keys"),
         (("run", "out/client.zip", "--url", "http://localhost:1", *RUN[4:]), "--url and --keys"),

@@ -275,6 +275,10 @@ def _parts(
     entries = archive.infolist()
     names = sorted(entry.filename for entry in entries)
     if names not in [sorted((DIGESTS, *wanted)) for wanted in expected]:
+        for mine, other, wanted in (("server.zip", SERVER, CLIENT), ("client.zip", CLIENT, SERVER)):
+            if names == sorted((DIGESTS, *other)) and wanted in expected:
+                right = "client.zip" if wanted is CLIENT else "server.zip"
+                raise ArtifactError(f"{what} is a {mine}; give the {right} that was saved with it.")
         raise ArtifactError(
             f"{what} holds {names!r:.300}, where {' or '.join(sorted((*expected[0], DIGESTS)))} belong; give "
             "the client.zip or the server.zip that circuit.save wrote, whichever is asked for."

@@ -114,9 +114,9 @@ def _quantization(data: Any) -> Quantization:
     _require(type(data["integral"]) is bool, "integral is true or false")
     for name in ("zero_point", "minimum", "maximum"):
         _require(type(data[name]) is int and abs(data[name]) < 2**32, f"{name} is an integer")
-    quantization = Quantization(**data)
-    scale = data["scale"]
-    _require(type(scale) in (int, float) and 0 < float(scale) < math.inf, "the scale is above 0")
+    _require(type(data["scale"]) in (int, float), "the scale is a number")
+    quantization = Quantization(**{**data, "scale": float(data["scale"])})  # numpy has no large integers
+    _require(0 < quantization.scale < math.inf, "the scale is above 0")
     _require(quantization.minimum <= quantization.maximum, "integers have a range")
     return quantization
 

@@ -102,9 +102,10 @@ class Manifest(Report):
 
     def __rich__(self) -> RenderableType:
         table = Table(title="Circuit", title_justify="left", show_header=False)
-        table.add_row("fingerprint", self.fingerprint)
+        # Plain text: a file may hold text that looks like rich's markup.
+        table.add_row("fingerprint", Text(self.fingerprint))
         table.add_row("format", str(self.format))
-        table.add_row("made by", f"fheconv {self.fheconv}, concrete-python {self.concrete}")
+        table.add_row("made by", Text(f"fheconv {self.fheconv}, concrete-python {self.concrete}"))
         table.add_row("image", " × ".join(map(str, self.input_shape)))
         table.add_row("results", " × ".join(map(str, self.output_shape)))
         if self.class_names is not None:
@@ -145,10 +146,12 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
 def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:
     """Return the numbers and strings of a dataclass `kind`. Each has the type that the dataclass gives it."""
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    read = {}
     for name, value in data.items():
         allowed = (int, float) if types[name] is float else (types[name],)
         _check(type(value) in allowed and (type(value) is str or 0 <= value < GREATEST), name)
-    return dict(data)
+        read[name] = types[name](value)
+    return read
 
 
 def _check(holds: bool, name: str) -> None:

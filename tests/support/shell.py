@@ -1,0 +1,42 @@
+"""A folder with the files of a tiny circuit, made by the command, and the command as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+KEYS = ("--keys", "keys.secret")
+COMPILE = ("compile", "m.safetensors", "--calibration", "x.npy", "-o", "out", "--class-names", "[/red],×,ü")
+KEYGEN = ("keygen", "out/client.zip", *KEYS, "--evaluation-keys", "keys.eval")
+ENCRYPT = ("encrypt", "out/client.zip", *KEYS, "--input", "x.npy", "--output", "x.ct")
+RUN = ("run", "out/server.zip", "--evaluation-keys", "keys.eval", "--input", "x.ct", "--output", "y.ct")
+DECRYPT = ("decrypt", "out/client.zip", *KEYS, "--input", "y.ct", "--output", "y.npy")
+INSPECT = ("inspect", "out/server.zip")
+STEPS = (COMPILE, KEYGEN, ENCRYPT, RUN, DECRYPT, INSPECT)
+
+
+def write_model(folder: Path) -> None:
+    """Weights, a card and two images (1, 2, 2), grey levels, of a linear layer with three results."""
+    weights = {"[bold]fc.weight": torch.tensor(np.arange(12.0).reshape(3, 4) - 5)}
+    save_file(weights, folder / "m.safetensors")
+    architecture = [{"kind": "Flatten"}, {"name": "[bold]fc", "kind": "Linear"}]
+    (folder / "m.json").write_text(json.dumps({"architecture": architecture}))
+    np.save(folder / "x.npy", np.array([0.0, 255, 128, 64, 1, 2, 3, 250]).reshape(2, 1, 2, 2))
+
+
+def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "fheconv", *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=240,
+    )
