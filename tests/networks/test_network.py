@@ -36,6 +36,7 @@ def test_every_integer_comes_back_from_the_number_it_stands_for(quantization):
     assert 2 ** (quantization.bits - 1) <= len(every) - 1 < 2**quantization.bits
 
 
+@pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")
 @given(quantization=quantizations(), share=st.floats(0, 1))
 def test_no_integer_stands_for_a_nearer_number(quantization, share):
     low, high = (
@@ -58,6 +59,7 @@ def test_more_than_half_a_step_outside_is_refused(quantization, beyond, up):
         quantization.integers(x)
 
 
+@pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, bool, np.float16])
 def test_small_dtypes_do_not_wrap(kind):
     quantization = Quantization(scale=0.25, zero_point=3, minimum=0, maximum=1000)

@@ -245,7 +245,7 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
         (file, keys, 3, "not int"),
         (file, keys, replace(encrypted, values=(b"0" * 10**6,) * 2), "at most"),
         (file, "keys", encrypted, "not str"),
-        (file.parent / "client.zip", keys, encrypted, "belong"),
+        (file.parent / "client.zip", keys, encrypted, "give the server.zip"),
     ]
     for server, these, ciphertexts, words in wrong:
         with pytest.raises(fheconv.ArtifactError, match=words):
