@@ -292,9 +292,9 @@ def test_digests_that_are_none_are_refused(parts, tmp_path):
 
 
 def test_a_client_is_no_server_and_a_server_no_client(folder):
-    with pytest.raises(fheconv.ArtifactError, match="whichever is asked for"):
+    with pytest.raises(fheconv.ArtifactError, match=r"is a client\.zip; give the server\.zip"):
         fheconv.load_server(folder / "client.zip")
-    with pytest.raises(fheconv.ArtifactError, match="whichever is asked for"):
+    with pytest.raises(fheconv.ArtifactError, match=r"is a server\.zip; give the client\.zip"):
         fheconv.load_client(folder / "server.zip")
 
 

@@ -7,6 +7,9 @@ import fheconv
 from fheconv.networks.integers import blank_image
 from tests.support.nets import integer_images, quantize, quantized, random_net, real_images
 
+# Nearly black images in a range up to white are on purpose here.
+pytestmark = pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")
+
 # Small networks of two and three layers: a convolution, one with pooling, a residual block.
 SMALL = [(3, (1, 5, 5)), (11, (1, 5, 5)), (7, (1, 4, 4))]
 

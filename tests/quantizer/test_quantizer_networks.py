@@ -147,6 +147,7 @@ def test_one_width_for_all(bits, method):
     assert all(2 ** (default - 1) <= q.maximum < 2**default for q in network.quantizations[1:])
 
 
+@pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rounding_bits", [None, 4])
 def test_images_unlike_calibration_stay_in_the_proved_bounds(seed, rounding_bits):
