@@ -5,6 +5,7 @@ allocation: chooses the widths that are "auto".
 components: groups what has to share a scale.
 activations: scales of images and activations.
 equalization: scales of an activation's channels.
+evidence: how much calibration images tell.
 weights: integer weights of a layer.
 rounding: the methods that round weights.
 tables: lookup tables and the windows that they cover.

@@ -16,12 +16,14 @@ from fheconv.basics.config import QuantConfig
 from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Network
 from fheconv.quantizer.activations import least_error, sharing
+from fheconv.quantizer.evidence import independent_images, trust
 
 
 def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -> Network:
     """Return a network with equal results, in which all channels of an activation have the same best scale.
 
-    `tensors` holds the network's tensors for the calibration images. Two kinds of activations do not change:
+    `tensors` holds the network's tensors for the calibration images. As far as these are few or alike, small
+    channels stay as they are, because other images may give them greater values. Two kinds of activations do not change:
     those that are added without weights, and those whose channels are mixed before weights multiply them.
     """
     together = {number for group in sharing(network) for number in group}
@@ -31,10 +33,12 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
         levels, channels = config.activation_levels_of(layer.name), np.moveaxis(tensors[number], 1, 0)
         alive = channels.reshape(len(channels), -1).any(axis=1)
         if alive.any():
-            best = [least_error(layer.name, channel, levels).scale for channel in channels[alive]]
-            scales = np.full(len(channels), np.mean(best))
+            best = np.array([least_error(layer.name, channel, levels).scale for channel in channels[alive]])
+            seen = independent_images(tensors[number], channels.min(initial=0.0), channels.max(initial=0.0))
+            best += (1 - trust(seen)) * (best.max() - best)
+            scales = np.full(len(channels), best.mean())
             scales[alive] = best
-            network = _divided(network, number, scales / np.mean(best)) or network
+            network = _divided(network, number, scales / best.mean()) or network
     return network
 
 

@@ -15,14 +15,12 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
+from fheconv.quantizer.evidence import independent_images, least_squares, shrunk, trust, uniform_variance
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
 from fheconv.quantizer.tables import Budget, width
 
 # The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
 MOST_WINDOWS = 20_000
-
-# How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
-RIDGE = 0.01
 
 # A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
@@ -32,12 +30,14 @@ class IntegerTerms(NamedTuple):
     """Holds a layer's terms with integer weights, and the real size of an accumulator step.
 
     `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
-    weights' data type.
+    weights' data type. `evidence` counts the independent images that the weights were fitted to: for the
+    term that saw the fewest (None: not fitted).
     """
 
     terms: tuple[Term, ...]
     step: Array
     range: tuple[int, int]
+    evidence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,6 +134,22 @@ class Rows:
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
 
+    def per_weight(self, row: Row, values: Sequence[Array]) -> Array:
+        """Return the value of each weight of a row, of `values` (groups, taps) of each term."""
+        return np.concatenate([values[p][self._group(p, c)] for p, c in row])
+
+    def uniform(self, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> list[Array]:
+        """Return the variances (groups, taps) of each term's inputs, if all integers were independent.
+
+        Steps before the weights only copy, add or drop values. So they turn variances into variances.
+        """
+        ones = [np.ones((1, *shape)) for shape in shapes]
+        windows = self.windows(ones, [1.0] * len(inputs), [0] * len(inputs))
+        return [
+            uniform_variance(q.maximum - q.minimum) * found.mean(axis=1)
+            for q, found in zip(inputs, windows, strict=True)
+        ]
+
     def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
         """Return the inputs of each term's convolution on some images, (groups, windows, taps).
 
@@ -223,20 +239,6 @@ def _covariance(x: Array, y: Array) -> Array:
     return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
 
 
-def least_squares(moment: Array, target: Array, weights: Array) -> Array:
-    """Return the weights (K, n) of least squared error, with a small penalty for leaving `weights`.
-
-    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the float sums.
-    """
-    ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
-    if not ridge > 0:  # constant inputs do not determine the weights
-        return weights
-    fitted: Array = scipy.linalg.solve(
-        moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
-    ).T
-    return fitted
-
-
 def round_nearest(
     layer: Layer,
     inputs: Sequence[Quantization],
@@ -270,7 +272,8 @@ def round_by_output(
     """Round by `method` so that the layer's sums on the calibration images change little.
 
     `floats` holds the tensors of the float network, `tensors` those of the quantized network. The weights are
-    first fitted to the quantized tensors by least squares, and then rounded.
+    first fitted to the quantized tensors by least squares, and then rounded. As far as the calibration images
+    are few or alike, inputs of any kind count too (`evidence`).
 
     Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
     """
@@ -292,6 +295,12 @@ def round_by_output(
         )
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
+    uniform = rows.uniform(inputs, shapes)
+    seen = [
+        independent_images(tensors[term.source], q.minimum, q.maximum)
+        for term, q in zip(layer.terms, inputs, strict=True)
+    ]
+    trusted = [np.full(one.shape, trust(images)) for one, images in zip(uniform, seen, strict=True)]
 
     def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         # Dividing by the greatest weight keeps the squares from overflowing.
@@ -301,15 +310,18 @@ def round_by_output(
         # zeros.
         read = rows.read(batch[0]) | (not stacked.any())
         both, stacked = np.ix_(read, read), stacked[:, read]
-        moment = rows.covariance(batch[0], delivered, delivered)[both]
-        cross = rows.covariance(batch[0], delivered, meant)[both]
+        variance, share = (rows.per_weight(batch[0], values)[read] for values in (uniform, trusted))
+        moment, cross = (
+            shrunk(rows.covariance(batch[0], delivered, windows)[both], variance, share)
+            for windows in (delivered, meant)
+        )
         fitted = least_squares(moment, cross @ stacked.T, stacked)
         rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget and budget.steps)
         values = np.zeros((len(batch), len(read)), np.int64)
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
 
-    return _in_batches(rows, fit)
+    return _in_batches(rows, fit)._replace(evidence=min(seen))
 
 
 def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:
