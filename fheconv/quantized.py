@@ -57,7 +57,8 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     them, are scaled so that the integers cover their range and 0: small differences are lost.
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
-    are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
+    are quantized in order; each is calibrated on the results of the quantized layers before it. If images are
+    few or alike, weights are rounded for inputs of any kind; the budget report then says so. Numbers that
     are "auto" in `config` are chosen first, on held-out images.
 
     Example:

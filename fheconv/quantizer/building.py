@@ -43,6 +43,7 @@ class Building:
         self._blanks = [blank_images(self.image, source.input_shape)]
         self._layers: list[AnyLayer] = []
         self._observed: list[tuple[Array, Array] | None] = []
+        self._evidence: list[float | None] = []
 
     def inputs(self, layer: Layer) -> list[Quantization]:
         """Return the quantization of the tensor that each term of a layer reads."""
@@ -61,15 +62,9 @@ class Building:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
-    def sums(self, layer: Layer, rounded: IntegerTerms) -> Array:
-        """Return the accumulators (N, C, *S), minus their values when every real input is zero."""
-        bare = self._bare(layer, rounded)
-        sums: Array = bare.accumulate(self.tensors) - self._zero(bare)
-        return sums
-
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
-        self._append(layer, None)
+        self._append(layer, None, None)
 
     def add(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> None:
         """Add a layer with integer weights; `bias` (C, *S) is added to its sums, in real numbers.
@@ -119,7 +114,7 @@ class Building:
                 limit=2**limit - 1,
                 remedy='method="accumulator"',
             )
-        self._append(quantized, observed)
+        self._append(quantized, observed, min(rounded.evidence, default=None))
 
     def network(self) -> IntegerNetwork:
         """Return the network, after every layer was added."""
@@ -129,12 +124,14 @@ class Building:
             calibrated=self.calibrated,
             layers=tuple(self._layers),
             observed=tuple(self._observed),
+            evidence=tuple(self._evidence),
             source=self.source,
         )
 
-    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None) -> None:
+    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None, evidence: float | None) -> None:
         self._layers.append(layer)
         self._observed.append(observed)
+        self._evidence.append(evidence)
         self.tensors.append(layer.output(self.tensors))
         self._blanks.append(layer.output(self._blanks))
 

@@ -22,9 +22,10 @@ from fheconv.quantizer.evidence import independent_images, trust
 def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -> Network:
     """Return a network with equal results, in which all channels of an activation have the same best scale.
 
-    `tensors` holds the network's tensors for the calibration images. As far as these are few or alike, small
-    channels stay as they are, because other images may give them greater values. Two kinds of activations do not change:
-    those that are added without weights, and those whose channels are mixed before weights multiply them.
+    `tensors` holds the network's tensors for the calibration images. If these are few or alike, small
+    channels keep headroom, because other images may give them greater values. Two kinds of activations do
+    not change: those that are added without weights, and those whose channels are mixed before weights
+    multiply them.
     """
     together = {number for group in sharing(network) for number in group}
     for number, layer in enumerate(network.layers, 1):
@@ -34,8 +35,8 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
         alive = channels.reshape(len(channels), -1).any(axis=1)
         if alive.any():
             best = np.array([least_error(layer.name, channel, levels).scale for channel in channels[alive]])
-            seen = independent_images(tensors[number], channels.min(initial=0.0), channels.max(initial=0.0))
-            best += (1 - trust(seen)) * (best.max() - best)
+            # Few images do not show how large the values of a channel become.
+            best = np.minimum(best / trust(independent_images(tensors[number])), best.max())
             scales = np.full(len(channels), best.mean())
             scales[alive] = best
             network = _divided(network, number, scales / best.mean()) or network

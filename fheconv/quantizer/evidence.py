@@ -1,15 +1,18 @@
 """Measures how much calibration images tell, and makes up for what they do not tell.
 
-What is fitted to a few images, or to images that are alike, is wrong for others. So all that is measured on
-calibration images is mixed with what holds of inputs that are independent and uniform over their range. These
-count as much as `PRIOR_IMAGES` images. This is the posterior mean of a covariance under a conjugate prior
-(Chen 1979; Haff 1980): with many images, the prior vanishes.
+What is fitted to a few images, or to images that are alike, is wrong for others. So covariances on
+calibration images are mixed with those of inputs that are independent and uniform over their range. Such
+inputs count as much as `PRIOR_IMAGES` images. This is the posterior mean of a covariance under a conjugate
+prior (Gelman et al., Bayesian Data Analysis, section 3.6): it shrinks the covariance of few images, and that
+of many stays as it is. The mean of images is mixed likewise. Means of activations are not: the layers before
+decide those.
 """
 
 import numpy as np
 import scipy.linalg
 
 from fheconv.basics.arrays import Array
+from fheconv.networks.quantization import Quantization
 
 # As many images as this tell as much as the prior.
 PRIOR_IMAGES = 10
@@ -17,29 +20,36 @@ PRIOR_IMAGES = 10
 RIDGE = 0.01
 
 
-def independent_images(values: Array, low: float, high: float) -> float:
-    """Return how many independent images tell as much as `values` (N, …), whose range is [low, high].
+def independent_images(values: Array) -> float:
+    """Return how many independent images tell as much as `values` (N, …).
 
-    Equal images count once. Each further image counts by the variance between images, as a share of the
-    variance of uniform values. One image counts as 1.
+    Equal images count once. Each further image counts by the share of the variance that lies between images:
+    1 minus what images have in common, their intraclass correlation. One image counts as 1.
 
     Example:
-        >>> independent_images(np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), 0, 1)
+        >>> independent_images(np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
         2.0
-        >>> independent_images(np.array([[0.5, 0.5], [0.5, 0.5]]), 0, 1)
-        1.0
+        >>> independent_images(np.array([[0.0, 1.0], [0.001, 1.0]])) < 1.001
+        True
     """
     first = {hash(image.tobytes()): number for number, image in reversed([*enumerate(values)])}
-    count = len(first)
-    if count == 1 or not low < high:
+    if len(first) == 1:
         return 1.0
-    # Dividing by the range first keeps the squares from overflowing or vanishing.
-    between = float((values[[*first.values()]] / (high - low)).var(axis=0, ddof=1).mean())
-    return 1.0 + (count - 1) * min(between * 12, 1.0)  # 1/12 is the variance of uniform values in [0, 1]
+    different = values[[*first.values()]]
+    # Dividing by the range keeps the squares from overflowing or vanishing.
+    different = (different - different.min()) / np.ptp(different)
+    between = float(different.var(axis=0, ddof=1).mean())
+    return 1.0 + (len(different) - 1) * min(between / float(different.var()), 1.0)
 
 
-def uniform_variance(steps: int) -> float:
-    """Return the variance of integers that are uniform over 0 to `steps`."""
+def middle(quantization: Quantization) -> float:
+    """Return the mean of uniform integers, counted from the integer of 0."""
+    return (quantization.minimum + quantization.maximum) / 2 - quantization.zero_point
+
+
+def uniform_variance(quantization: Quantization) -> float:
+    """Return the variance of uniform integers."""
+    steps = quantization.maximum - quantization.minimum
     return steps * (steps + 2) / 12
 
 
@@ -53,13 +63,16 @@ def trust(images: float) -> float:
     return images / (images + PRIOR_IMAGES)
 
 
-def shrunk(moment: Array, variance: Array, trusted: Array) -> Array:
-    """Return a covariance (n, n) mixed with that of independent inputs of the given `variance` (n,).
+def mixed_covariance(moment: Array, variance: Array, apart: Array, share: Array) -> Array:
+    """Return the covariance (n, n) of a mixture: `share` (n,) of the calibration images, the rest uniform.
 
-    `trusted` (n,) is the share of `moment` for each input.
+    `moment` (n, n) is the covariance on the calibration images, `variance` (n,) that of uniform inputs.
+    `apart` (n,) is the difference of their means.
     """
-    share = np.sqrt(trusted)
-    mixed: Array = moment * share[:, None] * share + np.diag((1 - trusted) * variance)
+    root, between = np.sqrt(share), apart * np.sqrt(share * (1 - share))
+    mixed: Array = (
+        moment * np.outer(root, root) + np.diag((1 - share) * variance) + np.outer(between, between)
+    )
     return mixed
 
 

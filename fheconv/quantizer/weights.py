@@ -15,7 +15,14 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
-from fheconv.quantizer.evidence import independent_images, least_squares, shrunk, trust, uniform_variance
+from fheconv.quantizer.evidence import (
+    independent_images,
+    least_squares,
+    middle,
+    mixed_covariance,
+    trust,
+    uniform_variance,
+)
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
 from fheconv.quantizer.tables import Budget, width
 
@@ -30,14 +37,14 @@ class IntegerTerms(NamedTuple):
     """Holds a layer's terms with integer weights, and the real size of an accumulator step.
 
     `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
-    weights' data type. `evidence` counts the independent images that the weights were fitted to: for the
-    term that saw the fewest (None: not fitted).
+    weights' data type. `evidence` counts the independent images that each term was fitted to; it is empty if
+    images were not used.
     """
 
     terms: tuple[Term, ...]
     step: Array
     range: tuple[int, int]
-    evidence: float | None = None
+    evidence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,21 +141,19 @@ class Rows:
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
 
-    def per_weight(self, row: Row, values: Sequence[Array]) -> Array:
-        """Return the value of each weight of a row, of `values` (groups, taps) of each term."""
+    def of_weights(self, row: Row, values: Sequence[Array]) -> Array:
+        """Return the values (n,) of a row's n weights, from those (groups, taps) of each term."""
         return np.concatenate([values[p][self._group(p, c)] for p, c in row])
 
-    def uniform(self, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> list[Array]:
-        """Return the variances (groups, taps) of each term's inputs, if all integers were independent.
+    def spread(self, values: Sequence[float], shapes: Sequence[Shape]) -> list[Array]:
+        """Return what reaches each term's weights (groups, taps), if its tensor has one value everywhere.
 
-        Steps before the weights only copy, add or drop values. So they turn variances into variances.
+        Steps before the weights only copy, add or drop values. So this turns the mean of independent inputs
+        into means, and their variance into variances.
         """
         ones = [np.ones((1, *shape)) for shape in shapes]
-        windows = self.windows(ones, [1.0] * len(inputs), [0] * len(inputs))
-        return [
-            uniform_variance(q.maximum - q.minimum) * found.mean(axis=1)
-            for q, found in zip(inputs, windows, strict=True)
-        ]
+        windows = self.windows(ones, [1.0] * len(values), [0] * len(values))
+        return [value * found.mean(axis=1) for value, found in zip(values, windows, strict=True)]
 
     def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
         """Return the inputs of each term's convolution on some images, (groups, windows, taps).
@@ -295,12 +300,14 @@ def round_by_output(
         )
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
-    uniform = rows.uniform(inputs, shapes)
-    seen = [
-        independent_images(tensors[term.source], q.minimum, q.maximum)
-        for term, q in zip(layer.terms, inputs, strict=True)
+    variances = rows.spread([uniform_variance(q) for q in inputs], shapes)
+    seen = [independent_images(tensors[source]) for source in layer.sources]
+    trusted = [np.full(one.shape, trust(images)) for one, images in zip(variances, seen, strict=True)]
+    middles = rows.spread([middle(q) for q in inputs], shapes)
+    apart = [
+        np.zeros(centre.shape) if source else windows.mean(axis=1) - centre
+        for source, windows, centre in zip(layer.sources, delivered, middles, strict=True)
     ]
-    trusted = [np.full(one.shape, trust(images)) for one, images in zip(uniform, seen, strict=True)]
 
     def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         # Dividing by the greatest weight keeps the squares from overflowing.
@@ -310,10 +317,10 @@ def round_by_output(
         # zeros.
         read = rows.read(batch[0]) | (not stacked.any())
         both, stacked = np.ix_(read, read), stacked[:, read]
-        variance, share = (rows.per_weight(batch[0], values)[read] for values in (uniform, trusted))
+        variance, away, share = (rows.of_weights(batch[0], x)[read] for x in (variances, apart, trusted))
         moment, cross = (
-            shrunk(rows.covariance(batch[0], delivered, windows)[both], variance, share)
-            for windows in (delivered, meant)
+            mixed_covariance(rows.covariance(batch[0], delivered, x)[both], variance, away, share)
+            for x in (delivered, meant)
         )
         fitted = least_squares(moment, cross @ stacked.T, stacked)
         rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget and budget.steps)
@@ -321,7 +328,7 @@ def round_by_output(
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
 
-    return _in_batches(rows, fit)._replace(evidence=min(seen))
+    return _in_batches(rows, fit)._replace(evidence=tuple(seen))
 
 
 def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:
