@@ -4,8 +4,7 @@ What is fitted to a few images, or to images that are alike, is wrong for others
 calibration images are mixed with those of inputs that are independent and uniform over their range. Such
 inputs count as much as `PRIOR_IMAGES` images. This is the posterior mean of a covariance under a conjugate
 prior (Gelman et al., Bayesian Data Analysis, section 3.6): it shrinks the covariance of few images, and that
-of many stays as it is. The mean of images is mixed likewise. Means of activations are not: the layers before
-decide those.
+of many stays as it is. Means need fewer images: `PRIOR_IMAGES` are enough.
 """
 
 import numpy as np
@@ -32,14 +31,28 @@ def independent_images(values: Array) -> float:
         >>> independent_images(np.array([[0.0, 1.0], [0.001, 1.0]])) < 1.001
         True
     """
-    first = {hash(image.tobytes()): number for number, image in reversed([*enumerate(values)])}
-    if len(first) == 1:
+    different = _different(values)
+    if len(different) == 1:
         return 1.0
-    different = values[[*first.values()]]
     # Dividing by the range keeps the squares from overflowing or vanishing.
     different = (different - different.min()) / np.ptp(different)
     between = float(different.var(axis=0, ddof=1).mean())
     return 1.0 + (len(different) - 1) * min(between / float(different.var()), 1.0)
+
+
+def evidence(images: Array, values: Array) -> float:
+    """Return how many independent images tell as much as a tensor's `values` (N, …) for `images` (N, …).
+
+    An activation that is the same for all images tells as much as one image.
+    """
+    return min(independent_images(images), float(len(_different(values))))
+
+
+def _different(values: Array) -> Array:
+    """Return those of the `values` (N, …) that differ from all before."""
+    first = {hash(one.tobytes()): number for number, one in reversed([*enumerate(values)])}
+    different: Array = values[sorted(first.values())]
+    return different
 
 
 def middle(quantization: Quantization) -> float:

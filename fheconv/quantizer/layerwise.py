@@ -14,7 +14,7 @@ from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
-from fheconv.quantizer.evidence import middle, trust
+from fheconv.quantizer.evidence import PRIOR_IMAGES, middle
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.weights import IntegerTerms, round_by_output, round_nearest
 
@@ -71,12 +71,12 @@ def _mean_error(
     """Return the mean error (C, *1) of the sums with rounded weights.
 
     The bias corrects the error at no cost (Nagel et al. 2019). The mean is over the calibration images, and
-    over uniform images as far as those are few or alike. Sums are linear, so that means of inputs are enough.
+    over uniform inputs if those are few or alike. Sums are linear, so that means of inputs are enough.
     """
     meant, delivered = [*floats], [*tensors]
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
         for source, q, images in zip(layer.sources, inputs, rounded.evidence, strict=True):
-            share = 1.0 if source else trust(images)
+            share = min(images / PRIOR_IMAGES, 1.0)
             uniform = (1 - share) * middle(q)
             meant[source] = share * floats[source].mean(axis=0, keepdims=True) + uniform * q.scale
             steps = tensors[source].mean(axis=0, keepdims=True) - q.zero_point

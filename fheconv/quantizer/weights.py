@@ -16,7 +16,7 @@ from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
 from fheconv.quantizer.evidence import (
-    independent_images,
+    evidence,
     least_squares,
     middle,
     mixed_covariance,
@@ -301,13 +301,10 @@ def round_by_output(
     delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
     meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
     variances = rows.spread([uniform_variance(q) for q in inputs], shapes)
-    seen = [independent_images(tensors[source]) for source in layer.sources]
+    seen = [evidence(tensors[0], tensors[source]) for source in layer.sources]
     trusted = [np.full(one.shape, trust(images)) for one, images in zip(variances, seen, strict=True)]
     middles = rows.spread([middle(q) for q in inputs], shapes)
-    apart = [
-        np.zeros(centre.shape) if source else windows.mean(axis=1) - centre
-        for source, windows, centre in zip(layer.sources, delivered, middles, strict=True)
-    ]
+    apart = [windows.mean(axis=1) - centre for windows, centre in zip(delivered, middles, strict=True)]
 
     def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         # Dividing by the greatest weight keeps the squares from overflowing.
