@@ -76,16 +76,19 @@ def trust(images: float) -> float:
     return images / (images + PRIOR_IMAGES)
 
 
+def trust_in_mean(images: float) -> float:
+    """Return the share that the mean over `images` independent images has beside that of uniform inputs."""
+    return min(images / PRIOR_IMAGES, 1.0)
+
+
 def mixed_covariance(moment: Array, variance: Array, apart: Array, share: Array) -> Array:
     """Return the covariance (n, n) of a mixture: `share` (n,) of the calibration images, the rest uniform.
 
     `moment` (n, n) is the covariance on the calibration images, `variance` (n,) that of uniform inputs.
-    `apart` (n,) is the difference of their means.
+    `apart` (n,) is the difference of their means, times √(1 − share), where the means are mixed alike.
     """
-    root, between = np.sqrt(share), apart * np.sqrt(share * (1 - share))
-    mixed: Array = (
-        moment * np.outer(root, root) + np.diag((1 - share) * variance) + np.outer(between, between)
-    )
+    root = np.sqrt(share)
+    mixed: Array = (moment + np.outer(apart, apart)) * np.outer(root, root) + np.diag((1 - share) * variance)
     return mixed
 
 

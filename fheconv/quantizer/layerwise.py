@@ -14,7 +14,7 @@ from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
-from fheconv.quantizer.evidence import PRIOR_IMAGES, middle
+from fheconv.quantizer.evidence import middle, trust_in_mean
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.weights import IntegerTerms, round_by_output, round_nearest
 
@@ -76,7 +76,7 @@ def _mean_error(
     meant, delivered = [*floats], [*tensors]
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
         for source, q, images in zip(layer.sources, inputs, rounded.evidence, strict=True):
-            share = min(images / PRIOR_IMAGES, 1.0)
+            share = trust_in_mean(images)
             uniform = (1 - share) * middle(q)
             meant[source] = share * floats[source].mean(axis=0, keepdims=True) + uniform * q.scale
             steps = tensors[source].mean(axis=0, keepdims=True) - q.zero_point

@@ -21,6 +21,7 @@ from fheconv.quantizer.evidence import (
     middle,
     mixed_covariance,
     trust,
+    trust_in_mean,
     uniform_variance,
 )
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
@@ -304,7 +305,14 @@ def round_by_output(
     seen = [evidence(tensors[0], tensors[source]) for source in layer.sources]
     trusted = [np.full(one.shape, trust(images)) for one, images in zip(variances, seen, strict=True)]
     middles = rows.spread([middle(q) for q in inputs], shapes)
-    apart = [windows.mean(axis=1) - centre for windows, centre in zip(delivered, middles, strict=True)]
+    # Images of any brightness are in range. Activations are taken about the mean that the bias relies on.
+    known = [
+        trust_in_mean(images) if n else trust(images) for n, images in zip(layer.sources, seen, strict=True)
+    ]
+    apart = [
+        (windows.mean(axis=1) - centre) * np.sqrt(1 - share)
+        for windows, centre, share in zip(delivered, middles, known, strict=True)
+    ]
 
     def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
         # Dividing by the greatest weight keeps the squares from overflowing.

@@ -89,7 +89,7 @@ def test_the_covariance_is_that_of_a_mixture():
     seen, uniform = rng.normal(2, 1, (300, 3)) @ rng.normal(size=(3, 3)), rng.uniform(0, 1, (100, 3))
     moment, other = np.cov(seen.T, bias=True), np.cov(uniform.T, bias=True)
     apart = seen.mean(axis=0) - uniform.mean(axis=0)
-    mixed = mixed_covariance(moment, np.diag(other), apart, np.full(3, 0.75))
+    mixed = mixed_covariance(moment, np.diag(other), apart * np.sqrt(0.25), np.full(3, 0.75))
     mixed += 0.25 * (other - np.diag(np.diag(other)))  # draws of the uniform inputs correlate a little
     np.testing.assert_allclose(mixed, np.cov(np.concatenate([seen, uniform]).T, bias=True), rtol=1e-12)
 
