@@ -1,13 +1,13 @@
 """Turns a trained model and calibration images into the network that users hold."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
-from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError
 from fheconv.capture.model import capture, single_convolution
@@ -18,7 +18,14 @@ from fheconv.quantizer.allocation import allocate
 from fheconv.quantizer.layerwise import quantize_network
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.nn import Module
+
     from fheconv.training.trainable import TrainableNetwork
+
+
+# What can be quantized: a model, an exported one, a convolution, or the weights of one.
+Model: TypeAlias = "Module | ExportedProgram | Conv | ArrayLike"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +54,7 @@ class QuantizedNetwork(IntegerNetwork):
         return TrainableNetwork(self)
 
 
-def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -> QuantizedNetwork:
+def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
     `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
@@ -89,7 +96,7 @@ def quantize(module: Any, calibration: Any, config: QuantConfig | None = None) -
     return QuantizedNetwork.of(quantize_network(network, images, calibrated, config))
 
 
-def _calibration_images(calibration: Any, conv: Conv | None) -> Array:
+def _calibration_images(calibration: ArrayLike, conv: Conv | None) -> Array:
     images = as_array(calibration, "calibration")
     if conv is not None:
         axes = len(conv.geometry.kernel)

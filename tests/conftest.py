@@ -1,6 +1,7 @@
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +20,15 @@ settings.register_profile(
 settings.load_profile("fheconv")
 
 _exit_status = 0
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Leave out the tests that are marked slow, unless `--run-slow` asks for them.
 
     Of the cases of a test that is marked `sampled(n)`, each n-th is quick, and the others are slow.
@@ -38,18 +40,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if cases[test] % sampled.args[0]:
                 item.add_marker(pytest.mark.slow)
             cases[test] += 1
+    yield  # to -m and -k, which now see all marks
     if config.getoption("--run-slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if slow:
         config.hook.pytest_deselected(items=slow)
+    config.stash[LEFT_OUT] = len(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the number from a process of `-n`: only these collect tests, and each collects all."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say that tests were left out, and how to run them."""
-    if not config.getoption("--run-slow"):
-        terminalreporter.write_line("Tests marked slow were left out. Run them with --run-slow.")
+    """Say how many tests were left out, and how to run them."""
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"Slow tests left out: {left_out}. pytest --run-slow runs them, too.")
 
 
 def pytest_runtest_setup() -> None:
@@ -57,9 +67,11 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-def pytest_sessionfinish(exitstatus: int) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     global _exit_status
     _exit_status = int(exitstatus)
+    if hasattr(session.config, "workeroutput"):  # a process of `-n`
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 @pytest.hookimpl(trylast=True)

@@ -127,18 +127,6 @@ def test_each_room_names_its_files():
         assert sorted(named) == sorted(inside), folder
 
 
-def test_no_test_module_imports_another():
-    """What tests share is in tests/support."""
-    root = PACKAGE.parent
-    files = {
-        ".".join(path.relative_to(root).with_suffix("").parts): path
-        for path in (root / "tests").rglob("test_*.py")
-    }
-    assert "tests.test_layers" in files
-    found = {name: set(imported(ast.parse(path.read_text()), set(files))) for name, path in files.items()}
-    assert {name: others for name, imports in found.items() if (others := imports & set(files))} == {}
-
-
 def test_no_file_is_long():
     lengths = {
         str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")
@@ -174,3 +162,140 @@ def test_no_function_takes_many_parameters():
         ):
             found[name] = count
     assert found == {}
+
+
+# The tests themselves.
+
+TESTS = Path(__file__).resolve().parent
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+DISPLAY = re.compile(r"_repr_\w+_")  # IPython asks objects for it
+IN_CODE = re.compile(rf"(?:\.|\bimport |, ){PRIVATE.pattern}")
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Return the private names that a file defines: functions, classes, variables, attributes of `self`."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                found.add(name)
+    return {name for name in found if PRIVATE.fullmatch(name) and not DISPLAY.fullmatch(name)}
+
+
+def reached(tree: ast.AST, private: set[str]) -> set[str]:
+    """Return the names among `private` that a file uses: attributes, imports, and in strings.
+
+    Strings are names to patch, alone or after a module's, and programs for other processes. Attributes of
+    `self` are the file's own if it defines them.
+    """
+    mine, found = defined(tree), set()
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=value, attr=name) if not (is_self(value) and name in mine):
+                found.add(name)
+            case ast.ImportFrom(names=names):
+                found |= {alias.name for alias in names}
+            case ast.Constant(value=str(text)) if "fheconv" in text:
+                found |= set(PRIVATE.findall(" ".join(IN_CODE.findall(text))))
+            case ast.Constant(value=str(text)) if id(node) not in parts:
+                found.add(text)
+    return found & private
+
+
+def private_names() -> set[str]:
+    return set().union(*(defined(ast.parse(path.read_text())) for path in modules().values()))
+
+
+def test_tests_reach_no_private_name_of_the_library():
+    private, found = private_names(), {}
+    for path in {*TESTS.rglob("*.py")} - {Path(__file__).resolve()}:  # the examples below are some
+        if names := reached(ast.parse(path.read_text()), private):
+            found[str(path.relative_to(TESTS))] = names
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "circuit._one.keys",
+        "thing()._one = None",
+        "from fheconv.circuits.circuit import _one",
+        "monkeypatch.setattr(circuit, '_one', 1)",
+        "getattr(circuit, '_one')",
+        "mock.patch('fheconv.circuits.circuit._one')",
+        "'import fheconv\\ncircuit._one'",
+        "'from fheconv.circuits.circuit import compile, _one'",
+        "f'import fheconv; fheconv.x._one({x})'",
+        "class Mine:\n    def f(self): return self._one",
+    ],
+)
+def test_a_private_name_in_a_test_is_seen(source):
+    assert reached(ast.parse(source), {"_one"}) == {"_one"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class Mine:\n    def f(self): self._one = 1; return self._one",
+        "torch._other",
+        "f'{step}_one'",
+        "'import other; other._one'",
+        "report._repr_html_()",
+    ],
+)
+def test_names_of_others_are_not_private_to_the_library(source):
+    assert reached(ast.parse(source), {"_one"}) == set()
+
+
+def test_private_names_of_every_kind_are_known():
+    inside = "    _d: int = 1\n    def g(self): self._a = 1"
+    source = f"def _f(): pass\nclass _C:\n{inside}\n_V = 2\ndef _repr_html_(): pass"
+    assert defined(ast.parse(source)) == {"_f", "_C", "_d", "_a", "_V"}
+
+
+def imported_tests(tree: ast.AST, files: set[str]) -> set[str]:
+    """Return the test modules that a file imports, and every import that is relative."""
+    relative = {
+        "." * node.level + (node.module or "")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    }
+    names = {name for name in imported(tree, files) if name.startswith("tests.")}
+    return relative | {name for name in names if name.rpartition(".")[2].startswith(("test_", "conftest"))}
+
+
+def files_of_tests() -> set[str]:
+    return {".".join(path.relative_to(TESTS.parent).with_suffix("").parts) for path in TESTS.rglob("*.py")}
+
+
+def test_tests_import_no_other_tests():
+    """What several of them need is in tests/support, or beside the files that it makes."""
+    files, found = files_of_tests(), {}
+    for path in TESTS.rglob("*.py"):
+        if names := imported_tests(ast.parse(path.read_text()), files):
+            found[str(path.relative_to(TESTS))] = names
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from tests.test_layers import graph", "tests.test_layers"),
+        ("from tests import test_layers", "tests.test_layers"),
+        ("def f():\n    import tests.circuits.test_circuit", "tests.circuits.test_circuit"),
+        ("from tests.conftest import settings", "tests.conftest"),
+        ("from . import test_layers", "."),
+        ("from ..support.nets import quantize", "..support.nets"),
+    ],
+)
+def test_an_import_of_a_test_is_seen(source, name):
+    assert imported_tests(ast.parse(source), files_of_tests()) == {name}

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
 from fheconv.analysis.prices import lookup_price
 from fheconv.analysis.remedy import remedy_for
@@ -53,6 +55,8 @@ def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: f
             maximum=int(bounds.channel_maximum[c]),
             position=bounds.maximum_position(c),
             observed=None if observed is None else (int(observed[0][c]), int(observed[1][c])),
+            window=None if layer.lookup is None else layer.lookup.window(c),
+            gain=int(np.broadcast_to(layer.gain, layer.shape)[c].flat[0]),
         )
         for c in range(layer.shape[0])
     )

@@ -11,7 +11,7 @@ from rich.text import Text
 from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.basics.report import Report
-from fheconv.networks.bounds import twos_complement_bits
+from fheconv.networks.quantization import twos_complement_bits
 from fheconv.quantizer.evidence import PRIOR_IMAGES
 
 
@@ -20,7 +20,9 @@ class ChannelBudget:
     """The budget of one output channel.
 
     `minimum` and `maximum` are its attainable range, `position` is where the maximum is attained, and
-    `observed` is the range on the calibration images. `observed` is None if there were none.
+    `observed` is the range on the calibration images. `observed` is None if there were none. `window` is the
+    range that the table of its lookup holds, None without a lookup. `gain` is the integer by which its
+    weights were multiplied to fill the window; all ranges include it.
 
     Example:
         >>> budget = ChannelBudget(channel=0, minimum=-60, maximum=60, position=(0, 0), observed=None)
@@ -33,6 +35,8 @@ class ChannelBudget:
     maximum: int
     position: tuple[int, ...]
     observed: tuple[int, int] | None
+    window: tuple[int, int] | None = None
+    gain: int = 1
 
     @property
     def span(self) -> int:
@@ -55,10 +59,10 @@ class LayerBudget:
     """The budget of one layer: its kind, its cost, and the widths its accumulators need, by three methods.
 
     `accumulator_bits` is the width that the circuit gives the accumulators, in offset form. It is
-    `offset_bits`, or one bit more where rounding could carry. If `proved`, no image exceeds this width.
-    Otherwise the width comes from the range observed in calibration, with a margin (`QuantConfig.overflow`),
-    and `risk` bounds the probability that an image like those of calibration leaves the observed range, not
-    counting the margin.
+    `offset_bits`, or more where gains fill the window of a rounded lookup. If `proved`, no image exceeds this
+    width. Otherwise the window holds what calibration reaches, with a margin (`QuantConfig.overflow`), and
+    `risk` bounds the probability that an image like those of calibration reaches further, not counting the
+    margin. `offset_bits` is then the width that the worst image would need.
 
     `lookup_bits` is the width that rounding leaves for a lookup, `table_entries` the size of a lookup table,
     and `cost_share` the layer's share of what all lookups cost. The circuit computes the last accumulators in
@@ -139,7 +143,7 @@ class BudgetReport(Report):
 
     @property
     def proved(self) -> bool:
-        """True if no image can overflow an accumulator. Otherwise some widths are observed only."""
+        """True if no image leaves the window of a lookup. Otherwise some hold what calibration reaches."""
         return all(layer.proved for layer in self.layers)
 
     @property
@@ -147,8 +151,19 @@ class BudgetReport(Report):
         """True if every accumulator fits the limit, or if there is no limit."""
         return self.limit is None or self.accumulator_bits <= self.limit
 
-    def require(self) -> "BudgetReport":
-        """Return the report itself, or raise `AccumulatorOverflowError` if something does not fit."""
+    def require(self, *, proved: bool = False) -> "BudgetReport":
+        """Return the report itself, or raise `AccumulatorOverflowError` if something does not fit.
+
+        With `proved`, also raise it if an image could leave the window of a lookup.
+        """
+        open_ended = [layer for layer in self.layers if not layer.proved]
+        if proved and open_ended:
+            raise AccumulatorOverflowError(
+                f"Layer {open_ended[0].name!r} has windows that hold what calibration reaches, not what the "
+                'worst image needs; quantize with overflow="proved".',
+                layer=open_ended[0].name,
+                remedy='overflow="proved"',
+            )
         if self.fits or self.limit is None:
             return self
         layer = max((one for one in self.layers if one.channels), key=lambda one: one.accumulator_bits)
@@ -206,7 +221,7 @@ class BudgetReport(Report):
                 "×".join(map(str, layer.shape)),
                 f"{layer.multiply_adds:,}",
                 f"{layer.lookups:,}",
-                f"{layer.accumulator_bits} {'proved' if layer.proved else 'observed only'}",
+                f"{layer.accumulator_bits} {'proved' if layer.proved else 'window'}",
                 "–" if layer.observed_bits is None else str(layer.observed_bits),
                 f"{layer.table_entries}" if layer.table_entries else "–",
                 f"{layer.cost_share:.0%}",
@@ -234,9 +249,10 @@ class BudgetReport(Report):
                 )
             if not layer.proved:
                 yield (
-                    f"{layer.name}: {layer.accumulator_bits} bits are observed only, {layer.offset_bits} are "
-                    f"proved. Of images like those of calibration up to {layer.risk:.1%} leave what was "
-                    "observed; those that leave the margin too come out wrong."
+                    f"{layer.name}: windows of {layer.accumulator_bits} bits hold what calibration reaches; "
+                    f"the worst image needs {layer.offset_bits}. Up to {layer.risk:.1%} of images like those "
+                    "of calibration reach further. Outside a window, in the circuit as in clear, the table "
+                    "is mirrored: a little outside activations are right, far outside they are not."
                 )
             over = self.limit is not None and layer.accumulator_bits > self.limit
             if self.limit is not None and layer.channels and (over or len(self.layers) == 1):

@@ -16,13 +16,11 @@ Example:
     0.255
 """
 
-from dataclasses import replace
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, along_channels, as_array
+from fheconv.basics.arrays import Array, ArrayLike, along_channels, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.bounds import layer_bounds, without_bias
@@ -80,8 +78,8 @@ def noisy(
 
 def accuracies(
     network: IntegerNetwork,
-    images: Any,
-    labels: Any,
+    images: ArrayLike,
+    labels: ArrayLike,
     p_error: float,
     *,
     draws: int = 8,
@@ -128,7 +126,7 @@ def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.rand
         return np.full(accumulators.shape, lookup.tables.flat[0])
     steps = deviation * 2**lookup.dropped_bits
     noise = np.rint(steps * rng.standard_normal(accumulators.shape)).astype(np.int64)
-    return replace(lookup, proved=False)(accumulators + noise)
+    return lookup(accumulators + noise)
 
 
 def _decrypted(network: IntegerNetwork, accumulators: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from fheconv.analysis.budget_report import BudgetReport
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
 
 try:
@@ -159,7 +159,7 @@ def layers(report: BudgetReport) -> Figure:
     return figure
 
 
-def images(pictures: Mapping[str, Any], *, common: bool = False) -> Figure:
+def images(pictures: Mapping[str, ArrayLike], *, common: bool = False) -> Figure:
     """Draw pictures, each (M, N) or (1, M, N), side by side under their titles.
 
     Data without negative values is grey. Data with negative values is red and blue, and zero is white.
@@ -231,7 +231,7 @@ def filter_matrix(matrix: Any, ax: Axes | None = None, *, block: tuple[int, int]
 
 
 def filter_matrices(
-    matrices: Mapping[str, Any], *, blocks: Mapping[str, tuple[int, int]] | None = None
+    matrices: Mapping[str, ArrayLike], *, blocks: Mapping[str, tuple[int, int]] | None = None
 ) -> Figure:
     """Draw filter matrices side by side under their titles. Entries have the same size in all of them.
 

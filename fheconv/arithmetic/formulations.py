@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -19,7 +19,7 @@ from fheconv.arithmetic.geometry import (
     transposed_weight,
 )
 from fheconv.arithmetic.matrix import csr_filter_matrix, flip
-from fheconv.basics.arrays import Array, as_array, channel_vector
+from fheconv.basics.arrays import Array, ArrayLike, as_array, channel_vector
 from fheconv.basics.errors import InvalidArgumentError
 
 Method: TypeAlias = Literal["loops", "shifts", "im2col", "tensordot", "matrix"]
@@ -27,9 +27,9 @@ Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
 
 def conv(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
@@ -100,9 +100,9 @@ def conv(
 
 
 def conv_gradients(
-    grad_output: Any,
-    x: Any,
-    weight: Any,
+    grad_output: ArrayLike,
+    x: ArrayLike,
+    weight: ArrayLike,
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
@@ -150,9 +150,9 @@ def conv_gradients(
 
 
 def conv_transpose(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,

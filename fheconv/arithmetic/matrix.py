@@ -18,7 +18,7 @@ from fheconv.arithmetic.geometry import (
     shape_of,
     tap_sources,
 )
-from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 
@@ -26,7 +26,7 @@ DENSE_LIMIT = 2 * 2**30
 
 
 def filter_matrix(
-    weight: Any,
+    weight: ArrayLike,
     input_shape: Sequence[int],
     *,
     stride: PerAxis = 1,
@@ -134,7 +134,7 @@ def csr_filter_matrix(
     return matrix.astype(weight.dtype, copy=False) if fits else matrix
 
 
-def _matrix_arguments(weight: Any, input_shape: Sequence[int]) -> tuple[Array, tuple[int, ...], int]:
+def _matrix_arguments(weight: ArrayLike, input_shape: Sequence[int]) -> tuple[Array, tuple[int, ...], int]:
     weight = as_array(weight, "weight")
     if weight.dtype.kind in "ub":
         exact_dtypes(weight, weight.reshape(-1)[:0], 1, None)

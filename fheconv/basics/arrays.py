@@ -1,6 +1,6 @@
 """Turns images and weights that users pass into numpy arrays, and holds common operations on arrays."""
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -8,9 +8,15 @@ import numpy.typing as npt
 from fheconv.basics.errors import InvalidArgumentError
 
 Shape: TypeAlias = tuple[int, ...]
-
-
 Array: TypeAlias = npt.NDArray[Any]
+
+# What users may give for an array: an array, nested lists of numbers, a torch tensor.
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
+
+    ArrayLike: TypeAlias = npt.ArrayLike | Tensor
+else:
+    ArrayLike = Any
 
 
 def as_array(value: Any, name: str) -> Array:

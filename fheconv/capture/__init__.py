@@ -1,9 +1,15 @@
 """Turns a torch model, a weight array or a file into a network in floats.
 
 model: the entry: a model or a single convolution.
+tracing: modules as torch.export takes them, and whether they repeat their results.
 exported: from torch.export's graph to a network.
 calls: one call of an operator, with its arguments.
+folding: tensors whose first axis is not the batch.
+probing: whatever torch can show to be linear.
+proof: that a function is affine.
+jacobian: the sparse matrix of a linear function.
 graph: tensors between calls, and the layers they become.
+merging: layers in a row with no activation between them.
 elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.

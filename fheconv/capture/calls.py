@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
-from fheconv.capture.graph import DENSE_LIMIT, Affine, Graph, Pending, Unsupported, Value
+from fheconv.capture.graph import Affine, Graph, Pending, Unsupported, Value
 from fheconv.networks.expression import Expression, X
-from fheconv.networks.linear import Select, pointwise
+from fheconv.networks.linear import Select
 
 # The graph is made with a batch of two images, so that operators that mix images can be found.
 BATCH = 2
@@ -23,7 +23,9 @@ BATCH = 2
 class Call:
     """Holds what a handler needs besides the arguments of its operator.
 
-    `read_once` says that only this call reads the encrypted arguments.
+    `read_once` says that only this call reads the encrypted arguments. `real` says that each of these, and
+    the result, is one tensor of floats or complex numbers. `given` is the shape of the result where torch's
+    is another.
     """
 
     graph: Graph
@@ -31,6 +33,8 @@ class Call:
     name: str
     operation: str
     read_once: bool
+    real: bool
+    given: Shape | None = None
 
     @property
     def target(self) -> Callable[..., Any]:
@@ -41,6 +45,8 @@ class Call:
     @property
     def shape(self) -> Shape:
         """The shape of the (first) result without the batch axis. Raises `Unsupported` if it has none."""
+        if self.given is not None:
+            return self.given
         example = self.node.meta["val"]
         return image_shape((example if isinstance(example, torch.Tensor) else example[0]).shape)
 
@@ -187,22 +193,3 @@ def with_constant(call: Call, operation: str, value: Value, values: Array, read_
         with np.errstate(divide="ignore", invalid="ignore"):  # `capture` refuses what is not finite
             made = call.graph.scale(affine, 1 / full if operation == "div" else full, call.name)
     return replace(made, origin=None if operand is None else (affine, function))
-
-
-def by_matrix(call: Call, value: Affine, target: Callable[[torch.Tensor], torch.Tensor]) -> Affine:
-    """Apply, as a matrix, any linear operator that is the same for each channel.
-
-    Raises `Unsupported` if the matrix is too large.
-    """
-    channels, size = value.shape[0], math.prod(value.shape[1:])
-    if size * math.prod(call.shape[1:]) > DENSE_LIMIT:
-        raise Unsupported(
-            f"its windows differ, and the matrix of {size:,} × {math.prod(call.shape[1:]):,} that does it "
-            f"has more than {DENSE_LIMIT:,} weights; the nearest that is supported: windows of one size, "
-            "ceil_mode=False and count_include_pad=True"
-        )
-    basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, *value.shape[1:])
-    matrix = target(basis).reshape(size, -1).numpy().T
-    value = move(call, value, lambda t: t.reshape(BATCH, channels, size).transpose(1, 2))
-    value = call.graph.linear(value, pointwise(matrix, 1), call.name)
-    return move(call, value, lambda t: t.transpose(1, 2).reshape(BATCH, *call.shape))

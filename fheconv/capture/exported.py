@@ -1,8 +1,8 @@
 """Turns a torch module into a float network, by the graph of `torch.export`."""
 
 import operator
+import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from torch.fx import Node
 from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.capture.calls import BATCH, Call
+from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
-from fheconv.capture.operators import HANDLERS, nearest
+from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
+from fheconv.capture.probing import leaves, linear
+from fheconv.capture.tracing import dependence, traceable
 from fheconv.networks.floats import Network
 
 
@@ -36,21 +39,33 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
     training = [part for part in module.modules() if part.training]
     try:
         module.eval()
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
-            module(example)  # its error about a wrong shape is clearer than that of export
+            # Its error about a wrong shape is clearer than that of export.
+            depends = dependence(module, BATCH, input_shape, like)
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
     except Exception as error:  # the user's forward can raise anything
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Calibrate on images as the model takes them; a "
+            f"{_said(error)}. Calibrate on images as the model takes them; a "
             "model whose path depends on the values of the image cannot be a circuit."
         ) from error
     finally:
         for part in training:
             part.training = True
-    return network_of(program, input_shape)
+    network = network_of(program, input_shape)
+    if depends:  # last, because the graph may name the operator
+        raise UnsupportedLayerError(f"{kind} cannot be compiled: {depends}.")
+    return network
+
+
+def _said(error: Exception) -> str:
+    """Return the first paragraph of an error, and the user's line if torch names it."""
+    text = str(error).strip() or type(error).__name__
+    line = re.search(r"The following call raised this error:\n(.*?)(\n\n|$)", text, re.DOTALL)
+    said = text.split("\n\n")[0] + (f" ({line[1]})" if line else "")
+    return " ".join(said.split())
 
 
 def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:
@@ -73,7 +88,7 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
     except Exception as error:  # the program can raise anything
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
-            f"{str(error).strip() or type(error).__name__}. Export a model of one argument, a batch of any "
+            f"{_said(error)}. Export a model of one argument, a batch of any "
             'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
             "that it was exported for."
         ) from error
@@ -99,6 +114,11 @@ def network_of(program: Any, input_shape: Shape) -> Network:
             values[node] = _result(graph, node, values)
     results = _results(program)
     result = values.get(results[0]) if len(results) == 1 else None
+    if isinstance(result, Folded):
+        raise UnsupportedLayerError(
+            f"The model's output of shape {result.shape} cannot be compiled: {MIXES}. Return a batch of "
+            "results."
+        )
     if not isinstance(result, Value | Final):
         raise UnsupportedLayerError(
             f"The model returns {_count(results)}; a circuit has one result, which depends on the image. "
@@ -150,7 +170,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     """Return the value of an operator's node; torch computes it if all arguments are constants."""
     operation = _operation(node)
     arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    encrypted = [leaf for leaf in _leaves((arguments, options)) if isinstance(leaf, Value | Final)]
+    encrypted = [leaf for leaf in leaves((arguments, options)) if isinstance(leaf, Value | Final | Folded)]
     name, kind = _where(node)
     call = Call(
         graph=graph,
@@ -158,29 +178,72 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         name=name,
         operation=operation,
         read_once=all(_is_read_once(n, values) for n in node.all_input_nodes),
+        real=all(
+            _is_real(n)
+            for n in (node, *(n for n in node.all_input_nodes if isinstance(values[n], Value | Folded)))
+        ),
     )
     try:
         if node.target is operator.getitem:
             return _item(*arguments)
+        if _draws(call, arguments):
+            raise Unsupported(RANDOM)
         if not encrypted:
-            return call.target(*arguments, **options)
+            made = call.target(*arguments, **options)
+            # What no one wrote may be anything: zeros, as in `new_empty`.
+            return made.zero_() if operation.startswith("empty") else made
         for value in encrypted:
             if isinstance(value, Final):
                 raise Unsupported(
                     f"the {value.last.operator} before it can only be the last operation, which the client "
                     "computes in clear; the nearest that is supported: an activation"
                 )
-        if operation not in HANDLERS:
-            raise Unsupported(nearest(operation))
-        return HANDLERS[operation](call, *arguments, **options)
+        if folds(call, (arguments, options)):
+            return followed(call, arguments, options)
+        return _handled(call, arguments, options)
     except Unsupported as error:
         reason = str(error)
         cause: Exception = error
     except Exception as error:  # an unknown option, or a tensor in place of a number
-        reason = f"it is called in a way that is not supported ({str(error).strip() or type(error).__name__})"
+        reason = f"it is called in a way that is not supported ({_said(error)})"
         cause = error
     layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause
+
+
+def _draws(call: Call, arguments: Any) -> bool:
+    """Return whether an operator draws at random."""
+    if "dropout" in call.operation:
+        _, share, train = (*arguments, False)[:3]
+        return bool(train) and share != 0
+    tags = getattr(call.node.target, "tags", ())
+    # Whether attention drops anything depends on an option, and is found out where it is probed.
+    return torch.Tag.nondeterministic_seeded in tags and call.operation not in (*HANDLERS, *NEAREST)
+
+
+def _is_real(node: Node) -> bool:
+    """Return whether a node is one tensor of floats, or of pairs of them: complex numbers."""
+    example = node.meta.get("val")
+    return isinstance(example, torch.Tensor) and (example.is_floating_point() or example.is_complex())
+
+
+def _handled(call: Call, arguments: Any, options: Any) -> Any:
+    """Return what a handler makes of a call, or what is left: whatever torch shows to be linear."""
+    if call.operation not in HANDLERS:
+        made = linear(call, arguments, options)
+        if made is None:
+            raise Unsupported(nearest(call.operation))
+        return made
+    try:
+        return HANDLERS[call.operation](call, *arguments, **options)
+    except Exception as error:
+        try:
+            made = linear(call, arguments, options)
+        except Unsupported:
+            made = None
+        if made is None:
+            raise error from None
+        return made
 
 
 def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
@@ -194,9 +257,9 @@ def _is_read_once(node: Node, values: dict[Node, Any]) -> bool:
 
 def _functions(value: Any) -> set[Any]:
     """Return identifiers of the activations and maxima in a node's value."""
-    leaves = list(_leaves(value))
-    pending = {(id(leaf.base), id(leaf.function)) for leaf in leaves if isinstance(leaf, Pending)}
-    return pending | {id(leaf) for leaf in leaves if isinstance(leaf, Pooled)}
+    parts = [v for leaf in leaves(value) for v in (leaf.values if isinstance(leaf, Folded) else (leaf,))]
+    pending = {(id(part.base), id(part.function)) for part in parts if isinstance(part, Pending)}
+    return pending | {id(part) for part in parts if isinstance(part, Pooled)}
 
 
 def _item(several: Any, number: Any) -> Any:
@@ -217,13 +280,3 @@ def _where(node: Node) -> tuple[str, str]:
         return node.name, ""
     path, kind = stack[-1]
     return path.partition("@")[0], getattr(kind, "__name__", str(kind)).rpartition(".")[2]
-
-
-def _leaves(arguments: Any) -> Iterator[Any]:
-    if isinstance(arguments, dict):
-        arguments = arguments.values()
-    elif not isinstance(arguments, list | tuple):
-        yield arguments
-        return
-    for part in arguments:
-        yield from _leaves(part)

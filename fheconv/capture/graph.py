@@ -15,13 +15,10 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, frozen
+from fheconv.capture.merging import before, cheapest_cut, merged
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.floats import Finish, Layer, Maximum, Network
 from fheconv.networks.linear import Select, Step, Term, pointwise
-
-# Several layers without an activation between them may not be one convolution. They become one dense matrix,
-# of at most this many weights.
-DENSE_LIMIT = 2**24
 
 # Functions that never decrease, with any constants; and functions that need constants that are not negative.
 _INCREASING = {
@@ -113,6 +110,8 @@ class Graph:
         # The keys are ids of values, and of (base, function). Keeping the objects keeps their ids unique.
         self._read: dict[int, tuple[Value, Affine]] = {}
         self._looked_up: dict[tuple[int, int], tuple[Pending, Affine]] = {}
+        # By source and steps: where terms are cut, and the tensor that the rest reads.
+        self._cuts: dict[tuple[int, ...], tuple[Term, int]] = {}
 
     def source(self, number: int, name: str) -> Affine:
         """Return tensor `number` as an affine value."""
@@ -152,10 +151,7 @@ class Graph:
         return None
 
     def network(self, value: Value | Final) -> Network:
-        """Return the network whose output is `value`.
-
-        Raises `Unsupported` if a layer would be too large.
-        """
+        """Return the network whose output is `value`."""
         last = value.last if isinstance(value, Final) else None
         pending = self.pending(value.inner if isinstance(value, Final) else value)
         base, view = _with_an_axis(pending)
@@ -188,7 +184,7 @@ class Graph:
 
     def _layer(self, base: Affine, activation: Expression | None, name: str) -> int:
         """Make a layer and return the number of its tensor."""
-        terms = tuple(self._quantizable(term, name) for term in base.terms)
+        terms = self._quantizable(base.terms, name)
         layer = Layer(
             name=self._name(weighed(base, name)), terms=terms, bias=frozen(base.bias), activation=activation
         )
@@ -201,22 +197,35 @@ class Graph:
         numbers = (f"{name}_{n}" for n in range(1, len(taken) + 2))
         return next(candidate for candidate in (name, *numbers) if candidate not in taken)
 
-    def _quantizable(self, term: Term, name: str) -> Term:
-        """Return a term with exactly one convolution whose weights are to be quantized."""
-        if len(term.inexact()) == 1:
-            return term
-        shape = self._shape(term.source)
-        output = term.shapes(shape)[-1]
-        if not term.inexact():
-            ones = pointwise(np.ones((output[0], 1)), len(output) - 1, groups=output[0])
-            return replace(term, steps=(*term.steps, ones))
-        if math.prod(shape) * math.prod(output) > DENSE_LIMIT:
-            raise Unsupported(
-                f"several layers with weights in a row and no activation between them (up to {name!r}) would "
-                f"have to become a dense matrix of {math.prod(shape):,} × {math.prod(output):,}, more than "
-                f"{DENSE_LIMIT:,} weights; put an activation between them, or merge them before training"
-            )
-        return term.dense(shape)
+    def _quantizable(self, terms: Sequence[Term], name: str) -> tuple[Term, ...]:
+        """Return terms that add up to the same, with exactly one convolution whose weights are quantized."""
+        found: list[Term] = []
+        several: dict[int, list[Term]] = {}
+        for term in terms:
+            if len(term.inexact()) > 1:
+                several.setdefault(term.source, []).append(term)
+            elif term.inexact():
+                found.append(term)
+            else:
+                output = term.shapes(self._shape(term.source))[-1]
+                ones = pointwise(np.ones((output[0], 1)), len(output) - 1, groups=output[0])
+                found.append(replace(term, steps=(*term.steps, ones)))
+        for source, own in several.items():
+            made = merged(own, self._shape(source))
+            found += self._quantizable([self._cut(term, name) for term in own], name) if made is None else (
+                self._quantizable(made, name)
+            )  # fmt: skip
+        return tuple(found)
+
+    def _cut(self, term: Term, name: str) -> Term:
+        """Return a term that reads a new tensor: the values in the middle of a term, looked up."""
+        at, _ = cheapest_cut(term, self._shape(term.source))
+        key = (term.source, *map(id, term.steps[:at]))
+        if key not in self._cuts:
+            first = before(term, at)
+            bias = np.zeros(first.shapes(self._shape(term.source))[-1])
+            self._cuts[key] = first, self._layer(Affine(name, (first,), bias), X, f"{name}.0")
+        return replace(term, source=self._cuts[key][1], steps=term.steps[at:])
 
     # These methods apply operators to values.
 

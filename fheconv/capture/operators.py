@@ -19,7 +19,6 @@ from fheconv.capture.calls import (
     BATCH,
     Call,
     array,
-    by_matrix,
     constant,
     gathered,
     move,
@@ -27,6 +26,7 @@ from fheconv.capture.calls import (
     with_constant,
 )
 from fheconv.capture.graph import Final, Unsupported, Value
+from fheconv.capture.probing import leaves
 from fheconv.networks.expression import ELEMENTWISE, Expression, X
 from fheconv.networks.linear import Kernel, pointwise
 
@@ -117,14 +117,14 @@ def _batch_norm_of_constants(
     return (_batch_norm(call, x, weight, bias, mean, variance, False, momentum, eps),)
 
 
-def _by_matrix(call: Call, x: Value, *arguments: Any) -> Value:
-    return by_matrix(call, call.graph.affine(x), lambda t: call.target(t, *arguments))
-
-
 # Operators that only move values.
 
 
-def _move(call: Call, x: Value, *arguments: Any, **options: Any) -> Any:
+def _move(call: Call, x: Any, *arguments: Any, **options: Any) -> Any:
+    if any(isinstance(leaf, Value) for leaf in leaves((arguments, options))):
+        raise Unsupported(
+            "the places that it reads depend on the image; the nearest that is supported: constant places"
+        )
     return move(call, x, lambda places: call.target(places, *arguments, **options))
 
 
@@ -159,7 +159,7 @@ def _constant_pad(call: Call, x: Value, pads: Any, value: float = 0) -> Value:
 
 def _like(call: Call, x: Value, *arguments: Any, **options: Any) -> torch.Tensor:
     made: torch.Tensor = call.target(torch.zeros(BATCH, *x.shape), *arguments, **options)
-    return made
+    return made.zero_() if "empty" in call.operation else made
 
 
 # Operators that change no value, and operators that only the client can compute.
@@ -180,12 +180,6 @@ def _to(call: Call, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
-def _dropout(call: Call, x: Value, p: float = 0.5, train: bool = False) -> Value:
-    if train:
-        raise Unsupported("it drops at random; call model.eval()")
-    return x
-
-
 def _softmax(call: Call, x: Value, dim: int, *_: Any) -> Final:
     axis = 1 + call.axis(dim, x.shape)
     return Final(call.graph.pending(x), Expression(call.operation, (X,), (("axis", axis),)))
@@ -198,7 +192,7 @@ def _argmax(call: Call, x: Value, dim: int | None = None, keepdim: bool = False)
     return Final(call.graph.pending(x), Expression("argmax", (X,), (("axis", axis), ("keepdims", keepdim))))
 
 
-_MOVES = (
+MOVES = (
     "broadcast_to", "channel_shuffle", "chunk", "diagonal", "expand", "flatten", "flip", "im2col", "index",
     "index_select", "movedim", "narrow", "native_channel_shuffle", "permute", "pixel_shuffle",
     "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split",
@@ -207,8 +201,7 @@ _MOVES = (
     "upsample_nearest3d", "upsample_nearest_exact1d", "upsample_nearest_exact2d", "upsample_nearest_exact3d",
     "view",
 )  # fmt: skip
-_BY_MATRIX = ("upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d")
-_SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
+SAME = ("alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy")
 
 
 def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -218,11 +211,11 @@ def _each(name: str, handler: Callable[..., Any]) -> dict[str, Callable[..., Any
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise.apply),
-    **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(_BY_MATRIX, _by_matrix),
-    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(MOVES, _move),
+    **dict.fromkeys(SAME, _same),
     **dict.fromkeys(("to", "to_copy", "type_as"), _to),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    # Capture has refused those that drop anything.
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _same),
     **dict.fromkeys(("add", "sub", "rsub"), elementwise.add),
     **dict.fromkeys(("mul", "div"), elementwise.product),
     **dict.fromkeys(("maximum", "minimum"), elementwise.extreme),
@@ -232,7 +225,19 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("matmul", "mm"), _matmul),
     **dict.fromkeys(("cat", "stack"), _cat),
     **dict.fromkeys(("copy", "select_scatter", "slice_scatter"), _gather),
-    **dict.fromkeys(("full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"), _like),
+    **dict.fromkeys(
+        (
+            "empty_like",
+            "full_like",
+            "ones_like",
+            "zeros_like",
+            "new_empty",
+            "new_full",
+            "new_ones",
+            "new_zeros",
+        ),
+        _like,
+    ),
     **_each("conv", _convolution),
     **_each("conv_transpose", _conv_transpose),
     **_each("avg_pool", poolings.avg_pool),
@@ -258,10 +263,14 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "rrelu": elementwise.rrelu,
     "where": elementwise.where,
 }
-_NEAREST = {
+RANDOM = (
+    "it draws at random, so that no two runs would agree; call model.eval(), and where dropout is a function "
+    "pass training=self.training"
+)
+NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
+    "batch_norm_legit_functional": "BatchNorm in evaluation mode, with running statistics",
     "bmm": "a Linear or convolution with constant weights",
-    "cumsum": "a Linear layer with the weights 1",
     "embedding": "one-hot images and a Linear layer",
     "grid_sampler": "a convolution with constant weights",
     "group_norm": "BatchNorm, whose statistics are constants",
@@ -286,7 +295,7 @@ _NEAREST = {
 def nearest(operation: str) -> str:
     """Return a sentence with the supported operators nearest to one that is not supported."""
     plain_name = operation.removeprefix("native_")
-    close = _NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
+    close = NEAREST.get(plain_name) or ", ".join(difflib.get_close_matches(operation, HANDLERS, 3, 0.7))
     return (
         "it is neither linear nor a function of one variable that is known here; the nearest that is "
         "supported: " + (close or "convolutions, linear layers, poolings, and functions of one variable")

@@ -1,14 +1,17 @@
 """Handles averages and maxima over windows."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from fheconv.arithmetic import ConvGeometry
 from fheconv.basics.arrays import frozen
-from fheconv.capture.calls import BATCH, Call, by_matrix, move, with_constant
+from fheconv.capture.calls import BATCH, Call, move, with_constant
 from fheconv.capture.graph import Affine, Pooled, Unsupported, Value
+from fheconv.capture.probing import of_function
 from fheconv.networks.linear import Kernel
 
 Windows = list[list[list[int]]]  # for each axis and output position: the input positions that it reads
@@ -43,7 +46,7 @@ def avg_pool(
     if alike and geometry.output_size(value.shape[1:]) == call.shape[1:]:
         return _average(call, value, geometry, divisor_override or math.prod(size))
     arguments = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return by_matrix(call, value, lambda t: call.target(t, *arguments))
+    return _uneven(call, x, lambda t: call.target(t, *arguments))
 
 
 def adaptive_avg_pool(call: Call, x: Value, output: Any) -> Value:
@@ -52,9 +55,17 @@ def adaptive_avg_pool(call: Call, x: Value, output: Any) -> Value:
     value = call.graph.affine(x)
     spatial = value.shape[1:]
     if any(size % out for size, out in zip(spatial, call.shape[1:], strict=True)):
-        return by_matrix(call, value, lambda t: call.target(t, outputs))
+        return _uneven(call, x, lambda t: call.target(t, outputs))
     size = tuple(s // out for s, out in zip(spatial, call.shape[1:], strict=True))
     return _average(call, value, ConvGeometry.of(size, stride=size, groups=len(value.bias)), math.prod(size))
+
+
+def _uneven(call: Call, x: Value, function: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """Average over windows that differ."""
+    made = of_function(call, function, [x])
+    if made is None:
+        raise Unsupported("torch does not show that its averages are linear; use windows of one size")
+    return made
 
 
 def mean(call: Call, x: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:

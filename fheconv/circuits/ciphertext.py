@@ -148,7 +148,10 @@ def check_ciphertext(
         needs = "what encrypt() returned" if kind == "input" else "what run() returned"
         raise ArtifactError(f"{step} takes {needs}; this ciphertext is an {ciphertext.kind}.")
     if ciphertext.fingerprint != fingerprint:
-        raise ArtifactError("The ciphertext belongs to another circuit; encrypt with this one.")
+        raise ArtifactError(
+            "The ciphertext belongs to another circuit; encrypt with this one, with the client.zip that was "
+            "saved together with the server.zip. (With one of file format 1, a client of format 1 goes.)"
+        )
     if ciphertext.key_id != key_id:
         raise ArtifactError(OTHER_KEYS)
     if len(ciphertext.values) != -(-ciphertext.images // lanes):

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
     AccumulatorOverflowError,
     ArtifactError,
@@ -107,8 +107,12 @@ class FheCircuit(KeyOwner):
         """
         return handle.key_id.partition(".")[0] == self._one.key_id
 
-    def _promised(self, images: int) -> float:
-        """Return the probability that a value of such a batch is wrong, or with lookups an image of it."""
+    def promised(self, images: int) -> float:
+        """Return the probability that a value is wrong in a batch of `images` images.
+
+        With lookups it is the probability that an image has any wrong value. It is the promise that `verify`
+        holds results against.
+        """
         with self._lock:
             compiled = self._handle_for(images).compiled
             return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
@@ -154,7 +158,6 @@ class FheCircuit(KeyOwner):
         specs, mlir = self._one.request("export")
         return Exported(
             interface=self._one.interface,
-            fingerprint=self._one.fingerprint,
             specs=specs,
             mlir=mlir,
             cost=self._cost(),
@@ -172,7 +175,7 @@ class FheCircuit(KeyOwner):
         """
         return save(self.exported(), folder, class_names=class_names)
 
-    def encrypt(self, x: Any) -> Ciphertext:
+    def encrypt(self, x: ArrayLike) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -205,18 +208,23 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
-    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+    def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
         simulation. "execute" encrypts, runs and decrypts. Raises like `encrypt`.
         """
         q, batched = self.network.quantize_input(x)
-        y = self.network.dequantize(self._integers(q, fhe))
+        y = self.network.dequantize(self.accumulate(q, fhe))
         return y if batched else y[0]
 
-    def _integers(self, q: Array, fhe: Fhe) -> Array:
-        """Return the integer outputs (N, K, *Out) for images from `quantize_input`, by the mode `fhe`."""
+    def accumulate(self, q: Array, fhe: Fhe = "disable") -> Array:
+        """Return the integer outputs (N, K, *Out) for integer images, by the mode `fhe` (see `predict`).
+
+        It is `network.accumulate`, but with the circuit's own function, simulated or encrypted.
+
+        Raises like `encrypt`.
+        """
         if fhe == "execute":
             encrypted = self._encrypt(q, batched=True)
             return self.decrypt(self.run(encrypted), dequantize=False)
@@ -231,7 +239,7 @@ class FheCircuit(KeyOwner):
         results = lowered.function(lowered.interface.prepare(q))
         return lowered.interface.accumulators(results, len(q))
 
-    def verify(self, x: Any, *, runs: int = 1, show: int = 10) -> VerifyReport:
+    def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
         The report counts all differences and names the first `show`. It compares their rate with the failure
@@ -244,9 +252,9 @@ class FheCircuit(KeyOwner):
         if not len(q):
             raise InputRangeError("There is nothing to verify in an empty batch; give at least one image.")
         expected = np.stack([self.network.accumulate(q)] * runs)
-        got = np.stack([self._integers(q, "execute") for _ in range(runs)])
+        got = np.stack([self.accumulate(q, "execute") for _ in range(runs)])
         looks_up = self._one.lowered.lookups > 0
-        promised = self._rounded_differently(q) if self._rounds else self._promised(len(q))
+        promised = self._rounded_differently(q) if self._rounds else self.promised(len(q))
         return compare(expected, got, promised, show, by_image=looks_up)
 
     @property
@@ -257,7 +265,7 @@ class FheCircuit(KeyOwner):
     def _rounded_differently(self, q: Array) -> float:
         """Return the share of integer images for which Concrete's simulation gives other results."""
         tried = np.repeat(q, -(-SIMULATED // len(q)), axis=0)
-        differ = self._integers(tried, "simulate") != self.network.accumulate(tried)
+        differ = self.accumulate(tried, "simulate") != self.network.accumulate(tried)
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
         return (count + 1) / (len(tried) + 1)  # never 0: a difference that was not seen may still happen
 
@@ -299,7 +307,7 @@ def _lanes(one: Lowered, config: CompileConfig) -> int:
 
     Raises `AccumulatorOverflowError` for widths on which the native compiler aborts.
     """
-    if one.lookups:
+    if not one.takes_lanes:
         if config.lanes not in ("auto", 1):
             raise InvalidArgumentError(
                 f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."

@@ -1,9 +1,8 @@
 """Makes keys, encrypts images and decrypts results: the side that owns the keys."""
 
 from pathlib import Path
-from typing import Any
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
@@ -47,7 +46,7 @@ class Client(KeyOwner):
         """The smallest and the greatest value of an image that can be encrypted."""
         return self._one.interface.input.real_range
 
-    def encrypt(self, x: Any) -> Ciphertext:
+    def encrypt(self, x: ArrayLike) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`

@@ -154,7 +154,8 @@ def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
     found, key_id, keys = read_key_file(path)
     if found != fingerprint:
         raise ArtifactError(
-            f"The keys of {path} belong to another circuit; compile the one they were made for."
+            f"The keys of {path} belong to another circuit; compile the one they were made for. Keys made "
+            "for files of format 1 go with a client.zip of format 1."
         )
     return key_id, keys
 

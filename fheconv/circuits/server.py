@@ -105,7 +105,8 @@ def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:
         )
     if keys.fingerprint != fingerprint:
         raise ArtifactError(
-            "The evaluation keys belong to another circuit; make keys with this one's client."
+            "The evaluation keys belong to another circuit; make keys with this one's client. (With a "
+            "server.zip of file format 1, a client of format 1 goes.)"
         )
 
 

@@ -9,15 +9,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from fheconv.arithmetic import expand
 from fheconv.arithmetic.geometry import PerAxis, per_axis
-from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.circuits.ciphertext import Ciphertext
@@ -87,7 +86,7 @@ class TiledCircuit:
         """Generate new keys. Raises `ExecutionError` if the native library fails."""
         self.circuit.keygen()
 
-    def predict(self, x: Any, fhe: Fhe = "disable") -> Array:
+    def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
         """Return the float outputs (K, *Out) of one float image (C, *S) of any size.
 
         `fhe` is "disable", "simulate" or "execute", as for `FheCircuit.predict`. Raises
@@ -95,14 +94,14 @@ class TiledCircuit:
         """
         return self.network.dequantize(self._integers(self._quantize(x), fhe)[None])[0]
 
-    def verify(self, x: Any, *, show: int = 10) -> VerifyReport:
+    def verify(self, x: ArrayLike, *, show: int = 10) -> VerifyReport:
         """Run an image encrypted, tile by tile, and compare every result with the clear integers."""
         check_integer("show", show, 0)
         q = self._quantize(x)
         expected = self.network.accumulate(q[None])[0]
-        return compare(expected, self._integers(q, "execute"), self.circuit._promised(self.cost.lanes), show)
+        return compare(expected, self._integers(q, "execute"), self.circuit.promised(self.cost.lanes), show)
 
-    def encrypt(self, x: Any) -> Iterator[Ciphertext]:
+    def encrypt(self, x: ArrayLike) -> Iterator[Ciphertext]:
         """Encrypt one float image (C, *S) of any size. Yield its tiles one by one, each as a ciphertext.
 
         The ciphertexts are for the circuit that `circuit.save` writes. `fheconv.serving.distributed` runs it
@@ -134,7 +133,7 @@ class TiledCircuit:
         y = self._assemble(finished, counts, self._kernel.geometry.output_size(spatial))
         return self.network.dequantize(y[None])[0]
 
-    def _quantize(self, x: Any) -> Array:
+    def _quantize(self, x: ArrayLike) -> Array:
         x = as_array(x, "The image")
         if x.ndim != len(self.network.input_shape) or x.shape[0] != self.network.input_shape[0]:
             channels, axes = self.network.input_shape[0], ", ".join("MND"[: len(self.tile)])
@@ -156,7 +155,7 @@ class TiledCircuit:
         for start in track(range(0, len(numbers), together), "Running tile by tile…"):
             chunk = numbers[start : start + together]
             tiles = np.stack([windows[np.unravel_index(number, counts)] for number in chunk])
-            finished.update(zip(chunk, self.circuit._integers(tiles, fhe), strict=True))
+            finished.update(zip(chunk, self.circuit.accumulate(tiles, fhe), strict=True))
         self._unfinished = ("", {})
         return self._assemble(finished, counts, output)
 

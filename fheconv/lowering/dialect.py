@@ -7,6 +7,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE, conv
 from fheconv.basics.arrays import Array
 from fheconv.networks.integers import Lookup
+from fheconv.networks.quantization import twos_complement_bits
 
 
 def hint(x: Any, bits: int) -> Any:
@@ -19,9 +20,30 @@ def hint(x: Any, bits: int) -> Any:
 
 
 def look_up(table: Lookup, which: Array, x: Any) -> Any:
-    """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table."""
+    """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table.
+
+    Constants take no lookup. Concrete would compute some of them itself, and then without the opposite sign
+    outside the window.
+    """
     if isinstance(x, np.ndarray):
         return table.rows(x, which)
+    constant = table.constant[which]
+    values = np.where(constant, table.tables[which, 0], table.centers[which])[None]
+    if constant.all():  # Concrete needs results that depend on the image
+        return hint(x * 0 + values, table.output.integer_bits)
+    varying = np.flatnonzero(~constant)
+    if constant.any():
+        x = hint(take(x, varying, 0), table.bits)
+    y = _looked_up(table, which[varying], x)
+    if constant.any():
+        places = np.full(len(which), OUTSIDE)
+        places[varying] = np.arange(len(varying))
+        y = take(y, places, 0)
+    return hint(y + values if values.any() else y, table.output.integer_bits)
+
+
+def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
+    """Return activations, counted from the center, by rows that are not constant, in Concrete."""
     from concrete import fhe
 
     if table.dropped_bits:
@@ -35,14 +57,7 @@ def look_up(table: Lookup, which: Array, x: Any) -> Any:
         x = fhe.hint(x, bit_width=table.bits)
     # Rounding leaves the kept bits in their place, and Concrete indexes by that value. So each entry is
     # repeated 2^dropped_bits times, and Concrete reads one of them.
-    return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
-
-
-def _table(rows: Array, which: Array, x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return rows[which, x]
-    from concrete import fhe
-
+    rows = np.repeat(table.tables - table.centers[:, None], 1 << table.dropped_bits, axis=1)
     used, at = np.unique(which, return_inverse=True)
     tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
     each: Any = tables[0]
@@ -51,7 +66,9 @@ def _table(rows: Array, which: Array, x: Any) -> Any:
         for place, row in enumerate(at):
             by_place[0, place] = tables[row]
         each = fhe.LookupTable(by_place)
-    return hint(each[x], int(rows.max()).bit_length())
+    # Outside the window, the entries have the opposite sign.
+    greatest = int(np.abs(rows).max())
+    return hint(each[x], twos_complement_bits(int(rows.min()), greatest))
 
 
 def take(x: Any, index: Array, pad: int) -> Any:
@@ -66,7 +83,7 @@ def take(x: Any, index: Array, pad: int) -> Any:
 
     flat = x.reshape((width,))
     if outside.any():
-        flat = np.concatenate((flat, fhe.zeros((1,)) if pad == 0 else pad * fhe.ones((1,))))
+        flat = np.concatenate((flat, fhe.zeros((1,)) + pad))
         places = np.where(outside, width, places)
     if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
         flat = flat[places]
@@ -79,6 +96,11 @@ def convolve(
     """Return the convolution (N, K, *Out) of x (N, C, *S), in one, two or three dimensions or none."""
     images, channels, *sizes = x.shape
     if not sizes:  # a linear layer, as an image of one pixel
+        if groups > 1 and not isinstance(x, np.ndarray):
+            # Concrete takes minutes to compile a convolution of hundreds of groups.
+            each = weight.reshape(groups, -1, channels // groups)
+            y = np.sum(x.reshape((groups, 1, channels // groups)) * each, axis=2)
+            return y.reshape((1, len(weight))) + bias
         x, weight = x.reshape((images, channels, 1)), weight[..., None]
         return convolve(x, weight, bias, (1,), (1,), groups).reshape((images, len(weight)))
     if isinstance(x, np.ndarray):

@@ -7,11 +7,10 @@ the biases and the scale of the last layer.
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
 from fheconv.lowering.lanes import Lanes
 from fheconv.networks.floats import Finish, real_results
 from fheconv.networks.quantization import Quantization, integer_images
@@ -43,9 +42,10 @@ class Interface:
     @cached_property
     def output_shape(self) -> Shape:
         """The shape of the float results of one image, the same as in torch."""
-        return self.dequantize(np.zeros((1, *self.shape), np.int64)).shape[1:]
+        # No image costs nothing, however large the shape is that a file declares.
+        return self.dequantize(np.zeros((0, *self.shape), np.int64)).shape[1:]
 
-    def quantize_input(self, x: Any) -> tuple[Array, bool]:
+    def quantize_input(self, x: ArrayLike) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
         Raises `InputRangeError`, which names a wrong shape or a value that cannot be represented.

@@ -10,7 +10,7 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, along_channels
-from fheconv.basics.config import Engine
+from fheconv.basics.compile_config import Engine
 from fheconv.lowering.dialect import hint, look_up, take
 from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
@@ -18,8 +18,8 @@ from fheconv.lowering.plan import Plan, TermProgram
 from fheconv.lowering.planes import Planes, in_planes
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Maximum
-from fheconv.networks.integers import IntegerNetwork, QuantizedLayer, blank_images, comparison
-from fheconv.networks.quantization import Quantization
+from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer, blank_image, comparison
+from fheconv.networks.quantization import twos_complement_bits
 
 # Takes the tensors computed so far, each (N, values that are read), and returns the next one.
 Function: TypeAlias = Callable[[list[Any]], Any]
@@ -72,9 +72,14 @@ class Lowered:
         """The number of lookups of one image."""
         return sum(layer.lookups for layer in self.layers)
 
+    @property
+    def takes_lanes(self) -> bool:
+        """Whether several images may share a ciphertext: only in a network of one layer, without lookups."""
+        return len(self.network.layers) == 1
+
     def inputset(self) -> Array:
         """Return the inputs that Concrete sees at compilation. They show signs; widths come as hints."""
-        blank = blank_images(self.network.input, self.network.input_shape)
+        blank = blank_image(self.network.input, self.network.input_shape)
         return self.interface.prepare(np.repeat(blank, self.interface.lanes.count, axis=0))
 
 
@@ -101,13 +106,17 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     computed = changes if changes.any() else np.ones_like(changes)
     riding = Lanes.of(lanes, bounds.offset_bits)
     bits = riding.width(bounds.offset_bits)
-    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every)
+    ends = [end * riding.every for end in (network.input.minimum, network.input.maximum)]
+    # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
+    # narrower image than it is given.
+    least = twos_complement_bits(min(ends[0], 0), ends[1])
+    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
-    image_bits = riding.width(_unsigned_bits(network.input))
+    image_bits = riding.width(network.input.integer_bits)
 
     def circuit(x: Any) -> Any:
-        tensors = [x if network.input.minimum < 0 else hint(x, image_bits)]
+        tensors = [hint(x, image_bits)]
         for function in functions:
             tensors.append(function(tensors))
         return tensors[-1]
@@ -141,17 +150,22 @@ def _layer(
     start: Array,
     bits: int,
     every: int = 1,
+    least: int = 0,
 ) -> tuple[Function, LoweredLayer]:
     """Return the function of a layer, and its description.
 
     The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
     and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
-    several.
+    several. Concrete is told of at least `least` bits.
     """
     table = layer.lookup
+    summands = list(zip(layer.terms, (quantization.zero_point for quantization in layer.inputs), strict=True))
+    # What reads nothing adds a constant. Concrete fails on some sums with a summand that is always zero.
+    reading = [one for one in summands if one[0].read(wanted, masks[one[0].source].shape).any()]
+    nothing = [one for one in summands if one not in reading] if reading else summands[1:]
     plans = [
-        Plan.of(layer.name, term, quantization.zero_point, masks[term.source], wanted, engine)
-        for term, quantization in zip(layer.terms, layer.inputs, strict=True)
+        Plan.of(layer.name, term, pad, masks[term.source], wanted, engine)
+        for term, pad in reading or summands[:1]
     ]
 
     @cache
@@ -161,6 +175,9 @@ def _layer(
         channels = outputs // math.prod(layer.shape[1:])
         programs = [plan.program() for plan in plans]
         offset = sum((program.constant for program in programs), -start[channels])
+        for term, pad in nothing:
+            blank = np.zeros((1, *masks[term.source].shape), np.int64)
+            offset = offset + term.apply(blank, pad).ravel()[outputs]
         if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
             programs, offset = [with_offset], np.zeros_like(offset)
         which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
@@ -172,7 +189,7 @@ def _layer(
         for program in programs:
             summand = program(tensors[program.source], every)
             total = summand if total is None else total + summand
-        total = hint(total + offset if offset.any() else total, bits)
+        total = hint(total + offset if offset.any() else total, max(bits, least))
         return total if table is None else look_up(table, which, total)
 
     return function, LoweredLayer(
@@ -180,12 +197,18 @@ def _layer(
         engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
         reason=plans[0].reason,
         multiply_adds=sum(plan.multiply_adds for plan in plans),
-        lookups=0 if table is None else int(wanted.sum()),
+        lookups=0 if table is None else _lookups(table, layer, wanted),
         bits=bits,
         lookup_bits=0 if table is None else table.column_bits,
         planes=1,
         plane_bits=bits,
     )
+
+
+def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
+    """Return the number of lookups of a layer: one for each value that is `wanted` and not constant."""
+    which = np.broadcast_to(table.which, layer.shape)
+    return int((wanted & ~table.constant[which]).sum())
 
 
 def _maximum(
@@ -197,7 +220,7 @@ def _maximum(
     candidates = places[layer.index[:, wanted]]
     quantization = network.quantizations[layer.source]
     table = comparison(quantization)
-    source, bits = layer.source, _unsigned_bits(quantization)
+    source, bits = layer.source, quantization.integer_bits
 
     def function(tensors: list[Any]) -> Any:
         x = tensors[source]
@@ -206,7 +229,7 @@ def _maximum(
             other = take(x, rest, 0)
             difference = hint(other - y - int(table.minimum[0]), table.bits)
             y = y + look_up(table, np.zeros(candidates.shape[1], np.int64), difference)
-            y = y if quantization.minimum < 0 else hint(y, bits)
+            y = hint(y, bits)
         return y
 
     return function, LoweredLayer(
@@ -220,10 +243,3 @@ def _maximum(
         planes=1,
         plane_bits=table.bits,
     )
-
-
-def _unsigned_bits(quantization: Quantization) -> int:
-    return quantization.maximum.bit_length()
-
-
-# The operations that numpy and Concrete spell differently.

@@ -7,6 +7,8 @@ subtracts the minimum first (*offset form*).
 
 expression: functions of one variable: the activations.
 linear: linear steps between tensors, and chains of them.
+composition: convolutions in a row as one convolution, or several that add up.
+matrices: sparse matrices as linear steps.
 floats: networks in floats.
 quantization: which real number each integer stands for.
 integers: networks in exact integers.

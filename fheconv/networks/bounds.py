@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry, exact_dtypes, tap_sources
-from fheconv.basics.arrays import Array, Shape, as_array, channel_vector
+from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, channel_vector
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
+from fheconv.networks.quantization import twos_complement_bits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,13 +93,6 @@ class AccumulatorBounds:
         )
 
 
-def twos_complement_bits(minimum: int, maximum: int) -> int:
-    """Return the width that holds [minimum, maximum]: unsigned if nothing is negative, else signed."""
-    if minimum >= 0:
-        return maximum.bit_length()
-    return 1 + max(maximum.bit_length() if maximum > 0 else 0, (-minimum - 1).bit_length())
-
-
 def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int:
     """Return how many products of unsigned integers every accumulator of a width can hold.
 
@@ -123,13 +117,13 @@ def max_taps(*, input_bits: int, weight_bits: int, accumulator_bits: int) -> int
 
 
 def accumulator_bounds(
-    weight: Any,
+    weight: ArrayLike,
     geometry: ConvGeometry,
     spatial: Sequence[int],
     input_range: tuple[int, int],
     *,
     pad_value: int = 0,
-    bias: Any = None,
+    bias: ArrayLike | None = None,
 ) -> AccumulatorBounds:
     """Return the exact bounds of every accumulator of an integer convolution.
 

@@ -8,20 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fheconv.arithmetic import ConvGeometry
 from fheconv.arithmetic.geometry import Padding, PaddingMode, PerAxis, direct_form
-from fheconv.basics.arrays import (
-    Array,
-    Shape,
-    along_channels,
-    as_array,
-    channel_vector,
-    frozen,
-)
+from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels, as_array, channel_vector, frozen
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.expression import Expression
 from fheconv.networks.linear import Kernel, Select, Term
@@ -48,8 +40,8 @@ class Conv:
     @classmethod
     def of(
         cls,
-        weight: Any,
-        bias: Any = None,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
         *,
         stride: PerAxis = 1,
         padding: Padding = 0,

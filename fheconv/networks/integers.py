@@ -8,11 +8,11 @@ simulated and encrypted runs agree on every machine.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
 from fheconv.basics.config import QuantConfig
 from fheconv.networks.floats import Maximum, Network, real_results
 from fheconv.networks.linear import Kernel, Term
@@ -25,7 +25,8 @@ class Lookup:
 
     It first subtracts `minimum` (C,), which gives 0 to 2^bits − 1. Then it rounds `dropped_bits` low bits
     away, half up. The result is the column of the table. `which` broadcasts to the layer's shape. `proved`
-    says that no input leads outside the table; otherwise `bits` comes from calibration, with a margin.
+    says that no image leads outside the table. Otherwise the table repeats there, and every other time it is
+    mirrored at the `centers` of its rows: the activation at one end becomes that at the other.
     """
 
     tables: Array
@@ -41,6 +42,31 @@ class Lookup:
         """The width of what enters the lookup, after rounding."""
         return self.bits - self.dropped_bits
 
+    def window(self, channel: int) -> tuple[int, int]:
+        """Return the least and the greatest accumulator of a channel that the table holds."""
+        start = int(self.minimum[channel])
+        return start, start + 2**self.bits - 1
+
+    @cached_property
+    def centers(self) -> Array:
+        """The activations from which the entries of each row are counted in the circuit, (rows,).
+
+        Where images can leave the window, it is the middle of the first and the last entry, or as near to it
+        as keeps mirrored entries in the range of `output`.
+        """
+        if self.proved:
+            return np.zeros(len(self.tables), np.int64)
+        least = -(-(self.tables.max(axis=1) - self.output.minimum) // 2) + self.output.minimum
+        greatest = (self.tables.min(axis=1) + self.output.maximum) // 2
+        centers: Array = np.clip((self.tables[:, 0] + self.tables[:, -1]) // 2, least, greatest)
+        return centers
+
+    @cached_property
+    def constant(self) -> Array:
+        """Whether all entries of a row are equal, (rows,). Such a row is a constant, and takes no lookup."""
+        constant: Array = np.ptp(self.tables, axis=1) == 0
+        return constant
+
     def __call__(self, accumulators: Array) -> Array:
         """Return the activations (N, C, *S)."""
         offset = accumulators - along_channels(self.minimum, accumulators.ndim - 1)
@@ -51,12 +77,12 @@ class Lookup:
         columns = offset
         if self.dropped_bits:
             columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
-        if self.proved:
-            return self.tables[which, columns]
         # A lookup on the torus works in this way: a value outside the table gives an entry with the opposite
-        # sign.
+        # sign, counted from the center. A constant needs no lookup.
         turns, columns = np.divmod(columns, self.tables.shape[1])
-        return self.tables[which, columns] * np.where(turns % 2, -1, 1)
+        values = self.tables[which, columns]
+        mirrored = (turns % 2 == 1) & ~self.constant[which]
+        return np.where(mirrored, 2 * self.centers[which] - values, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,11 +90,13 @@ class QuantizedLayer:
     """Computes accumulators, Σ terms + `bias`, and then a lookup; the last layer has no lookup.
 
     The terms' weights are int64. Their inputs are the integers of the tensors that they read, padded with the
-    zero-point. `inputs` holds the quantizations of these tensors, one for each term. The real value of
-    accumulator `a` is `a · scale`: `bias` holds the layer's own bias in steps, minus the sum that the
-    zero-points cause. If a lookup follows, its table includes all this exactly, and `bias` is 0. `real_bias`
-    is the layer's own bias in real numbers. `scale`, `bias` and `real_bias` broadcast to `shape`.
-    `weight_range` is the range of the weights' data type.
+    zero-point. `inputs` holds the quantizations of these tensors, one for each term. `gain` holds the
+    integers by which the weights of each channel were multiplied to fill the window of the lookup; without a
+    lookup it is 1. The real value of accumulator `a` is `a · scale / gain`: `bias` holds the layer's own bias
+    in steps, minus the sum that the zero-points cause. If a lookup follows, its table includes all this
+    exactly, and `bias` is 0. `real_bias` is the layer's own bias in real numbers. `scale`, `bias`,
+    `real_bias` and `gain` broadcast to `shape`. `weight_range` is the range of the weights' data type,
+    without gains.
     """
 
     name: str
@@ -78,6 +106,7 @@ class QuantizedLayer:
     scale: Array
     bias: Array
     real_bias: Array
+    gain: Array
     weight_range: tuple[int, int]
     lookup: Lookup | None
 
@@ -131,10 +160,12 @@ def comparison(quantization: Quantization) -> Lookup:
     )
 
 
-def blank_images(quantization: Quantization, shape: Shape) -> Array:
-    """Return integer images (n, C, *S) that show Concrete whether inputs can be negative."""
-    ends = [quantization.minimum, quantization.maximum] if quantization.minimum < 0 else [0]
-    return np.stack([np.full(shape, end, np.int64) for end in ends])
+def blank_image(quantization: Quantization, shape: Shape) -> Array:
+    """Return the integer image (1, *shape) that shows Concrete whether inputs can be negative.
+
+    Its real values are zeros; if inputs can be negative, each is −1 step.
+    """
+    return np.full((1, *shape), -1 if quantization.minimum < 0 else quantization.zero_point, np.int64)
 
 
 AnyLayer: TypeAlias = QuantizedLayer | Maximum
@@ -197,7 +228,7 @@ class IntegerNetwork:
         """The shape of the float results of one image, as in torch."""
         return self.dequantize(np.zeros((1, *self.accumulator_shape), np.int64)).shape[1:]
 
-    def quantize_input(self, x: Any) -> tuple[Array, bool]:
+    def quantize_input(self, x: ArrayLike) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
         Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
@@ -219,7 +250,7 @@ class IntegerNetwork:
         """Turn the last accumulators (N, K, *Out) into real results (float64)."""
         return real_results(accumulators, self.last.scale, self.source.finish)
 
-    def integers(self, x: Any) -> Array:
+    def integers(self, x: ArrayLike) -> Array:
         """Return the last accumulators for float images, (N, K, *Out) or (K, *Out).
 
         Raises `InputRangeError` like `quantize_input`.
@@ -228,7 +259,19 @@ class IntegerNetwork:
         y = self.accumulate(q)
         return y if batched else y[0]
 
-    def __call__(self, x: Any) -> Array:
+    def outside(self, x: ArrayLike) -> dict[str, float]:
+        """Return the share of accumulators outside their window, for float images, by the names of layers.
+
+        Only layers whose windows images can leave are named. Raises `InputRangeError` like `quantize_input`.
+        """
+        tensors, shares = self.tensors(self.quantize_input(x)[0]), {}
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer) and (table := layer.lookup) and not table.proved:
+                offset = layer.accumulate(tensors) - along_channels(table.minimum, len(layer.shape))
+                shares[layer.name] = float(((offset < 0) | (offset >= 2**table.bits)).mean())
+        return shares
+
+    def __call__(self, x: ArrayLike) -> Array:
         """Return the float results for float images, computed in exact integers."""
         q, batched = self.quantize_input(x)
         y = self.dequantize(self.accumulate(q))

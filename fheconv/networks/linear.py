@@ -7,6 +7,7 @@ are selections.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,6 +17,10 @@ import scipy.sparse
 from fheconv.arithmetic import OUTSIDE, ConvGeometry, conv, expand, tap_slices
 from fheconv.arithmetic.matrix import csr_filter_matrix
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
+
+# Two convolutions, one of them of a single tap, merge at once into one of at most so many weights, or of no
+# more than the two have. Where a narrow layer stands between two wide ones, two are cheaper than one.
+MERGED_WEIGHTS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -257,14 +262,6 @@ class Term:
             factors = np.broadcast_to(along_channels(own, len(shape)), shape)
         return None
 
-    def dense(self, shape: Shape) -> "Term":
-        """Return the term as one linear layer between flattened tensors."""
-        output = self.shapes(shape)[-1]
-        flatten = Select(index=frozen(np.arange(math.prod(shape))))
-        linear = pointwise(self.matrix(shape).toarray().T, 0)
-        unflatten = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
-        return replace(self, steps=(flatten, linear, unflatten))
-
 
 def pointwise(weight: Array, axes: int, groups: int = 1) -> Kernel:
     """Return a convolution of one tap, `weight` (K, C/groups), over `axes` spatial axes."""
@@ -278,22 +275,35 @@ def _merged(a: Step, b: Step) -> Step | None:
         return Select(index=frozen(np.where(b.index == OUTSIDE, OUTSIDE, a.index.ravel()[b.index])))
     if not (isinstance(a, Kernel) and isinstance(b, Kernel)) or a.exact or b.exact:
         return None
-    if _is_pointwise(b):
-        if _is_depthwise(b):
-            weight = a.weight * along_channels(b.weight.ravel(), a.weight.ndim)
-            return replace(a, weight=frozen(weight))
-        weight = np.tensordot(_ungrouped(b).reshape(len(b.weight), -1), _ungrouped(a), axes=1)
-        return Kernel(weight=frozen(weight), geometry=replace(a.geometry, groups=1))
-    if _is_pointwise(a):  # padding with zeros before or after it is the same
-        if _is_depthwise(a):
-            filters, per_group = b.weight.shape[:2]
-            first = np.arange(filters) // (filters // b.geometry.groups) * per_group
-            factors = a.weight.ravel()[first[:, None] + np.arange(per_group)]
-            weight = b.weight * factors.reshape(*factors.shape, *[1] * (b.weight.ndim - 2))
-            return replace(b, weight=frozen(weight))
-        weight = np.tensordot(_ungrouped(b), _ungrouped(a).reshape(len(a.weight), -1), axes=(1, 0))
-        return Kernel(weight=frozen(np.moveaxis(weight, -1, 1)), geometry=replace(b.geometry, groups=1))
-    return None
+    if _is_pointwise(b) and _is_depthwise(b):
+        return replace(a, weight=frozen(a.weight * along_channels(b.weight.ravel(), a.weight.ndim)))
+    if _is_pointwise(a) and _is_depthwise(a):  # padding with zeros before or after it is the same
+        filters, per_group = b.weight.shape[:2]
+        first = np.arange(filters) // (filters // b.geometry.groups) * per_group
+        factors = a.weight.ravel()[first[:, None] + np.arange(per_group)]
+        weight = b.weight * factors.reshape(*factors.shape, *[1] * (b.weight.ndim - 2))
+        return replace(b, weight=frozen(weight))
+    if not (_is_pointwise(a) or _is_pointwise(b)):
+        return None
+    groups = math.gcd(a.geometry.groups, b.geometry.groups)
+    size = len(b.weight) * (a.weight.shape[1] * a.geometry.groups // groups)
+    if size * math.prod((*a.geometry.kernel, *b.geometry.kernel)) > max(
+        MERGED_WEIGHTS, a.weight.size + b.weight.size
+    ):
+        return None
+    axes = a.weight.ndim - 2
+    # One of the two has a single tap, and the other's are what is left.
+    taps = [k * m for k, m in zip(a.geometry.kernel, b.geometry.kernel, strict=True)]
+    weight = np.concatenate(
+        [
+            np.moveaxis(np.tensordot(second, first, axes=(1, 0)), 1 + axes, 1).reshape(
+                len(second), *first.shape[1:2], *taps
+            )
+            for first, second in zip(blocks(a, groups), blocks(b, groups), strict=True)
+        ]
+    )
+    geometry = a.geometry if _is_pointwise(b) else b.geometry
+    return Kernel(weight=frozen(weight), geometry=replace(geometry, groups=groups))
 
 
 def is_pooling(step: Step) -> bool:
@@ -312,12 +322,17 @@ def _is_pointwise(kernel: Kernel) -> bool:
     return plain and all(k == 1 for k in geometry.kernel)
 
 
-def _ungrouped(kernel: Kernel) -> Array:
-    """Return the weight (K, C, *k) of the same convolution with groups=1."""
-    weight, groups = kernel.weight, kernel.geometry.groups
-    filters, per_group = weight.shape[:2]
-    full = np.zeros((filters, groups * per_group, *weight.shape[2:]), weight.dtype)
+def blocks(kernel: Kernel, groups: int) -> Iterator[Array]:
+    """Yield the weights (K, C, *k) of each of `groups` groups, which divide the kernel's own.
+
+    Within a group, each filter reads every channel: where it did not, its weights are zeros.
+    """
+    inner, rows = kernel.geometry.groups // groups, len(kernel.weight) // groups
+    per_group = kernel.weight.shape[1]
     for group in range(groups):
-        rows = slice(group * filters // groups, (group + 1) * filters // groups)
-        full[rows, group * per_group : (group + 1) * per_group] = weight[rows]
-    return full
+        weight = kernel.weight[group * rows : (group + 1) * rows]
+        full = np.zeros((rows, inner * per_group, *weight.shape[2:]), weight.dtype)
+        for one in range(inner):
+            own = slice(one * rows // inner, (one + 1) * rows // inner)
+            full[own, one * per_group : (one + 1) * per_group] = weight[own]
+        yield full

@@ -1,12 +1,18 @@
 """Maps the integers of a tensor to real numbers, and back."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, Shape, as_array, first_position
+from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
+
+
+def twos_complement_bits(minimum: int, maximum: int) -> int:
+    """Return the width that holds [minimum, maximum]: unsigned if nothing is negative, else signed."""
+    if minimum >= 0:
+        return maximum.bit_length()
+    return 1 + max(maximum.bit_length() if maximum > 0 else 0, (-minimum - 1).bit_length())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,11 @@ class Quantization:
     def bits(self) -> int:
         """The width that holds `maximum − minimum`."""
         return (self.maximum - self.minimum).bit_length()
+
+    @property
+    def integer_bits(self) -> int:
+        """The width of the integers themselves; it includes a sign bit if one of them is negative."""
+        return twos_complement_bits(self.minimum, self.maximum)
 
     @property
     def real_range(self) -> tuple[float, float]:
@@ -82,7 +93,7 @@ class Quantization:
         return np.clip(nearest, self.minimum, self.maximum).astype(np.int64)
 
 
-def integer_images(x: Any, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
+def integer_images(x: ArrayLike, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
     """Return images of `shape` as an int64 batch (N, *shape), and whether `x` was a batch.
 
     Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.

@@ -64,13 +64,13 @@ def activation_quantizations(
     Raises `CalibrationError` for activations that are not finite.
     """
     found: list[Quantization | None] = [image]
-    for layer, values in zip(network.layers, tensors[1:], strict=True):
+    for number, (layer, values) in enumerate(zip(network.layers, tensors[1:], strict=True), 1):
         if isinstance(layer, Maximum):
             found.append(found[layer.source])
         elif layer.activation is None:
             found.append(None)
         else:
-            found.append(least_error(layer.name, values, config.activation_levels_of(layer.name)))
+            found.append(least_error(layer.name, values, levels_of(network, number, config)))
     for number, (layer, mine) in enumerate(zip(network.layers, found[1:], strict=True), 1):
         if isinstance(layer, Layer) and mine is not None and not tensors[number].any():
             # The sums before the activation tell how large its values may become on other images.
@@ -85,7 +85,25 @@ def activation_quantizations(
         for number, quantization in zip(together, quantizations, strict=True):
             if quantization is not None:
                 found[number] = _at_scale(quantization, scale)
+    if config.overflow == "defined":
+        # The center of the range must be an integer (see `Lookup`).
+        found[1:] = [one and replace(one, maximum=one.maximum + one.maximum % 2) for one in found[1:]]
     return [found[_origin(network, number)] for number in range(len(found))]
+
+
+def levels_of(network: Network, number: int, config: QuantConfig) -> int:
+    """Return how many integers activation `number` can be.
+
+    Maxima look up differences, which have twice as many. So before maxima, the default is as many as the
+    width to which accumulators are rounded allows.
+    """
+    layer = network.layers[number - 1]
+    levels, rounding = config.activation_levels_of(layer.name), config.of_layer("rounding_bits", layer.name)
+    chosen = any(config.of_layer(one, layer.name) for one in ("activation_levels", "activation_bits"))
+    compared = any(isinstance(one, Maximum) and one.source == number for one in network.layers)
+    if compared and rounding is not None and config.overflow == "defined" and not chosen:
+        return max(min(levels, 2 ** (rounding - 1) - 1), 3)
+    return levels
 
 
 def _scales_beside(

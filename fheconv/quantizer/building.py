@@ -8,15 +8,21 @@ import numpy as np
 from fheconv.basics.arrays import Array, first_position, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.bounds import AccumulatorBounds, layer_bounds
 from fheconv.networks.floats import Layer, Maximum, Network
-from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_images
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
-from fheconv.quantizer.tables import Budget, Window, compressed, lookup, reserve, width
-from fheconv.quantizer.weights import IntegerTerms
+from fheconv.quantizer.gains import gained, row_gains
+from fheconv.quantizer.rows import IntegerTerms, Rows
+from fheconv.quantizer.tables import compressed, lookup
+from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains, room, width
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
+# The margin around what calibration reaches, unless one is asked for.
+LEAST_MARGIN = 0.05
+# A window that holds a smaller share of what calibration reaches is too narrow.
+MOST_CUT = 0.75
 
 
 class Building:
@@ -40,7 +46,7 @@ class Building:
         self.quantizations = quantizations
         self.image = quantizations[0]
         self.tensors = [self.image.integers(images)]
-        self._blanks = [blank_images(self.image, source.input_shape)]
+        self._blanks = [blank_image(self.image, source.input_shape)]
         self._layers: list[AnyLayer] = []
         self._observed: list[tuple[Array, Array] | None] = []
         self._evidence: list[float | None] = []
@@ -51,16 +57,41 @@ class Building:
 
     def budget(self, layer: Layer) -> Budget | None:
         """Return the greatest allowed span of a layer's accumulators, None if there is no limit."""
-        looks_up = layer.activation is not None
-        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        limit, rounding_bits = self.width_limit(layer), self.rounding_bits(layer)
         if limit is None:
             return None
-        rounding_bits = self.rounding_bits(layer)
-        return Budget(2**limit - 1 - reserve(limit, rounding_bits), rounding_bits)
+        proved = self.config.overflow == "proved" or layer.activation is None
+        return Budget(room(limit, rounding_bits, proved=proved), rounding_bits, proved)
+
+    def width_limit(self, layer: Layer) -> int | None:
+        """Return the width that a layer's accumulators must not exceed, None for any.
+
+        Windows that are not proved have one even if none was asked for, at which lookups are cheap.
+        """
+        looks_up, rounding_bits = layer.activation is not None, self.rounding_bits(layer)
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        if limit is None and rounding_bits is not None and self._windows_are_chosen:
+            taps = sum(kernel.weight[0].size for _, kernel in (term.weighted() for term in layer.terms))
+            return cheap_width(max(q.bits for q in self.inputs(layer)), taps, rounding_bits)
+        return limit
+
+    @property
+    def _windows_are_chosen(self) -> bool:
+        """Whether windows need not be proved, and weights are rounded so that they fit them."""
+        return self.config.overflow == "defined" and self.config.method not in ("minmax", "mse")
 
     def rounding_bits(self, layer: Layer) -> int | None:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
+
+    def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
+        """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
+        budget = self.budget(layer)
+        if budget is None or budget.proved:
+            return True
+        bare = self._bare(layer, rounded)
+        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), None)
+        return bool(MOST_CUT * span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
@@ -72,49 +103,77 @@ class Building:
         Raises `AccumulatorOverflowError` if the layer does not fit `accumulator_bits`, and `CalibrationError`
         if a bias or a step is outside the range of numbers.
         """
-        bare = self._bare(layer, rounded)
-        zero, sums = self._zero(bare), bare.accumulate(self.tensors)
+        quantized = self._bare(layer, rounded)
         step = _steps(layer, rounded.step, bias)
-        counted = np.zeros((1,) * len(layer.shape), np.int64)
-        if layer.activation is None:
-            counted = compressed(_bias_in_steps(layer, bias, step) - zero)
-        quantized = replace(
-            bare, scale=frozen(compressed(step)), bias=frozen(counted), real_bias=frozen(compressed(bias))
-        )
-        accumulators = np.moveaxis(sums + counted, 1, 0).reshape(layer.shape[0], -1)
-        observed = accumulators.min(axis=1), accumulators.max(axis=1)
-        bounds = layer_bounds(bare, self.source.shapes)
-        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
         output = self.quantizations[len(self.tensors)]
-        rounding_bits = self.rounding_bits(layer)
         if layer.activation is None or output is None:
-            bits = bounds.offset_bits
+            span = layer_bounds(quantized, self.source.shapes).channel_span
+            self._check_width(layer, int(span.max()), None)
+            bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self.zero(quantized))
+            quantized = replace(quantized, bias=frozen(bias_in_steps))
         else:
-            if self.config.overflow == "calibrated" and not self._feeds_maxima():
-                least, expected = self._expected(quantized, *observed)
-                if expected.max() < span.max():
-                    minimum, span, proved = least, expected, False
-            bits = width(layer.name, int(span.max()), rounding_bits)
-            table = lookup(
-                layer.name,
-                layer.activation,
-                output,
-                Window(minimum=minimum, span=span, bits=bits, rounding_bits=rounding_bits, proved=proved),
-                step=step,
-                bias=bias - step * zero,
-            )
+            rows = Rows(layer, quantized.inputs, self.source.shapes)
+            window, gains = self._window(layer, quantized, rows)
+            gain = compressed(gains[rows.of_value])
+            quantized = replace(quantized, terms=gained(rows, quantized.terms, gains), gain=frozen(gain))
+            bias_of_sums = bias - step / gain * self.zero(quantized)
+            table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=bias_of_sums)
             quantized = replace(quantized, lookup=table)
-        limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
-        if limit is not None and bits > limit:
-            raise AccumulatorOverflowError(
-                f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are "
-                'allowed; use method="accumulator", which keeps to them.',
-                layer=layer.name,
-                value=int(span.max()),
-                limit=2**limit - 1,
-                remedy='method="accumulator"',
-            )
-        self._append(quantized, observed, min(rounded.evidence, default=None))
+        self._append(
+            replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
+            _ends(quantized.accumulate(self.tensors)),
+            min(rounded.evidence, default=None),
+        )
+
+    def zero(self, layer: QuantizedLayer) -> Array:
+        """Return the accumulators (C, *S) when every real input is zero."""
+        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
+        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
+        zero: Array = layer.accumulate(blank)[0]
+        return zero
+
+    def _window(self, layer: Layer, bare: QuantizedLayer, rows: Rows) -> tuple[Window, Array]:
+        """Return the window of a layer's lookup, and the gains of its rows that fill it."""
+        bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
+        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
+        if self.config.overflow == "defined":
+            least, reached = self._reached(bare, bounds, self.budget(layer))
+            wide, narrow = (int(spans.max()).bit_length() for spans in (span, reached))
+            if rounding_bits is not None or narrow < wide:
+                minimum, span, proved = least, reached, False
+        bits = self._check_width(layer, int(span.max()), rounding_bits, proved=proved)
+        if not proved and rounding_bits is not None:
+            bits = max(bits, self.width_limit(layer) or 0)
+        gains = row_gains(rows, filling_gains(span, bits, rounding_bits, proved=proved))
+        by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
+        window = Window(
+            minimum=minimum * by_channel,
+            span=span * by_channel,
+            bits=bits,
+            rounding_bits=rounding_bits,
+            proved=proved,
+            gain=by_channel,
+        )
+        return window, gains
+
+    def _check_width(self, layer: Layer, span: int, rounding_bits: int | None, *, proved: bool = True) -> int:
+        """Return the width that holds a span. Raise `AccumulatorOverflowError` if that is not allowed."""
+        looks_up = layer.activation is not None
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        bits = width(layer.name, span, rounding_bits, proved=proved) if looks_up else span.bit_length()
+        if limit is None or bits <= limit:
+            return bits
+        advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
+        if self._windows_are_chosen:
+            advice, remedy = "allow as many, or fewer bits for the inputs", f"accumulator_bits={bits}"
+        raise AccumulatorOverflowError(
+            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
+            f"{advice}.",
+            layer=layer.name,
+            value=span,
+            limit=2**limit - 1,
+            remedy=remedy,
+        )
 
     def network(self) -> IntegerNetwork:
         """Return the network, after every layer was added."""
@@ -145,32 +204,39 @@ class Building:
             scale=none,
             bias=none,
             real_bias=none,
+            gain=np.ones((1,) * len(layer.shape), np.int64),
             weight_range=rounded.range,
             lookup=None,
         )
 
-    def _zero(self, layer: QuantizedLayer) -> Array:
-        """Return the accumulators (C, *S) when every real input is zero."""
-        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
-        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
-        zero: Array = layer.accumulate(blank)[0]
-        return zero
+    def _reached(
+        self, layer: QuantizedLayer, bounds: AccumulatorBounds, budget: Budget | None
+    ) -> tuple[Array, Array]:
+        """Return the start and the span of each channel's window: what calibration reaches, with the margin.
 
-    def _feeds_maxima(self) -> bool:
-        """Return whether maxima are taken of the next tensor.
-
-        Maxima are right only for values in range; for a value that wrapped around, the result is unknown.
+        The window lies within the bounds. If it is a little wider than the budget, it loses its top, because
+        just above a window most activations are still right.
         """
-        number = len(self.tensors)
-        return any(isinstance(one, Maximum) and one.source == number for one in self.source.layers)
+        least, greatest = _ends(layer.accumulate(self.tensors))
+        margin = self.config.margin
+        if margin is None:
+            margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
+        extra = np.ceil(margin * (greatest - least)).astype(np.int64)
+        # The window includes the blank image: Concrete evaluates it, and fails if a value leaves a table.
+        blank = _ends(layer.accumulate(self._blanks))
+        least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
+        greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
+        span = greatest - least
+        if budget is not None and self._windows_are_chosen and MOST_CUT * span.max() <= budget.steps:
+            span = np.minimum(span, budget.steps)
+            least = np.maximum(least, blank[1] - span)
+        return least, span
 
-    def _expected(self, layer: QuantizedLayer, least: Array, greatest: Array) -> tuple[Array, Array]:
-        """Return the start and the span that calibration observed for each channel, with the margin."""
-        extra = np.ceil(self.config.margin * (greatest - least)).astype(np.int64)
-        # The window includes the blank images: Concrete evaluates them, and fails if a value leaves a table.
-        blank = np.moveaxis(layer.accumulate(self._blanks), 1, 0).reshape(len(least), -1)
-        start = np.minimum(least - extra, blank.min(axis=1))
-        return start, np.maximum(greatest + extra, blank.max(axis=1)) - start
+
+def _ends(accumulators: Array) -> tuple[Array, Array]:
+    """Return the least and the greatest accumulator of each channel, (C,), of accumulators (N, C, *S)."""
+    axes = (0, *range(2, accumulators.ndim))
+    return accumulators.min(axis=axes), accumulators.max(axis=axes)
 
 
 def _steps(layer: Layer, step: Array, bias: Array) -> Array:

@@ -15,7 +15,7 @@ from fheconv.basics.arrays import Array, along_channels, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Network
-from fheconv.quantizer.activations import least_error, sharing
+from fheconv.quantizer.activations import least_error, levels_of, sharing
 from fheconv.quantizer.evidence import independent_images, trust
 
 
@@ -31,7 +31,7 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
     for number, layer in enumerate(network.layers, 1):
         if not isinstance(layer, Layer) or layer.activation is None or number in together:
             continue
-        levels, channels = config.activation_levels_of(layer.name), np.moveaxis(tensors[number], 1, 0)
+        levels, channels = levels_of(network, number, config), np.moveaxis(tensors[number], 1, 0)
         alive = channels.reshape(len(channels), -1).any(axis=1)
         if alive.any():
             best = np.array([least_error(layer.name, channel, levels).scale for channel in channels[alive]])

@@ -15,6 +15,8 @@ from fheconv.networks.quantization import Quantization
 
 # As many images as this tell as much as the prior.
 PRIOR_IMAGES = 10
+# For each fitted weight, as many windows tell as much as the prior.
+PRIOR_WINDOWS = 0.1
 # How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
 RIDGE = 0.01
 
@@ -66,14 +68,17 @@ def uniform_variance(quantization: Quantization) -> float:
     return steps * (steps + 2) / 12
 
 
-def trust(images: float) -> float:
+def trust(images: float, weights: float = 0.0) -> float:
     """Return the share that `images` independent images have beside the prior, from 0 to 1.
+
+    `weights` is the number of weights that are fitted at once, divided by the windows of each image: more
+    weights need more images.
 
     Example:
         >>> trust(30)
         0.75
     """
-    return images / (images + PRIOR_IMAGES)
+    return images / (images + PRIOR_IMAGES + PRIOR_WINDOWS * weights)
 
 
 def trust_in_mean(images: float) -> float:

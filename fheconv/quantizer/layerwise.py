@@ -16,7 +16,12 @@ from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.evidence import middle, trust_in_mean
 from fheconv.quantizer.rounding.methods import chosen_method
-from fheconv.quantizer.weights import IntegerTerms, round_by_output, round_nearest
+from fheconv.quantizer.rows import IntegerTerms
+from fheconv.quantizer.weights import round_by_output, round_nearest
+
+# How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
+# less of the window for the weights.
+HEADROOMS = (1.1, 1.3, 1.6, 2.0)
 
 
 def quantize_network(
@@ -46,16 +51,20 @@ def quantize_network(
             )
             building.add(layer, rounded, layer.bias)
         else:
-            rounded = round_by_output(
-                layer,
-                inputs,
-                network.shapes,
-                floats,
-                building.tensors,
-                bits,
-                method.round,
-                building.budget(layer),
-            )
+            budget = building.budget(layer)
+            for headroom in HEADROOMS:
+                rounded = round_by_output(
+                    layer,
+                    inputs,
+                    network.shapes,
+                    floats,
+                    building.tensors,
+                    bits,
+                    method.round,
+                    budget and budget.shrunk(headroom),
+                )
+                if building.fits(layer, rounded):
+                    break
             bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
             building.add(layer, rounded, bias)
     return building.network()

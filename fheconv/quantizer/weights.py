@@ -1,248 +1,20 @@
-"""Rounds the weights of a layer to integers, and finds which filters must share a scale."""
+"""Rounds the weights of a layer to integers."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import scipy.linalg
 
-from fheconv.arithmetic import OUTSIDE, im2col
-from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.networks.floats import Layer
-from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
-from fheconv.quantizer.components import connected
-from fheconv.quantizer.evidence import (
-    evidence,
-    least_squares,
-    middle,
-    mixed_covariance,
-    trust,
-    trust_in_mean,
-    uniform_variance,
-)
+from fheconv.quantizer.evidence import least_squares
+from fheconv.quantizer.moments import Moments
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
-from fheconv.quantizer.tables import Budget, width
+from fheconv.quantizer.rows import IntegerTerms, Rows
+from fheconv.quantizer.windows import Budget, width
 
-# The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
-MOST_WINDOWS = 20_000
-
-# A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
-Row: TypeAlias = tuple[tuple[int, int], ...]
-
-
-class IntegerTerms(NamedTuple):
-    """Holds a layer's terms with integer weights, and the real size of an accumulator step.
-
-    `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
-    weights' data type. `evidence` counts the independent images that each term was fitted to; it is empty if
-    images were not used.
-    """
-
-    terms: tuple[Term, ...]
-    step: Array
-    range: tuple[int, int]
-    evidence: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """Describes one term: its convolution, and how this reaches the accumulators.
-
-    `unit` is the real size of one step of its input. `range` is the growth of the accumulator's span for one
-    step of a weight. `channels` (C, *S) is the filter that each value of the layer comes from. `tied` holds
-    pairs of filters (2, n) whose results are added later. `aligned` says that no step follows the
-    convolution.
-    """
-
-    term: Term
-    at: int
-    kernel: Kernel
-    unit: float
-    range: int
-    channels: Array
-    tied: Array
-    aligned: bool
-
-
-class Rows:
-    """Groups the filters of a layer into rows: filters of one accumulator share a scale, and form a row."""
-
-    def __init__(self, layer: Layer, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> None:
-        self.layer = layer
-        self.parts = [
-            _part(term, quantization, shapes[term.source])
-            for term, quantization in zip(layer.terms, inputs, strict=True)
-        ]
-        counts = [len(part.kernel.weight) for part in self.parts]
-        first = np.concatenate([[0], np.cumsum(counts)])
-        nodes = np.stack(
-            [np.where(p.channels == OUTSIDE, OUTSIDE, p.channels + f).ravel()
-             for p, f in zip(self.parts, first[:-1], strict=True)]
-        )  # fmt: skip
-        lead = np.take_along_axis(nodes, (nodes != OUTSIDE).argmax(axis=0)[None], axis=0)[0]
-        meets = [np.stack([lead, other])[:, (other != OUTSIDE)] for other in nodes]
-        ties = [part.tied + start for part, start in zip(self.parts, first[:-1], strict=True)]
-        labels = connected(np.concatenate([*meets, *ties], axis=1), int(first[-1]))
-        members: dict[int, list[tuple[int, int]]] = {}
-        for node, label in enumerate(labels.tolist()):
-            part = int(np.searchsorted(first, node, side="right")) - 1
-            members.setdefault(label, []).append((part, node - int(first[part])))
-        self.rows: list[Row] = [tuple(one) for one in members.values()]
-        number = {label: at for at, label in enumerate(members)}
-        of_node = np.array([number[label] for label in labels.tolist()])
-        # The row of each value of the layer; a value that comes from no filter takes the first row.
-        self.of_value = np.where(lead == OUTSIDE, 0, of_node[lead]).reshape(layer.shape)
-        by_channel = self.of_value.reshape(layer.shape[0], -1)
-        # Whether a channel has values of several filters, although its values share one minimum.
-        self.mixed = bool((by_channel != by_channel[:, :1]).any())
-        if self.mixed:  # one of these filters can go down and another up
-            self.parts = [replace(part, range=2 * part.range) for part in self.parts]
-
-    def weights(self, row: Row) -> Array:
-        """Return the float weights of a row, in the unit of the first term."""
-        unit = self.parts[0].unit
-        filters = ((self.parts[p], c) for p, c in row)
-        return np.concatenate(
-            [
-                _flat(p.kernel.weight[c] if p.unit == unit else p.kernel.weight[c] * (p.unit / unit))
-                for p, c in filters
-            ]
-        )
-
-    def alike(self) -> list[list[int]]:
-        """Return lists of the numbers of rows that read the same inputs."""
-        batches: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for number, row in enumerate(self.rows):
-            batches.setdefault(tuple((p, self._group(p, c)) for p, c in row), []).append(number)
-        return list(batches.values())
-
-    def _group(self, part: int, channel: int) -> int:
-        kernel = self.parts[part].kernel
-        return channel // (len(kernel.weight) // kernel.geometry.groups)
-
-    def read(self, row: Row) -> Array:
-        """Return a mask of a row's weights: those whose input the trained filters read."""
-        parts = ((self.parts[p].kernel, c) for p, c in row)
-        return np.concatenate([_flat(read_taps(kernel)[c]) for kernel, c in parts])
-
-    def ranges(self, row: Row) -> Array:
-        """Return the growth of the accumulator's span for one step of each weight of a row."""
-        return np.concatenate(
-            [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
-        )
-
-    def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
-        """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
-        blocks = [[windows[p][self._group(p, c)] for p, c in row] for windows in (a, b)]
-        if all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row):
-            blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
-        return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
-
-    def of_weights(self, row: Row, values: Sequence[Array]) -> Array:
-        """Return the values (n,) of a row's n weights, from those (groups, taps) of each term."""
-        return np.concatenate([values[p][self._group(p, c)] for p, c in row])
-
-    def spread(self, values: Sequence[float], shapes: Sequence[Shape]) -> list[Array]:
-        """Return what reaches each term's weights (groups, taps), if its tensor has one value everywhere.
-
-        Steps before the weights only copy, add or drop values. So this turns the mean of independent inputs
-        into means, and their variance into variances.
-        """
-        ones = [np.ones((1, *shape)) for shape in shapes]
-        windows = self.windows(ones, [1.0] * len(values), [0] * len(values))
-        return [value * found.mean(axis=1) for value, found in zip(values, windows, strict=True)]
-
-    def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
-        """Return the inputs of each term's convolution on some images, (groups, windows, taps).
-
-        `zeros` and `units` hold the zero and the unit of each term's tensor.
-        """
-        found = []
-        for part, unit, zero in zip(self.parts, units, zeros, strict=True):
-            values = tensors[part.term.source]
-            positions = math.prod(self.layer.shape[1:])
-            x = (values[:: -(-len(values) * positions // MOST_WINDOWS)] - zero) / unit
-            x = replace(part.term, steps=part.term.steps[: part.at]).apply(x)
-            geometry = part.kernel.geometry
-            if not geometry.kernel:
-                groups = geometry.groups
-                found.append(np.moveaxis(x.reshape(len(x), groups, -1), 1, 0).astype(np.float64))
-            else:
-                found.append(im2col(x.astype(np.float64), geometry))
-        return found
-
-    @np.errstate(over="ignore")  # a step that overflows is refused later, when the bias is divided by it
-    def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
-        """Return the terms with the integers and the scale of each row."""
-        terms = tuple(replace(term, factor=1.0) for term in self.terms(integers))
-        return IntegerTerms(terms, scale[self.of_value] * self.parts[0].unit, ends)
-
-    def terms(self, values: Sequence[Array]) -> tuple[Term, ...]:
-        """Return the terms with other weights, in the first term's unit."""
-        weights = [np.zeros(part.kernel.weight.shape, values[0].dtype) for part in self.parts]
-        for row, own_values in zip(self.rows, values, strict=True):
-            sizes = [self.parts[p].kernel.weight[c].size for p, c in row]
-            for (p, c), own in zip(row, np.split(own_values, np.cumsum(sizes)[:-1]), strict=True):
-                shape = weights[p][c].shape
-                weights[p][c] = np.moveaxis(own.reshape(*shape[1:], shape[0]), -1, 0)
-        return tuple(
-            replace(part.term.with_weight(weight), factor=self.parts[0].unit)
-            for part, weight in zip(self.parts, weights, strict=True)
-        )
-
-
-def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
-    at, kernel = term.weighted()
-    shapes = term.shapes(shape)
-    channels = np.broadcast_to(
-        along_channels(np.arange(len(kernel.weight)), len(shapes[at + 1])), shapes[at + 1]
-    )
-    pooled = 1
-    for place, step in enumerate(term.steps):
-        if isinstance(step, Kernel) and place != at:
-            pooled *= int(np.abs(step.weight).reshape(len(step.weight), -1).sum(axis=1).max())
-    tied = np.zeros((2, 0), np.int64)
-    for step, after in zip(term.steps[at + 1 :], shapes[at + 2 :], strict=True):
-        if isinstance(step, Select):
-            channels = np.where(step.index == OUTSIDE, OUTSIDE, channels.ravel()[step.index])
-        else:
-            by_channel = channels.reshape(len(channels), -1)
-            lead = by_channel.max(axis=1, initial=OUTSIDE)
-            together = np.stack([np.broadcast_to(lead[:, None], by_channel.shape), by_channel])
-            tied = np.concatenate([tied, together[:, by_channel != OUTSIDE]], axis=1)
-            channels = np.broadcast_to(along_channels(lead, len(after)), after)
-    return _Part(
-        term=term,
-        at=at,
-        kernel=kernel,
-        unit=term.factor * quantization.scale,
-        range=(quantization.maximum - quantization.minimum) * pooled,
-        channels=channels,
-        tied=tied,
-        aligned=at == len(term.steps) - 1,
-    )
-
-
-def read_taps(kernel: Kernel) -> Array:
-    """Return a mask of the kernel's weights: those whose input some filter of their group reads."""
-    weight, groups = kernel.weight, kernel.geometry.groups
-    by_group = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
-    read = (by_group != 0).any(axis=1, keepdims=True)
-    return np.broadcast_to(read, by_group.shape).reshape(weight.shape)
-
-
-def _flat(weight: Array) -> Array:
-    """Return one filter (C/groups, *k) flat, with channels last as in the rows of im2col."""
-    return np.moveaxis(weight, 0, -1).ravel()
-
-
-def _covariance(x: Array, y: Array) -> Array:
-    # The mean is subtracted, because the bias corrects the mean error.
-    return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def round_nearest(
@@ -262,7 +34,9 @@ def round_nearest(
         ends = np.cumsum([rows.weights(row).size for row in rows.rows])[:-1]
         scale = np.full(len(rows.rows), together.scale[0])
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
-    return _in_batches(rows, lambda batch, stacked: method(stacked, bits, None, rows.ranges(batch[0]), None))
+    return _in_batches(
+        rows, lambda numbers, stacked: method(stacked, bits, None, rows.ranges(rows.rows[numbers[0]]), None)
+    )
 
 
 def round_by_output(
@@ -279,12 +53,19 @@ def round_by_output(
 
     `floats` holds the tensors of the float network, `tensors` those of the quantized network. The weights are
     first fitted to the quantized tensors by least squares, and then rounded. As far as the calibration images
-    are few or alike, inputs of any kind count too (`evidence`).
+    are few or alike, inputs of any kind count too (`Moments`).
+
+    If the `budget` needs no proof, scales are so coarse that the float sums keep to it. The integer sums can
+    reach a little further than the float sums.
 
     Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
+    finest = None
+    if budget is not None and not budget.proved:
+        finest = rows.reach(layer.sums(floats)) / (budget.steps * rows.parts[0].unit)
+        budget = None
     if budget is not None and budget.steps < least:
         enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
         activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
@@ -299,50 +80,41 @@ def round_by_output(
             limit=budget.steps,
             remedy=enough,
         )
-    delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
-    meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
-    variances = rows.spread([uniform_variance(q) for q in inputs], shapes)
-    seen = [evidence(tensors[0], tensors[source]) for source in layer.sources]
-    trusted = [np.full(one.shape, trust(images)) for one, images in zip(variances, seen, strict=True)]
-    middles = rows.spread([middle(q) for q in inputs], shapes)
-    # Images of any brightness are in range. Activations are taken about the mean that the bias relies on.
-    known = [
-        trust_in_mean(images) if n else trust(images) for n, images in zip(layer.sources, seen, strict=True)
-    ]
-    apart = [
-        (windows.mean(axis=1) - centre) * np.sqrt(1 - share)
-        for windows, centre, share in zip(delivered, middles, known, strict=True)
-    ]
+    moments = Moments(rows, inputs, shapes, tensors, floats)
 
-    def fit(batch: Sequence[Row], stacked: Array) -> IntegerWeight:
+    def fit(numbers: Sequence[int], stacked: Array) -> IntegerWeight:
+        batch = [rows.rows[number] for number in numbers]
         # Dividing by the greatest weight keeps the squares from overflowing.
         size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
         stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
         # Pruned weights stay zero, because another value there would need more lookups. So do filters of
         # zeros.
         read = rows.read(batch[0]) | (not stacked.any())
-        both, stacked = np.ix_(read, read), stacked[:, read]
-        variance, away, share = (rows.of_weights(batch[0], x)[read] for x in (variances, apart, trusted))
-        moment, cross = (
-            mixed_covariance(rows.covariance(batch[0], delivered, x)[both], variance, away, share)
-            for x in (delivered, meant)
-        )
+        stacked = stacked[:, read]
+        moment, cross = moments.of_row(batch[0], read)
         fitted = least_squares(moment, cross @ stacked.T, stacked)
-        rounded = method(fitted, bits, moment, rows.ranges(batch[0])[read], budget and budget.steps)
+        rounded = method(
+            fitted,
+            bits,
+            moment,
+            rows.ranges(batch[0])[read],
+            budget and budget.steps,
+            None if finest is None else finest[numbers] / np.maximum(size[:, 0], TINY),
+        )
         values = np.zeros((len(batch), len(read)), np.int64)
         values[:, read] = rounded.values
         return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
 
-    return _in_batches(rows, fit)._replace(evidence=tuple(seen))
+    return _in_batches(rows, fit)._replace(evidence=moments.evidence)
 
 
-def _in_batches(rows: Rows, rounded: Callable[[Sequence[Row], Array], IntegerWeight]) -> IntegerTerms:
+def _in_batches(rows: Rows, rounded: Callable[[Sequence[int], Array], IntegerWeight]) -> IntegerTerms:
     """Round rows that read the same inputs together."""
     integers: list[Array] = [np.zeros(0, np.int64)] * len(rows.rows)
     scale, ends = np.zeros(len(rows.rows)), (0, 0)
     for numbers in rows.alike():
         batch = [rows.rows[number] for number in numbers]
-        result = rounded(batch, np.stack([rows.weights(row) for row in batch]))
+        result = rounded(numbers, np.stack([rows.weights(row) for row in batch]))
         ends = (min(ends[0], result.range[0]), max(ends[1], result.range[1]))
         scale[numbers] = result.scale
         for number, values in zip(numbers, result.values, strict=True):

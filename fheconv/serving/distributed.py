@@ -132,7 +132,7 @@ def stream(
     return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
 
 
-class _Job:
+class Job:
     """The circuit and the keys, which every worker needs. They travel as bytes, and a worker opens them."""
 
     def __init__(self, *parts: Any) -> None:
@@ -141,7 +141,7 @@ class _Job:
         self._opened: tuple[Server, EvaluationKeys] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _job, self._parts
+        return named_job, self._parts
 
     def run(self, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
@@ -165,21 +165,22 @@ class _Job:
 
 
 # The jobs of this process, by name.
-_jobs: weakref.WeakValueDictionary[str, _Job] = weakref.WeakValueDictionary()
+_jobs: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
 _jobs_lock = threading.Lock()
 
 
-def _job(name: str, *parts: Any) -> _Job:
+def named_job(name: str, *parts: Any) -> Job:
     """Return the job of that name. If Dask brings it again, return the one that is already open."""
     with _jobs_lock:
-        return _jobs.setdefault(name, _Job(name, *parts))
+        return _jobs.setdefault(name, Job(name, *parts))
 
 
-def _hold(job: _Job) -> _Job:
+def _hold(job: Job) -> Job:
     return job
 
 
-def _run(job: _Job, ciphertext: bytes) -> bytes:
+def run_job(job: Job, ciphertext: bytes) -> bytes:
+    """Run a job on a ciphertext's bytes. Workers look it up by its name, so that it can be replaced."""
     return job.run(ciphertext)
 
 
@@ -206,7 +207,7 @@ def _stream(
     client: Client, parts: tuple[Any, ...], manifest: Manifest, key_id: str, given: Iterable[Ciphertext]
 ) -> Iterator[tuple[int, Ciphertext]]:
     name = f"fheconv-{secrets.token_hex(8)}"
-    job = _submit(client, _job, name, *parts, key=name)
+    job = _submit(client, named_job, name, *parts, key=name)
     holds: dict[str, Future] = {}
     sent: dict[Future, tuple[int, Ciphertext]] = {}
     completed = as_completed(loop=client.loop)
@@ -230,7 +231,7 @@ def _stream(
         ahead = max(LEAST_AHEAD, AHEAD * reach())
         for index, ciphertext in islice(waiting, ahead - len(sent)):
             check_input(ciphertext, manifest, key_id)
-            future = _submit(client, _run, job, ciphertext.to_bytes(), key=(f"{name}-run", index))
+            future = _submit(client, run_job, job, ciphertext.to_bytes(), key=(f"{name}-run", index))
             sent[future] = index, ciphertext
             completed.add(future)
 

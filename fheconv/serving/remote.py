@@ -1,15 +1,13 @@
 """Runs a circuit behind a URL. This is the client side; the server side is `fheconv.serving.app`."""
 
-import json
 import random
 import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer, check_number, check_token
 from fheconv.basics.errors import (
     ArtifactError,
@@ -24,6 +22,7 @@ from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.client import Client, load_client
 from fheconv.circuits.files.archive import MOST_BYTES
 from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.files.plain import read_json
 from fheconv.circuits.server import MARGIN
 
 try:
@@ -94,6 +93,13 @@ class RemoteCircuit(Client):
             client = load_client(self._request("GET", "/client", most=MOST_BYTES))
         elif not isinstance(client, Client):
             client = load_client(client)
+        if client.manifest.format != manifest.format:
+            raise ArtifactError(
+                f"{url} serves a circuit of file format {manifest.format}, and the client is of format "
+                f"{client.manifest.format}. Since format 2 the fingerprint covers how results are read, so "
+                "keys and ciphertexts of the two do not go together. Get the client.zip that was saved with "
+                "the server's server.zip."
+            )
         if client.fingerprint != manifest.fingerprint:
             raise ArtifactError(
                 f"{url} serves the circuit {manifest.fingerprint}, and the client is of "
@@ -120,7 +126,7 @@ class RemoteCircuit(Client):
             results += self._run(replace(ciphertext, images=len(part), values=part))
         return ciphertext.with_results(results)
 
-    def predict(self, x: Any, fhe: str = "execute") -> Array:
+    def predict(self, x: ArrayLike, fhe: str = "execute") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         Images are encrypted here, run at the server, and decrypted here. Raises like `encrypt` and `run`, and
@@ -137,15 +143,15 @@ class RemoteCircuit(Client):
         """Return the manifest of the server's circuit, and how many images the server takes at a time."""
         answer = self._request("GET", "/circuit")
         try:
-            read = json.loads(answer)
-            images = read["limits"]["images"]
+            read = read_json(answer, "its answer", _MOST_JSON)
+            described, images = read["manifest"], read["limits"]["images"]
             if type(images) is not int or images < 1:
                 raise ValueError(f"it takes {images!r} images at a time")
-            return Manifest.from_dict(read["manifest"]), images
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ArtifactError, ValueError, LookupError, TypeError) as error:
             raise RemoteError(
                 f"{self._http.base_url} is no server of fheconv: {error!r:.200}. Check the URL."
             ) from error
+        return Manifest.from_dict(described), images
 
     def _run(self, ciphertext: Ciphertext) -> tuple[bytes, ...]:
         """Return the results of as many images as the server takes at a time."""
@@ -240,9 +246,9 @@ class _Unknown(ArtifactError):
 def _problem(response: httpx.Response, answer: bytes) -> FheConvError:
     """Return the error that an error answer describes."""
     try:
-        read = json.loads(answer)
+        read = read_json(answer, "its answer", _MOST_JSON)
         name, message = str(read["error"]), str(read["message"])[:2000]
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ArtifactError, LookupError, TypeError):
         name, message = "", f"it answered {response.status_code} to {response.request.method}"
     message = f"The server says: {message}"
     if response.status_code == 404 and name == ArtifactError.__name__:

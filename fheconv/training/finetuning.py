@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer, check_number
-from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.networks.floats import Network
 from fheconv.networks.integers import IntegerNetwork
@@ -20,7 +20,7 @@ from fheconv.training.thinning import thinned
 from fheconv.training.trainable import TrainableNetwork
 
 # Images (N, C, *S), alone or with their right classes (N, …).
-Data: TypeAlias = Any
+Data: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike]
 N = TypeVar("N", bound=IntegerNetwork)
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ def finetune(
     data: Data,
     *,
     epochs: int = 200,
-    validation: Data = None,
+    validation: Data | None = None,
     augment: Augment | None = None,
     learning_rate: float = 0.04,
     batch_size: int = 64,
@@ -169,7 +169,7 @@ def _train(
         ],
     )
     observed = examples.images[:MOST_OBSERVED].double().numpy()
-    best, least, best_at = network, _held_out_loss(network, held_out), 0
+    best, least, best_at = network, held_out_loss(network, held_out), 0
     every = -(-epochs // MEASURED)
     for epoch in track(range(1, epochs + 1), "Fine-tuning…"):
         for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
@@ -187,7 +187,9 @@ def _train(
                 now = module.quantized(observed)
             except CalibrationError:  # training has diverged and will not recover
                 break
-            loss = _held_out_loss(now, held_out)
+            except AccumulatorOverflowError:  # the window of a layer has become too narrow, for now
+                continue
+            loss = held_out_loss(now, held_out)
             if loss < least:
                 best, least, best_at = now, loss, epoch
             if epoch - best_at >= schedule.patience:
@@ -216,8 +218,8 @@ def _rate(step: int, start: int, end: int) -> float:
 
 
 def _examples(network: IntegerNetwork, data: Data, name: str) -> Examples:
-    pair = isinstance(data, tuple | list) and len(data) == 2
-    given = as_array(data[0] if pair else data, f"The images of {name}")
+    first, classes = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
+    given = as_array(first, f"The images of {name}")
     network.quantize_input(given)
     if given.ndim != len(network.input_shape) + 1 or len(given) < 2:
         raise InvalidArgumentError(
@@ -228,18 +230,18 @@ def _examples(network: IntegerNetwork, data: Data, name: str) -> Examples:
     meant = _meant(network.source, images)
     variance = meant.var()
     spread = torch.where(variance > 0, variance, 1.0)
-    if not pair:
+    if classes is None:
         return Examples(images, None, meant, spread)
-    labels = as_array(data[1], f"The classes of {name}")
-    classes, shape = meant.shape[1], (len(images), *meant.shape[2:])
+    labels = as_array(classes, f"The classes of {name}")
+    count, shape = meant.shape[1], (len(images), *meant.shape[2:])
     if (
         labels.dtype.kind not in "iu"
         or labels.shape != shape
-        or not (0 <= labels.min() <= labels.max() < classes)
+        or not (0 <= labels.min() <= labels.max() < count)
     ):
         raise InvalidArgumentError(
             f"The classes of {name} are {labels.dtype} of shape {labels.shape}{_ends(labels)}; this network "
-            f"needs integers from 0 to {classes - 1} of shape {shape}."
+            f"needs integers from 0 to {count - 1} of shape {shape}."
         )
     return Examples(images, torch.tensor(labels.astype(np.int64)), meant, spread)
 
@@ -271,8 +273,8 @@ def _loss(sums: Tensor, examples: Examples) -> Tensor:
     return functional.cross_entropy(sums, examples.labels) + TEMPERATURE**2 * distilled
 
 
-def _held_out_loss(network: IntegerNetwork, held_out: Examples) -> float:
-    """Return the loss of the integer network itself."""
+def held_out_loss(network: IntegerNetwork, held_out: Examples) -> float:
+    """Return the loss of the integer network itself. It decides which network `finetune` returns."""
     accumulators = network.accumulate(network.quantize_input(held_out.images)[0])
     sums = torch.as_tensor(accumulators * network.last.scale, dtype=torch.float32)
     return float(_loss(sums, held_out))

@@ -19,7 +19,7 @@ from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.linear import Kernel, is_pooling
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
-from fheconv.quantizer.weights import Rows
+from fheconv.quantizer.rows import Rows
 
 # Changes are compared on at most this many images.
 MOST_IMAGES = 200
@@ -49,7 +49,7 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
 
     Raises `InvalidArgumentError` if the budget cannot be met. The message names the least possible number.
     """
-    now, meant = _Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
+    now, meant = Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
     some = slice(None, None, -(-len(images) // MOST_IMAGES))
 
     def price(changed: Network) -> float:
@@ -67,12 +67,12 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
                     f"channel left of each activation, this network still needs {needed} lookups; allow as "
                     "many, or train a smaller network."
                 )
-            now = replace(now, network=_fitted(now, images))
+            now = replace(now, network=fitted(now, images))
     return now.network
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Thinned:
+class Thinned:
     """A network during thinning: the remaining network, and the original that it must imitate.
 
     `original` is the trained network, with the same poolings moved. `means` maps the number of a tensor to
@@ -85,10 +85,10 @@ class _Thinned:
     means: dict[int, Array]
 
 
-def _fitted(now: _Thinned, images: Array) -> Network:
+def fitted(now: Thinned, images: Array) -> Network:
     """Return the network with the weights and biases that best reproduce the sums of the original's layers.
 
-    Values that no filter of the network reads stay unread.
+    `thinned` calls it after each change. Values that no filter of the network reads stay unread.
     """
     network, original = now.network, now.original
     meant, tensors, layers = original.tensors(images), [images.astype(np.float64)], [*network.layers]
@@ -120,7 +120,7 @@ def _fitted(now: _Thinned, images: Array) -> Network:
     return replace(network, layers=tuple(layers))
 
 
-def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
+def _changes(now: Thinned, images: Array) -> Iterator[Thinned]:
     """Yield the network after each change that can be made."""
     network = now.network
     masks, tensors = demand(network), network.tensors(images)
@@ -136,7 +136,7 @@ def _changes(now: _Thinned, images: Array) -> Iterator[_Thinned]:
                 yield replace(now, network=pooled, original=both)
 
 
-def _without(now: _Thinned, number: int, channel: int, mean: float) -> _Thinned | None:
+def _without(now: Thinned, number: int, channel: int, mean: float) -> Thinned | None:
     """Return the network with a channel of tensor `number` replaced by its mean, or None if impossible."""
     kept = np.ones(now.network.shapes[number][0])
     kept[channel] = 0

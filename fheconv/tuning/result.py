@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import InvalidArgumentError, TuningError
 from fheconv.basics.report import Report
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.circuits.cost import Cost
 from fheconv.quantized import QuantizedNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 
@@ -145,7 +148,7 @@ class TuneResult(Report):
             "training data, which it fine-tunes on, or allow more."
         )
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the points and the front, with matplotlib (the extra `plots`); return the axes."""
         from fheconv.analysis import plots
 

@@ -1,23 +1,24 @@
 """Searches for the cheapest circuit that is still accurate."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from fheconv.analysis.failures import accuracies
-from fheconv.basics.arrays import Array, as_array
+from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer, check_number
-from fheconv.basics.config import CompileConfig, QuantConfig
+from fheconv.basics.compile_config import CompileConfig
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.capture.model import capture
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
-from fheconv.quantized import QuantizedNetwork, quantize
-from fheconv.training.finetuning import finetune
+from fheconv.quantized import Model, QuantizedNetwork, quantize
+from fheconv.training.finetuning import Augment, finetune
 from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
 from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
@@ -41,13 +42,13 @@ MOST_MEASURED = 4
 
 
 def tune(
-    model: Any,
-    calibration: Any,
+    model: Model,
+    calibration: ArrayLike,
     *,
-    evaluation: tuple[Any, Any],
+    evaluation: tuple[ArrayLike, ArrayLike],
     objective: Objective = "latency",
-    training: tuple[Any, Any] | None = None,
-    augment: Callable[[Any], Any] | None = None,
+    training: tuple[ArrayLike, ArrayLike] | None = None,
+    augment: Augment | None = None,
     epochs: int = 200,
     lookup_budgets: Sequence[int] = (),
     widths: Sequence[tuple[int, int | None]] = WIDTHS,
@@ -137,7 +138,7 @@ def tune(
                 found.append(point)
         if not found:
             reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
-        for point in _spread(front_of(found, objective)) if measure else ():
+        for point in spread(front_of(found, objective)) if measure else ():
             found.extend(_timed(point))
             found.remove(point)
     except KeyboardInterrupt:
@@ -153,7 +154,7 @@ def tune(
 
 def _settings(
     objective: str,
-    training: Any,
+    training: tuple[ArrayLike, ArrayLike] | None,
     lookup_budgets: Sequence[int],
     widths: Sequence[tuple[int, int | None]],
 ) -> list[Setting]:
@@ -185,12 +186,12 @@ def _settings(
 class _Search:
     """Tries settings one after the other. Holds the arguments of the search and the networks made so far."""
 
-    model: Any
-    calibration: Any
+    model: Model
+    calibration: ArrayLike
     images: Array
     labels: Array
-    training: Any
-    augment: Callable[[Any], Any] | None
+    training: Any  # images and classes, or None if nothing is fine-tuned
+    augment: Augment | None
     epochs: int
     config: QuantConfig
     compile_config: CompileConfig
@@ -295,7 +296,7 @@ def _evaluation(evaluation: Any) -> tuple[Array, Array]:
     return images, labels
 
 
-def _spread(front: Sequence[TunePoint]) -> list[TunePoint]:
+def spread(front: Sequence[TunePoint]) -> list[TunePoint]:
     """Return at most `MOST_MEASURED` points of the front, from its cheapest to its most accurate."""
     places = np.linspace(0, len(front) - 1, min(len(front), MOST_MEASURED)).round().astype(int)
     return [front[place] for place in places]

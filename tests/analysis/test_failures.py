@@ -104,7 +104,7 @@ def test_what_leaves_the_table_comes_back_with_the_opposite_sign():
 def test_one_lookup_gives_each_value_as_often_as_simulated(network, images):
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=0.1))
     q = np.repeat(images, 40, axis=0)
-    simulated = circuit._integers(q, "simulate")
+    simulated = circuit.accumulate(q, "simulate")
     ours = noisy(network, q, circuit.cost.p_error, np.random.default_rng(0))
     for pixel in np.unique(images):
         theirs, counts = (np.bincount(y[q == pixel], minlength=32) for y in (simulated, ours))
@@ -142,7 +142,7 @@ def test_as_many_images_have_wrong_results_as_simulated(names, options, strategy
     expected = network.accumulate(q)
     wrong, theirs = (
         (y != expected).reshape(len(q), -1).any(axis=1).sum()
-        for y in (ours, circuit._integers(q, "simulate"))
+        for y in (ours, circuit.accumulate(q, "simulate"))
     )
     assert theirs > 0
     assert within_luck(wrong, theirs, slack=0.1)

@@ -18,13 +18,14 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+import psutil
 from dask.distributed import Client, LocalCluster
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 import fheconv
-from fheconv.circuits.native.worker import Worker, _memory
+from fheconv.circuits.native.worker import Worker
 from fheconv.serving import distributed
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -51,7 +52,7 @@ def one_worker(server, encrypted, keys, cores: int, runs: int) -> tuple[float, i
         start = perf_counter()
         beside.run(encrypted, keys)
         seconds.append(perf_counter() - start)
-    memory = _memory(session.pid)
+    memory = psutil.Process(session.pid).memory_full_info().uss
     session.stop()
     del os.environ["OMP_NUM_THREADS"]
     return median(seconds[1:]), memory
@@ -108,7 +109,7 @@ def main() -> None:
     options = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
     with LocalCluster(n_workers=here, threads_per_worker=1, **options) as cluster, Client(cluster) as dask:
         real = through_dask(dask, server, keys, encrypted)
-        distributed._run = computing_nothing(result.nbytes)
+        distributed.run_job = computing_nothing(result.nbytes)
         handing = through_dask(dask, server, keys, [one] * 300)
 
     # A key set goes from worker to worker, each of which passes it on.

@@ -122,7 +122,6 @@ def test_attention_and_recurrence():
         (lambda m, x: x.topk(1, 1)[0], "'topk'.*decryption"),
         (lambda m, x: x.max(1)[1], "indices"),
         (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[1], "indices"),
-        (lambda m, x: x.cumsum(1), "'cumsum'.*Linear"),
         (lambda m, x: x.norm(dim=1), "abs or squares"),
         (lambda m, x: x.std((2, 3)), "BatchNorm"),
         (lambda m, x: F.pad(x, (1, 1), value=-float("inf")), "-inf.*MaxPool"),
@@ -132,7 +131,6 @@ def test_attention_and_recurrence():
         ),
         (lambda m, x: torch.pow(x, torch.arange(4.0)), "place to place"),
         (lambda m, x: 1j * x, ""),
-        (lambda m, x: torch.fft.fft(x).real, ""),
         (lambda m, x: (9 * x).to(torch.uint8), "uint8.*int32"),
         (lambda m, x: (x > 0) + (x > 1), "truth values"),
         (lambda m, x: x[:, :0], "no elements"),
@@ -184,12 +182,6 @@ def test_lazy_modules_and_what_is_no_module():
         capture("model", (1, 2, 2))
     with pytest.raises(InvalidArgumentError):
         capture(nn.Conv2d(1, 1, 3), (2, 5, 5))
-
-
-def test_layers_in_a_row_that_would_become_too_large():
-    model = nn.Sequential(conv(1, 2), conv(2, 2), nn.ReLU())
-    assert "dense matrix" in refused(model, (1, 80, 80))
-    assert "windows" in refused(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)), (1, 129, 129))
 
 
 def test_weights_that_are_not_finite():

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import subprocess
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import fheconv
 from fheconv.circuits.native.protocol import Limits
-from fheconv.circuits.native.worker import Worker, worker
+from fheconv.circuits.native.worker import worker
 from tests.support.layers import random_network, unlike_calibration
 
 MEBI = 2**20
@@ -30,6 +32,14 @@ def slow():
     return circuit
 
 
+def limited(limits):
+    """Give every request these limits, in place of those that its circuit was compiled with."""
+    request = worker().request
+    return mock.patch.object(
+        worker(), "request", lambda *a, **more: request(*a, **{**more, "limits": limits})
+    )
+
+
 def test_a_compilation_over_its_time_is_ended():
     start = time.monotonic()
     with pytest.raises(
@@ -46,12 +56,11 @@ def test_a_compilation_over_its_time_is_ended():
 def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
     x = unlike_calibration(slow.network, 1)
     encrypted = slow.encrypt(x)
-    slow._one.limits = Limits(seconds=0.05)
-    try:
-        with pytest.raises(fheconv.ExecutionError, match=r"run took longer than time_limit=0\.05.*smaller"):
-            slow.run(encrypted)
-    finally:
-        slow._one.limits = Limits()
+    with (
+        limited(Limits(seconds=0.05)),
+        pytest.raises(fheconv.ExecutionError, match=r"run took longer than time_limit=0\.05.*smaller"),
+    ):
+        slow.run(encrypted)
     np.testing.assert_array_equal(slow.decrypt(slow.run(encrypted)), slow.network(x))
 
 
@@ -64,25 +73,26 @@ def test_a_worker_that_never_answers_is_ended(step, images):
     circuit = fheconv.compile(network, fheconv.CompileConfig(time_limit=60, lanes=1))
     circuit.keygen()
     x = unlike_calibration(network, 2, images)
-    circuit._one.limits = Limits(seconds=1)
     os.kill(worker().pid, signal.SIGSTOP)
-    with pytest.raises(fheconv.ExecutionError, match=f"{step} took longer than time_limit=1 seconds"):
+    with (
+        limited(Limits(seconds=1)),
+        pytest.raises(fheconv.ExecutionError, match=f"{step} took longer than time_limit=1 seconds"),
+    ):
         circuit.keygen() if step == "keygen" else circuit.encrypt(x)
-    circuit._one.limits = Limits(seconds=60)
     assert circuit.verify(x[:1]).ok
 
 
 def test_starting_the_worker_does_not_count(monkeypatch):
     """By a clock that gains 1000 seconds while the worker starts."""
-    gained, clock, start = [0], time.monotonic, Worker._start
+    gained, clock = [0], time.monotonic
 
-    def slow_start(self):
-        connection = start(self)
-        gained[0] += 1000
-        return connection
+    class SlowStart(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            gained[0] += 1000
 
-    monkeypatch.setattr("fheconv.circuits.native.worker.time.monotonic", lambda: clock() + gained[0])
-    monkeypatch.setattr(Worker, "_start", slow_start)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + gained[0])
+    monkeypatch.setattr(subprocess, "Popen", SlowStart)
     worker().stop()
     fheconv.compile(square(5), fheconv.CompileConfig(time_limit=60))
     assert gained == [1000]

@@ -9,7 +9,7 @@ import pytest
 import fheconv
 from fheconv.circuits.files.security import check_security
 from tests.support import serving
-from tests.support.files import parts_of, zipped
+from tests.support.files import parts_of, sealed, zipped
 from tests.support.nets import quantized
 
 
@@ -130,4 +130,4 @@ def test_a_client_file_with_weak_parameters_is_not_loaded(specs, tmp_path):
     change_noise(image)(weak)
     parts = {**parts_of(tmp_path / "client.zip"), "specs.json": json.dumps(weak).encode()}
     with pytest.raises(fheconv.ArtifactError, match="not secure"):
-        fheconv.load_client(zipped(parts))
+        fheconv.load_client(zipped(sealed(parts)))

@@ -60,7 +60,7 @@ def tiled():
 @pytest.fixture
 def calls(tiled, monkeypatch):
     """The numbers of tiles in the calls of the circuit so far, the third of which is interrupted."""
-    right, calls = tiled.circuit._integers, []
+    right, calls = tiled.circuit.accumulate, []
 
     def interrupted(q, fhe):
         calls.append(len(q))
@@ -68,7 +68,7 @@ def calls(tiled, monkeypatch):
             raise KeyboardInterrupt
         return right(q, fhe)
 
-    monkeypatch.setattr(tiled.circuit, "_integers", interrupted)
+    monkeypatch.setattr(tiled.circuit, "accumulate", interrupted)
     return calls
 
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 
@@ -28,16 +29,33 @@ class Session:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """A cache folder of its own, and a process that has not measured yet."""
-    monkeypatch.setattr(timing, "_measured", [])
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    another_process()
+    yield
+    another_process()
+
+
+def another_process():
+    """Forget what was measured in this one."""
+    importlib.reload(timing)
 
 
 def seconds(session, lookups, each):
     return timing.expected_seconds(session, lookups, lookups * each)
 
 
-def cached():
-    return json.loads(timing._file().read_text())
+def cache(tmp_path):
+    """The one file in the cache folder."""
+    (file,) = (tmp_path / "fheconv").iterdir()
+    return file
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The file in which another process has left what it measured."""
+    seconds(Session(), 1, 5e7)
+    another_process()
+    return cache(tmp_path)
 
 
 def test_lookups_that_were_timed_take_what_they_took():
@@ -57,13 +75,13 @@ def test_in_between_and_beyond_it_rises_and_below_it_stays():
     assert seconds(session, 50, 3e7) == pytest.approx(50 * seconds(session, 1, 3e7))
 
 
-def test_a_machine_measures_once():
+def test_a_machine_measures_once(tmp_path):
     session = Session()
     first = seconds(session, 10, 5e7)
     seconds(session, 10, 6e7)
     assert len(session.asked) == len(timing.BITS)
-    assert cached() == [list(pair) for pair in MEASURED]
-    timing._measured.clear()  # another process
+    assert json.loads(cache(tmp_path).read_text()) == [list(pair) for pair in MEASURED]
+    another_process()
     other = Session()
     assert seconds(other, 10, 5e7) == first
     assert other.asked == []
@@ -94,19 +112,19 @@ def test_a_machine_measures_once():
     ],
     ids=lambda text: text[:40],
 )
-def test_a_damaged_cache_is_measured_again_and_mended(damaged):
-    timing._file().parent.mkdir(parents=True)
-    timing._file().write_text(damaged)
+def test_a_damaged_cache_is_measured_again_and_mended(damaged, old):
+    old.write_text(damaged)
     session = Session()
     assert seconds(session, 1, MEASURED[0][0]) == pytest.approx(MEASURED[0][1])
     assert len(session.asked) == len(timing.BITS)
-    assert cached() == [list(pair) for pair in MEASURED]
+    assert json.loads(old.read_text()) == [list(pair) for pair in MEASURED]
 
 
-def test_a_cache_of_other_bytes_is_measured_again():
-    timing._file().parent.mkdir(parents=True)
-    timing._file().write_bytes(b"\xff\xfe\x00")
-    assert seconds(Session(), 1, 5e7) > 0
+def test_a_cache_of_other_bytes_is_measured_again(old):
+    old.write_bytes(b"\xff\xfe\x00")
+    session = Session()
+    assert seconds(session, 1, 5e7) > 0
+    assert len(session.asked) == len(timing.BITS)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
@@ -118,17 +136,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     assert len(session.asked) == len(timing.BITS)
 
 
-def test_what_cannot_be_timed_has_no_estimate():
+def test_what_cannot_be_timed_has_no_estimate(tmp_path):
     session = Session(fheconv.ExecutionError("dead"))
     assert seconds(session, 1, 5e7) is None
-    assert not timing._file().exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_it_times_real_lookups(monkeypatch):
+def test_it_times_real_lookups(monkeypatch, tmp_path):
     """A few of them; of how long they take nothing is asserted but that it is measured."""
     monkeypatch.setattr(timing, "BITS", (2, 3))
     monkeypatch.setattr(timing, "LOOKUPS", 2)
     from fheconv.circuits.native.worker import worker
 
     assert 0 < timing.expected_seconds(worker(), 3, 1e8) < math.inf
-    assert len(cached()) == 2
+    assert len(json.loads(cache(tmp_path).read_text())) == 2

@@ -137,18 +137,6 @@ def test_scaling_channels_scales_the_result(seed):
 
 
 @given(seeds)
-def test_a_dense_term_computes_the_same(seed):
-    rng = np.random.default_rng(seed)
-    shape = random_shape(rng)
-    term = Term(source=0, factor=-0.5, steps=tuple(random_steps(rng, shape, int(rng.integers(0, 4)))))
-    x = rng.normal(size=(2, *shape))
-    dense = term.dense(shape)
-    same(dense.apply(x), term.apply(x))
-    assert dense.factor == term.factor
-    assert len(dense.inexact()) == 1
-
-
-@given(seeds)
 def test_the_inputs_read_are_those_with_a_weight(seed):
     rng = np.random.default_rng(seed)
     shape = random_shape(rng)

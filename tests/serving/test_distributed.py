@@ -12,12 +12,13 @@ from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 from dask.distributed import Client, LocalCluster
-from distributed import KilledWorker
+from distributed import Future, KilledWorker
 
 import fheconv
 from fheconv.circuits.keys import StoredKeys
@@ -37,7 +38,7 @@ except fheconv.MissingExtraError as error:
 
 @pytest.fixture(scope="module")
 def cluster():
-    options = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+    options = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
     with LocalCluster(processes=True, n_workers=2, threads_per_worker=1, **options) as made:
         yield made
 
@@ -181,7 +182,7 @@ def test_tiles_of_a_photograph_even_when_all_workers_are_killed(tiled, tile_file
 
 def test_what_kills_every_worker_is_an_error(tiled, tile_file, dask, cluster, monkeypatch):
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
-    monkeypatch.setattr(distributed, "_run", lambda job, ciphertext: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(distributed, "run_job", lambda job, ciphertext: os.kill(os.getpid(), signal.SIGKILL))
     (encrypted,) = tiled.encrypt(np.zeros((1, 5, 5)))
     with pytest.raises(fheconv.ExecutionError, match="1 workers died"):
         distributed.run(tile_file, tiled.circuit.evaluation_keys, encrypted, client=dask)
@@ -195,12 +196,20 @@ def test_what_fails_on_a_worker_is_the_error_that_it_is_here(tiled, tile_file, d
 
 
 def test_workers_keep_to_the_limits_of_a_loaded_server(tiled, tile_file, dask, monkeypatch):
-    monkeypatch.setattr(distributed, "_stream", lambda client, parts, *rest: parts)
+    submitted = []
+
+    def submit(*arguments, **_):
+        submitted.append(arguments)
+        raise fheconv.ExecutionError("seen")
+
+    monkeypatch.setattr(dask, "submit", submit)
     server = fheconv.load_server(tile_file, time_limit=60, memory_limit=2**30)
     arguments = tiled.circuit.evaluation_keys, next(tiled.encrypt(np.zeros((1, 5, 5))))
-    file, limits, *_ = distributed.stream(server, *arguments, client=dask)
-    assert limits == {"time_limit": 60, "memory_limit": 2**30}
-    assert file == tile_file.read_bytes()
+    with pytest.raises(fheconv.ExecutionError, match="seen"):
+        list(distributed.stream(server, *arguments, client=dask))
+    (job,) = submitted
+    assert {"time_limit": 60, "memory_limit": 2**30} in job
+    assert tile_file.read_bytes() in job
 
 
 @pytest.mark.slow
@@ -222,7 +231,7 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
     def submit(*_, **__):
         pytest.fail("something was sent")
 
-    monkeypatch.setattr(distributed, "_submit", submit)
+    monkeypatch.setattr(dask, "submit", submit)
     keys, encrypted = circuit.evaluation_keys, circuit.encrypt(images(network, 2))
     others = fheconv.load_client(file.parent / "client.zip")
     others.keygen()
@@ -254,23 +263,30 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
         (fheconv.CompilationError("too wide"), fheconv.CompilationError, "too wide"),
     ],
 )
-def test_what_dask_raises_has_its_place_in_the_tree_of_errors(raised, kind, words):
-    with pytest.raises(kind, match=words), distributed._asking_dask():
-        raise raised
+def test_what_dask_raises_has_its_place_in_the_tree_of_errors(
+    raised, kind, words, tiled, tile_file, dask, monkeypatch
+):
+    monkeypatch.setattr(distributed, "wait", mock.Mock(side_effect=raised))
+    arguments = tiled.circuit.evaluation_keys, tiled.encrypt(np.zeros((1, 5, 5)))
+    with pytest.raises(kind, match=words):
+        next(distributed.stream(tile_file, *arguments, client=dask))
 
 
-def test_a_result_that_belongs_elsewhere_is_refused(tiled):
+@pytest.mark.parametrize(
+    "changed", [{"key_id": "other"}, {"images": 2, "batched": True}], ids=["keys", "images"]
+)
+def test_a_result_that_belongs_elsewhere_is_refused(changed, tiled, tile_file, dask, monkeypatch):
     (encrypted,) = tiled.encrypt(np.zeros((1, 5, 5)))
-    for changed in ({"key_id": "other"}, {"images": 2, "batched": True}):
-        other = replace(encrypted, kind="output", **changed).to_bytes()
-        with pytest.raises(fheconv.ArtifactError, match="belongs to another"):
-            distributed._checked(other, 5, encrypted)
+    other = replace(encrypted, kind="output", **changed)
+    monkeypatch.setattr(Future, "result", lambda future: other.to_bytes())
+    with pytest.raises(fheconv.ArtifactError, match="ciphertext 0 what belongs to another"):
+        list(distributed.stream(tile_file, tiled.circuit.evaluation_keys, [encrypted], client=dask))
 
 
 def test_a_job_that_comes_again_is_the_one_that_is_there():
-    job = distributed._job("name", b"file", {}, {}, "digest")
+    job = distributed.named_job("name", b"file", {}, {}, "digest")
     assert pickle.loads(pickle.dumps(job)) is job
-    assert distributed._job("other", b"file", {}, {}, "digest") is not job
+    assert distributed.named_job("other", b"file", {}, {}, "digest") is not job
 
 
 def test_a_cluster_that_is_gone_is_an_error(tiled, tile_file, cluster):

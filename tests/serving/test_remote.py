@@ -14,6 +14,7 @@ import pytest
 
 import fheconv
 from fheconv.circuits.files.archive import load_manifest
+from fheconv.serving import admission
 from tests.support import serving
 
 SECONDS = 120
@@ -23,13 +24,13 @@ SECONDS = 120
 def asked(monkeypatch):
     """How often each kind of request is made."""
     counted = Counter()
-    request = fheconv.RemoteCircuit._request
+    stream = httpx.Client.stream
 
     def counting(self, method, path, **options):
         counted[method, path.split("/")[1]] += 1
-        return request(self, method, path, **options)
+        return stream(self, method, path, **options)
 
-    monkeypatch.setattr(fheconv.RemoteCircuit, "_request", counting)
+    monkeypatch.setattr(httpx.Client, "stream", counting)
     return counted
 
 
@@ -66,14 +67,15 @@ def test_keys_are_sent_once_and_again_when_the_server_lost_them(url, client, fol
     assert same.evaluation_keys == client.evaluation_keys
 
 
-def test_large_batches_go_in_slices_and_empty_ones_not_at_all(url, client, monkeypatch, asked):
-    remote = fheconv.RemoteCircuit(url, client)
-    monkeypatch.setattr(remote, "_images", 2)
-    x = serving.images(3)
-    serving.check(remote.predict(x), x)
-    assert asked["POST", "run"] == 2
-    assert remote.predict(x[:0]).shape == serving.network()(x[:0]).shape
-    assert asked["POST", "run"] == 2
+def test_large_batches_go_in_slices_and_empty_ones_not_at_all(server, client, tmp_path, monkeypatch, asked):
+    monkeypatch.setattr(admission, "MOST_IMAGES", 2)
+    with serving.serving(server, tmp_path) as url:
+        remote = fheconv.RemoteCircuit(url, client)
+        x = serving.images(3)
+        serving.check(remote.predict(x), x)
+        assert asked["POST", "run"] == 2
+        assert remote.predict(x[:0]).shape == serving.network()(x[:0]).shape
+        assert asked["POST", "run"] == 2
 
 
 def test_what_is_wrong_before_anything_is_sent(url, client, folder, tmp_path, asked):

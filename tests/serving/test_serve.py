@@ -10,10 +10,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import httpx
 import pytest
 import schemathesis
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.generation import GenerationMode
@@ -382,8 +384,11 @@ def test_what_makes_no_sense_is_refused_before_anything_is_bound(server, tmp_pat
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
         with pytest.raises(fheconv.InvalidArgumentError, match="token"):
             serve.serve(server, host=host, folder=tmp_path)
-    for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
-        assert serve._is_loopback(host)
+    with mock.patch.object(uvicorn.Server, "run") as run:
+        for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
+            serve.serve(server, host=host, port=0, folder=tmp_path / host)
+            run.assert_called_once()
+            run.reset_mock()
 
 
 # Bodies of strangers.

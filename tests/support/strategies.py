@@ -177,6 +177,7 @@ def integer_layer(terms, inputs, shapes, rng) -> QuantizedLayer:
         scale=np.ones((shape[0], *[1] * (len(shape) - 1))),
         bias=rng.integers(-50, 50, each),
         real_bias=np.zeros((1,) * len(shape)),
+        gain=np.ones((1,) * len(shape), np.int64),
         weight_range=(-7, 7),
         lookup=None,
     )

@@ -170,7 +170,7 @@ def test_the_seed_fixes_everything_and_the_callers_generator_is_left_alone():
 
     def last(seed):
         """What the last epoch leaves: each held-out loss is taken for the least."""
-        with mock.patch("fheconv.training.finetuning._held_out_loss", side_effect=count(0, -1)):
+        with mock.patch("fheconv.training.finetuning.held_out_loss", side_effect=count(0, -1)):
             return fheconv.finetune(
                 network,
                 images,

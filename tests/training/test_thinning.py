@@ -36,7 +36,7 @@ def with_mean(network, number, channel, images):
 @pytest.mark.parametrize("name", READERS)
 def test_the_channel_that_matters_least_becomes_its_mean(name, monkeypatch):
     """Read by convolutions of all kinds, through paddings, maxima and poolings; before weights are fitted."""
-    monkeypatch.setattr(thinning, "_fitted", lambda now, images: now.network)
+    monkeypatch.setattr(thinning, "fitted", lambda now, images: now.network)
     torch.manual_seed(0)
     images = np.random.default_rng(0).normal(size=(20, 1, 6, 6))
     network = captured(Readers(READERS[name]), images)
@@ -61,7 +61,7 @@ def test_weights_fitted_to_what_is_left_compute_more_of_what_was_trained(name, m
     images, others = np.random.default_rng(0).normal(size=(2, 300, 1, 6, 6))
     network = captured(Readers(READERS[name]), images)
     fitted = thinned(network, images, lookups(network) // 4)
-    monkeypatch.setattr(thinning, "_fitted", lambda now, images: now.network)
+    monkeypatch.setattr(thinning, "fitted", lambda now, images: now.network)
     plain = thinned(network, images, lookups(network) // 4)
     meant = network.tensors(others)[-1]
     assert lookups(fitted) <= lookups(network) // 4

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -55,16 +56,19 @@ def test_choices_are_what_compiling_with_them_costs():
 
 
 def test_interrupting_the_search_leaves_what_was_found():
-    compiled = parameters._choice(network(), CONFIG)
-    with mock.patch.object(parameters, "_choice", side_effect=[compiled, KeyboardInterrupt]):
-        assert parameter_choices(network(), CONFIG) == (compiled,)
+    circuit = fheconv.compile(network(), CONFIG)
+    with mock.patch.object(parameters, "FheCircuit", side_effect=[circuit, KeyboardInterrupt]):
+        (choice,) = parameter_choices(network(), CONFIG)
+    assert (choice.config, choice.complexity) == (CONFIG, circuit.cost.complexity)
 
 
 def test_ranges_without_parameters_are_left_out():
-    compiled = parameters._choice(network(), CONFIG)
+    circuit = fheconv.compile(network(), CONFIG)
     failures = [fheconv.CompilationError("NoParametersFound")] * len(parameters.RANGES)
-    with mock.patch.object(parameters, "_choice", side_effect=[compiled, *failures]):
-        assert parameter_choices(network(), CONFIG) == (compiled,)
+    with mock.patch.object(parameters, "FheCircuit", side_effect=[circuit, *failures]) as compiled:
+        (choice,) = parameter_choices(network(), CONFIG)
+    assert (choice.config, choice.complexity) == (CONFIG, circuit.cost.complexity)
+    assert compiled.call_count == 1 + len(failures)
 
 
 def test_what_was_chosen_is_not_chosen_again():
@@ -121,21 +125,20 @@ def test_a_range_of_parameters_is_kept_to_and_gives_the_clear_integers():
     circuit = fheconv.compile(network(), config)
     circuit.keygen()
     q = nets.integer_images(network(), 0, 1)
-    np.testing.assert_array_equal(circuit._integers(q, "execute"), network().accumulate(q))
+    np.testing.assert_array_equal(circuit.accumulate(q, "execute"), network().accumulate(q))
 
 
 def noise_of_keys(chosen, p_error):
     """Dimension and log2 variance of each evaluation key's encryption, as Concrete compiled them."""
-    config = fheconv.CompileConfig(p_error=p_error, parameters=chosen, in_process=True)
-    circuit = fheconv.compile(network(), config)
-    held = circuit._session._circuits._held[circuit._one.number]
-    keys = held.client.specs.program_info.get_keyset_info()
+    config = fheconv.CompileConfig(p_error=p_error, parameters=chosen)
+    keyset = json.loads(fheconv.compile(network(), config).exported().specs)["keyset"]
     noise = {}
-    for key in keys.bootstrap_keys():
-        noise[key.glwe_dimension() * key.polynomial_size()] = np.log2(key.variance())
-        lwe_dimension = key.input_lwe_dimension()
-    for key in keys.keyswitch_keys():
-        noise[lwe_dimension] = np.log2(key.variance())
+    for bootstrap in keyset["lweBootstrapKeys"]:
+        key = bootstrap["params"]
+        noise[key["glweDimension"] * key["polynomialSize"]] = np.log2(key["variance"])
+        lwe_dimension = key["inputLweDimension"]
+    for keyswitch in keyset["lweKeyswitchKeys"]:
+        noise[lwe_dimension] = np.log2(keyswitch["params"]["variance"])
     return noise
 
 

@@ -123,7 +123,7 @@ def test_fine_tuned_with_fewer_lookups():
         lookup_budgets=(20,),
     )
     lookups = {point.setting.lookup_budget: point.cost.lookups for point in some.points}
-    assert lookups[None] == 27
+    assert lookups[None] <= 27  # a channel that training leaves constant takes none
     assert lookups[20] <= 20
 
 
@@ -152,7 +152,7 @@ def test_what_fixes_the_parameters_that_measuring_would_try_is_refused():
 
 @pytest.mark.parametrize(("points", "timed"), [(0, []), (1, [0]), (3, [0, 1, 2]), (7, [0, 2, 4, 6])])
 def test_points_from_the_cheapest_to_the_most_accurate_are_timed(points, timed):
-    assert tuner._spread(list(range(points))) == timed
+    assert tuner.spread(list(range(points))) == timed
 
 
 def test_bits_of_weights_are_searched_if_asked_for():

@@ -1,12 +1,13 @@
 """Writes and reads a circuit as two files: `client.zip` for the keys' owner, `server.zip` for the server.
 
 Both hold `manifest.json`, `interface.json` (see the modules of these names) and `specs.json` (Concrete's
-parameters). `server.zip` also holds `circuit.mlir`, the circuit as Concrete's text, and `config.json`, the
+parameters). `server.zip` also holds `circuit.mlir`, the program as Concrete's text, and `config.json`, the
 configuration to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
 pickle and no native library. The server compiles the text, so a file from elsewhere is only data.
+
+Nothing is unpacked or made that is out of proportion to the file (`LIMITS`, `PACKED`).
 """
 
-import hashlib
 import io
 import json
 import zipfile
@@ -17,21 +18,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fheconv.basics.config import CompileConfig, ParameterRange
+from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
-from fheconv.basics.files import write_file
+from fheconv.basics.files import read_file, write_file
 from fheconv.circuits.cost import Cost
-from fheconv.circuits.files.interface import interface_from_dict, interface_to_dict
-from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.files.consistency import check_fingerprint, check_sizes
+from fheconv.circuits.files.identity import Identity, digest
+from fheconv.circuits.files.interface import interface_from_dict, interface_text
+from fheconv.circuits.files.manifest import FORMAT, Manifest
+from fheconv.circuits.files.plain import read_json
+from fheconv.circuits.files.security import MOST_BYTES as SPECS_BYTES
 from fheconv.circuits.files.security import check_security
-from fheconv.circuits.native.protocol import fingerprint_of
 from fheconv.lowering.interface import Interface
 
 CLIENT = ("manifest.json", "interface.json", "specs.json")
 SERVER = (*CLIENT, "circuit.mlir", "config.json")
 DIGESTS = "sha256.json"
-# The most bytes of a file, and of each part of it.
+# The most bytes of a file, and of all that is in it.
 MOST_BYTES = 2**30
+# The most bytes of each part. What `MOST_BYTES` allows is for the program, which only a server compiles.
+LIMITS = {
+    DIGESTS: 2**12,
+    "manifest.json": 2**22,
+    "interface.json": 2**26,
+    "specs.json": SPECS_BYTES,
+    "config.json": 2**18,
+    "circuit.mlir": MOST_BYTES,
+}
+# The JSON in a file has at most so many times the file's own bytes, or so many bytes if that is more. Numbers
+# that do not repeat take about a third of their digits when they are packed.
+PACKED, FREE = 16, 2**22
+# The same for the program, whose tables repeat more.
+PROGRAM_PACKED, PROGRAM_FREE = 256, 2**26
 # The fields of a `CompileConfig` that `config.json` holds: those on which the parameters depend.
 _CONFIG = (
     "p_error",
@@ -48,7 +66,6 @@ class Exported:
     """A compiled circuit as plain data, which `save` writes. `specs` are Concrete's parameters."""
 
     interface: Interface
-    fingerprint: str
     specs: bytes
     mlir: str
     cost: Cost
@@ -83,12 +100,15 @@ def save(
     The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext. They
     hold no key, and nothing of the calibration images. `class_names` are names for the results.
 
-    Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` if there is not one name for each
-    result.
+    Raises `ArtifactError` if they cannot be written, or could not be read again because the circuit is larger
+    than files may be, `InvalidArgumentError` if there is not one name for each result.
     """
-    interface = exported.interface
+    interface, mlir = exported.interface, exported.mlir.encode()
+    identity = Identity.of(exported.specs, mlir, interface_text(interface))
     manifest = Manifest(
-        fingerprint=exported.fingerprint,
+        format=FORMAT,
+        fingerprint=identity.fingerprint,
+        identity=identity,
         fheconv=version("fheconv"),
         concrete=version("concrete-python"),
         input_shape=interface.input_shape,
@@ -99,19 +119,25 @@ def save(
     config = {name: value for name, value in asdict(exported.config).items() if name in _CONFIG}
     parts = {
         "manifest.json": _json(manifest.to_dict()),
-        "interface.json": _json(interface_to_dict(interface)),
+        "interface.json": interface_text(interface),
         "specs.json": exported.specs,
-        "circuit.mlir": exported.mlir.encode(),
+        "circuit.mlir": mlir,
         "config.json": _json(config),
     }
+    files = [_zipped(_only(parts, names)) for names in (CLIENT, SERVER)]
+    try:
+        read_client(files[0])
+        read_server(files[1])
+    except ArtifactError as error:
+        raise ArtifactError(f"The circuit has no files that could be read again: {error}") from error
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"There can be no folder {folder}: {error}.") from error
     paths = folder / "client.zip", folder / "server.zip"
-    for path, names in zip(paths, (CLIENT, SERVER), strict=True):
-        write_file(path, [_zipped(_only(parts, names))])
+    for path, file in zip(paths, files, strict=True):
+        write_file(path, [file])
     return paths
 
 
@@ -122,10 +148,7 @@ def read_client(file: str | Path | bytes) -> ClientParts:
     would not hide the images (`fheconv.circuits.files.security`).
     """
     _, parts = _read(file, CLIENT)
-    check_security(parts["specs.json"])
-    manifest, interface = _manifest(parts), interface_from_dict(_loaded(parts, "interface.json"))
-    if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
-        raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
+    manifest, interface = _checked(parts, _name(file))
     return ClientParts(manifest=manifest, interface=interface, specs=parts["specs.json"])
 
 
@@ -144,13 +167,7 @@ def read_server(file: str | Path | bytes) -> ServerParts:
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(f"The compile options in {_name(file)} are altered: {error!r:.200}.") from error
-    manifest = _manifest(parts)
-    found = fingerprint_of(parts["specs.json"], parts["circuit.mlir"])
-    if found != manifest.fingerprint:
-        raise ArtifactError(
-            f"{_name(file)} is altered: its contents have the fingerprint {found}, and its manifest says "
-            f"{manifest.fingerprint}. Get it again, from whoever compiled it."
-        )
+    manifest, _ = _checked(parts, _name(file))
     return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)
 
 
@@ -171,6 +188,18 @@ def _manifest(parts: Mapping[str, bytes]) -> Manifest:
     return Manifest.from_dict(_loaded(parts, "manifest.json"))
 
 
+def _checked(parts: Mapping[str, bytes], what: str) -> tuple[Manifest, Interface]:
+    """Return what both files hold. Raises `ArtifactError` unless all the parts are of one circuit."""
+    manifest = _manifest(parts)
+    check_fingerprint(manifest, parts, what)
+    specs = check_security(parts["specs.json"])
+    interface = interface_from_dict(_loaded(parts, "interface.json"))
+    if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
+        raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
+    check_sizes(specs, manifest, interface)
+    return manifest, interface
+
+
 def _class_names(names: Sequence[str] | None, output_shape: tuple[int, ...]) -> tuple[str, ...] | None:
     if names is None:
         return None
@@ -189,10 +218,7 @@ def _json(data: Any) -> bytes:
 
 
 def _loaded(parts: Mapping[str, bytes], name: str) -> Any:
-    try:
-        return json.loads(parts[name])
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{name} is not JSON: {error}.") from error
+    return read_json(parts[name], name, LIMITS[name])
 
 
 def _only(parts: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
@@ -201,7 +227,7 @@ def _only(parts: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
 
 def _zipped(parts: Mapping[str, bytes]) -> bytes:
     """Return a zip of the parts and their digests. The same parts give the same bytes."""
-    digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    digests = {name: digest(part) for name, part in parts.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, part in {DIGESTS: _json(digests), **parts}.items():
@@ -216,20 +242,15 @@ def _name(file: str | Path | bytes) -> str:
 def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, dict[str, bytes]]:
     """Return the bytes and the contents of a zip that holds exactly one of the `expected` lists of names.
 
-    Nothing is unpacked to the disk. No more bytes are read than the zip's sizes say and `MOST_BYTES` allows.
+    Nothing is unpacked to the disk. No more bytes are read than the zip's sizes say, and these are limited.
     """
     what = _name(file)
+    data = file if isinstance(file, bytes) else read_file(Path(file), "The circuit", MOST_BYTES)
+    if len(data) > MOST_BYTES:
+        raise ArtifactError(f"{what} has more than {MOST_BYTES:,} bytes; no file of a circuit has more.")
     try:
-        size = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
-        if size > MOST_BYTES:
-            raise ArtifactError(
-                f"{what} has {size:,} bytes; no file of a circuit has more than {MOST_BYTES:,}."
-            )
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            parts = _parts(archive, what, expected)
-    except OSError as error:
-        raise ArtifactError(f"{what} cannot be read: {error}.") from error
+            parts = _parts(archive, what, len(data), expected)
     # The errors that zipfile raises for damaged files are only partly documented.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ArtifactError(
@@ -239,12 +260,15 @@ def _read(file: str | Path | bytes, *expected: Sequence[str]) -> tuple[bytes, di
     if not isinstance(digests, dict):
         raise ArtifactError(f"{what} is altered: {DIGESTS} is no object. Get it again.")
     for name, part in parts.items():
-        if name != DIGESTS and hashlib.sha256(part).hexdigest() != digests.get(name):
+        if name != DIGESTS and digest(part) != digests.get(name):
             raise ArtifactError(f"{what} is altered: the SHA-256 of {name} does not fit. Get it again.")
     return data, parts
 
 
-def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]]) -> dict[str, bytes]:
+def _parts(
+    archive: zipfile.ZipFile, what: str, size: int, expected: Sequence[Sequence[str]]
+) -> dict[str, bytes]:
+    """Return the contents of a zip of `size` bytes."""
     entries = archive.infolist()
     names = sorted(entry.filename for entry in entries)
     if names not in [sorted((DIGESTS, *wanted)) for wanted in expected]:
@@ -256,6 +280,7 @@ def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]
         raise ArtifactError(
             f"{what} would unpack to more than {MOST_BYTES:,} bytes, which no file of a circuit does."
         )
+    _check_declared(entries, what, size)
     parts = {}
     for entry in entries:
         with archive.open(entry) as part:
@@ -263,3 +288,29 @@ def _parts(archive: zipfile.ZipFile, what: str, expected: Sequence[Sequence[str]
         if len(parts[entry.filename]) != entry.file_size:
             raise zipfile.BadZipFile(f"{entry.filename} is not as long as it says")
     return parts
+
+
+def _check_declared(entries: Sequence[zipfile.ZipInfo], what: str, size: int) -> None:
+    """Raise `ArtifactError` for parts that declare more than a file of `size` bytes can hold."""
+    text = program = 0
+    for entry in entries:
+        name, unpacked = entry.filename, entry.file_size
+        if unpacked > LIMITS[name]:
+            raise ArtifactError(
+                f"{what}: {name} would unpack to {unpacked:,} bytes; fheconv writes at most {LIMITS[name]:,}."
+            )
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for memory
+            raise ArtifactError(f"{what} is altered: {name} is packed otherwise than fheconv packs it.")
+        if name == "circuit.mlir":
+            program += unpacked
+        else:
+            text += unpacked
+    for unpacked, most in (
+        (text, max(PACKED * size, FREE)),
+        (program, max(PROGRAM_PACKED * size, PROGRAM_FREE)),
+    ):
+        if unpacked > most:
+            raise ArtifactError(
+                f"{what} has {size:,} bytes and would unpack to {unpacked:,}; a file of a circuit unpacks to "
+                f"at most {most:,}."
+            )

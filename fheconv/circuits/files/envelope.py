@@ -24,6 +24,7 @@ from typing import Any
 
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import ArtifactError
+from fheconv.circuits.files.plain import read_json
 
 VERSION = 1
 MAX_BYTES = 2**31
@@ -80,10 +81,7 @@ class Envelope:
 
     def parse(self, header: bytes) -> dict[str, Any]:
         """Return the fields of a header. Raises `ArtifactError` if it has other fields, or is no header."""
-        try:
-            fields = json.loads(header.decode())
-        except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, too long integers
-            raise ArtifactError(f"The {self.what}'s header is not JSON: {error}.") from error
+        fields = read_json(header, f"The {self.what}'s header", HEADER_LIMIT)
         if not isinstance(fields, dict) or set(fields) != set(self.names):
             raise ArtifactError(
                 f"The {self.what}'s header must be an object of {', '.join(sorted(self.names))}."

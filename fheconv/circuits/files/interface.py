@@ -1,6 +1,8 @@
 """Writes a circuit's interface as plain data, and reads it back from a file that is not trusted."""
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,9 +17,17 @@ from fheconv.networks.floats import Finish
 from fheconv.networks.linear import Select
 from fheconv.networks.quantization import Quantization
 
-# Limits for data from a file: the greatest integer, and the most values of an image or a result.
+# Limits for data from a file: the greatest integer; the most values of an image or a result, such as those of
+# 2048 × 2048 pixels; the most operators that the client computes in clear, and of those inside each other.
 GREATEST = 2**62
-MOST_VALUES = 2**27
+MOST_VALUES = 2**22
+MOST_OPERATORS, MOST_DEPTH = 1000, 100
+MOST_AXES = 8
+
+
+def interface_text(interface: Interface) -> bytes:
+    """Return the text of `interface.json`. Two interfaces with one text do the same, with one lane."""
+    return json.dumps(interface_to_dict(interface)).encode()
 
 
 def interface_to_dict(interface: Interface) -> dict[str, Any]:
@@ -44,6 +54,8 @@ def interface_to_dict(interface: Interface) -> dict[str, Any]:
 
 def interface_from_dict(data: Any) -> Interface:
     """Return the interface, with one lane, from data that `interface_to_dict` made.
+
+    Nothing larger than the data is made of it, whatever sizes it declares.
 
     Raises `ArtifactError` for data that `interface_to_dict` cannot make, such as positions outside the image.
     """
@@ -104,13 +116,14 @@ def _quantization(data: Any) -> Quantization:
         _require(type(data[name]) is int and abs(data[name]) < 2**32, f"{name} is an integer")
     quantization = Quantization(**data)
     scale = data["scale"]
-    _require(type(scale) in (int, float) and 0 < scale < math.inf, "the scale is above 0")
+    _require(type(scale) in (int, float) and 0 < float(scale) < math.inf, "the scale is above 0")
     _require(quantization.minimum <= quantization.maximum, "integers have a range")
     return quantization
 
 
 def _finish(data: Any, shape: Shape) -> Finish:
-    activation, view, last = _expression(data["activation"]), data["view"], data["last"]
+    _require(set(data) == {"activation", "view", "last"}, "a finish has an activation, a view and a last")
+    activation, view, last = _function(data["activation"]), data["view"], data["last"]
     _check_constants(activation, shape)
     select = None
     if view is not None:
@@ -121,9 +134,27 @@ def _finish(data: Any, shape: Shape) -> Finish:
         select = Select(index=index)
         shape = index.shape
     if last is not None:
-        last = _expression(last)
+        last = _function(last)
         _check_constants(last, shape)
     return Finish(activation=activation, view=select, last=last)
+
+
+def _function(data: Any) -> Expression:
+    """Return an expression. What it costs to compute is checked before anything of it is made."""
+    count = sum(1 for _ in _operators(data, 0))
+    _require(count <= MOST_OPERATORS, f"there are {count:,} operators, and at most {MOST_OPERATORS:,} fit")
+    return _expression(data)
+
+
+def _operators(data: Any, depth: int) -> Iterator[Any]:
+    """Yield the operators of an expression, each with at least one that it is applied to, down to x."""
+    _require(depth <= MOST_DEPTH, f"there are more than {MOST_DEPTH} operators inside each other")
+    inner = [part for part in data["arguments"] if isinstance(part, dict) and "operator" in part]
+    # So the shape of what is computed is everywhere that of x, and not one that constants make up.
+    _require(bool(inner) == (data["operator"] != "x"), "operators are applied to x")
+    yield data
+    for part in inner:
+        yield from _operators(part, depth + 1)
 
 
 def _expression(data: Any) -> Expression:
@@ -156,7 +187,8 @@ def _check_broadcast(array: Array, shape: Shape, name: str) -> None:
 
 
 def _shape(data: Any) -> Shape:
-    _require(isinstance(data, list) and all(type(n) is int and n > 0 for n in data), "sizes are above 0")
+    _require(isinstance(data, list) and len(data) <= MOST_AXES, f"a shape has at most {MOST_AXES} sizes")
+    _require(all(type(n) is int and 0 < n <= MOST_VALUES for n in data), "sizes are above 0")
     _require(math.prod(data) <= MOST_VALUES, f"there are at most {MOST_VALUES:,} values")
     return tuple(data)
 
@@ -172,13 +204,19 @@ def _positions(data: Any, size: int) -> Array:
 def _integers(data: Any) -> Array:
     values = data["values"]
     _require(all(type(v) is int and abs(v) < GREATEST for v in values), "values are integers")
-    return frozen(np.array(values, np.int64).reshape(data["shape"]))
+    return _array(values, data["shape"], np.int64)
 
 
 def _reals(data: Any) -> Array:
     values = data["values"]
     _require(all(type(v) in (int, float) for v in values), "values are numbers")
-    return frozen(np.array(values, np.float64).reshape(data["shape"]))
+    return _array(values, data["shape"], np.float64)
+
+
+def _array(values: Any, shape: Any, kind: type[np.number[Any]]) -> Array:
+    _require(isinstance(values, list) and isinstance(shape, list), "values and their shape are lists")
+    _require(len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape), "sizes are numbers")
+    return frozen(np.array(values, kind).reshape(shape))
 
 
 def _require(holds: bool, what: str) -> None:

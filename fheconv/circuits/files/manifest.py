@@ -1,6 +1,6 @@
-"""Describes a saved circuit in its files: its fingerprint, its maker and its cost."""
+"""Describes a saved circuit in its files: its name, its maker and its cost."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -12,17 +12,23 @@ from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import ArtifactError
 from fheconv.basics.report import Report
 from fheconv.circuits.cost import Cost
+from fheconv.circuits.files.identity import Identity
+from fheconv.circuits.files.interface import GREATEST, MOST_AXES, MOST_VALUES
 from fheconv.lowering.lower import LoweredLayer
 
-# The version of the file format. Other versions are refused.
-FORMAT = 1
+# The version of the file format that is written, and those that are read. In format 1 the fingerprint did not
+# cover the interface (`fheconv.circuits.files.identity`).
+FORMAT = 2
+FORMATS = (1, 2)
 MOST_NAMES = 100_000
+MOST_LETTERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Manifest(Report):
     """The description of a saved circuit: its `fingerprint` in hexadecimal, its maker and its cost.
 
+    `format` is that of its files. `identity` is what the fingerprint is made of, None in format 1.
     `input_shape` (C, *S) is the shape of an image, `output_shape` the shape of its results. `class_names` are
     the names of the results, if these are scores of classes. `cost` is `circuit.cost` without the seconds of
     the machine that compiled it.
@@ -39,7 +45,9 @@ class Manifest(Report):
         ((1, 3, 3), (1, 2, 2))
     """
 
+    format: int = FORMAT
     fingerprint: str
+    identity: Identity | None
     fheconv: str
     concrete: str
     input_shape: Shape
@@ -49,9 +57,11 @@ class Manifest(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON. `from_dict` reads it."""
+        identity = {} if self.identity is None else {"identity": asdict(self.identity)}
         return {
-            "format": FORMAT,
+            "format": self.format,
             "fingerprint": self.fingerprint,
+            **identity,
             "fheconv": self.fheconv,
             "concrete": self.concrete,
             "input_shape": list(self.input_shape),
@@ -69,14 +79,15 @@ class Manifest(Report):
         """
         if not isinstance(data, dict) or type(data.get("format")) is not int:
             raise ArtifactError("The manifest is altered, or not of fheconv: it names no format.")
-        if data["format"] != FORMAT:
+        if data["format"] not in FORMATS:
             raise ArtifactError(
-                f"The files have format {data['format']}, and this fheconv reads format {FORMAT}; use the "
-                "fheconv that wrote them, or save the circuit anew."
+                f"The files have format {data['format']!r:.20}, and this fheconv reads formats "
+                f"{' and '.join(map(str, FORMATS))}; use the fheconv that wrote them, or save the circuit "
+                "anew."
             )
         try:
             manifest = cls(**_read(data))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArtifactError(f"The manifest is altered: {error!r:.200}.") from error
         if manifest.concrete != version("concrete-python"):
             raise ArtifactError(
@@ -89,6 +100,7 @@ class Manifest(Report):
     def __rich__(self) -> RenderableType:
         table = Table(title="Circuit", title_justify="left", show_header=False)
         table.add_row("fingerprint", self.fingerprint)
+        table.add_row("format", str(self.format))
         table.add_row("made by", f"fheconv {self.fheconv}, concrete-python {self.concrete}")
         table.add_row("image", " × ".join(map(str, self.input_shape)))
         table.add_row("results", " × ".join(map(str, self.output_shape)))
@@ -98,26 +110,31 @@ class Manifest(Report):
 
 
 def _read(data: dict[str, Any]) -> dict[str, Any]:
-    names = {"format", *(field.name for field in fields(Manifest))}
+    names = {field.name for field in fields(Manifest)} - ({"identity"} if data["format"] == 1 else set())
     if set(data) != names:
         raise ValueError(f"it must be an object of {sorted(names)}")
     for name in ("fingerprint", "fheconv", "concrete"):
-        _check(type(data[name]) is str, name)
+        _check(type(data[name]) is str and len(data[name]) <= MOST_LETTERS, name)
     _check(len(data["fingerprint"]) == 64, "fingerprint")
+    identity = None
+    if "identity" in data:
+        identity = Identity(**data["identity"])
+        _check(all(type(one) is str and len(one) == 64 for one in data["identity"].values()), "identity")
     classes = data["class_names"]
     if classes is not None:
         classes = tuple(classes)
-        _check(len(classes) <= MOST_NAMES and all(type(c) is str for c in classes), "class_names")
+        whole = all(type(name) is str and len(name) <= MOST_LETTERS for name in classes)
+        _check(len(classes) <= MOST_NAMES and whole, "class_names")
     shapes = {name: tuple(data[name]) for name in ("input_shape", "output_shape")}
     for name, shape in shapes.items():
-        _check(all(type(n) is int and n > 0 for n in shape), name)
+        _check(len(shape) <= MOST_AXES and all(type(n) is int and 0 < n <= MOST_VALUES for n in shape), name)
     _check(classes is None or shapes["output_shape"] == (len(classes),), "class_names")
     cost = dict(data["cost"])
     layers = tuple(LoweredLayer(**_numbers(LoweredLayer, layer)) for layer in cost.pop("layers"))
     _check(len(layers) > 0 and cost.pop("seconds") is None, "cost")
     read = Cost(layers=layers, seconds=None, **_numbers(Cost, cost))
-    kept = {name: data[name] for name in ("fingerprint", "fheconv", "concrete")}
-    return {**kept, **shapes, "class_names": classes, "cost": read}
+    kept = {name: data[name] for name in ("format", "fingerprint", "fheconv", "concrete")}
+    return {**kept, **shapes, "identity": identity, "class_names": classes, "cost": read}
 
 
 def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:
@@ -125,7 +142,7 @@ def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:
     types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     for name, value in data.items():
         allowed = (int, float) if types[name] is float else (types[name],)
-        _check(type(value) in allowed and (type(value) is str or value >= 0), name)
+        _check(type(value) in allowed and (type(value) is str or 0 <= value < GREATEST), name)
     return dict(data)
 
 

@@ -1,103 +1,82 @@
-"""Checks the parameters in a file from elsewhere before a client makes keys with them.
+"""Checks Concrete's parameters in a file from elsewhere before a client makes keys with them.
 
-Whoever writes `client.zip` chooses how its owner encrypts. Parameters without enough noise, or an input that
-is declared clear, would give the images away to whoever sees the ciphertexts. So what Concrete is told must
-be as noisy as what its own optimiser chooses: for a secret of n random bits, the standard deviation of the
-noise is at least 2^(SLOPE · n + BIAS) of the torus, and nowhere less than 2^FLOOR. That is the line by which
-Concrete 2.11 gets 128 bits of security out of the lattice estimator (Albrecht, Player and Scott 2015); its
-parameters for 132 bits lie above.
+Whoever writes `client.zip` chooses how its owner encrypts. Parameters without enough noise, a secret key that
+is too short, or an input that is declared clear, would give the images away to whoever sees the ciphertexts.
+So a file is accepted only if Concrete itself could have written it, in two respects.
+
+Noise: for a secret of n random bits, Concrete's noise has a standard deviation of 2^(slope · n + bias) of the
+torus, and nowhere less than 2^FLOOR. It has such a line for each security level, got out of the lattice
+estimator (Albrecht, Player and Scott 2015). Everything that is encrypted under any secret key must lie on one
+of these lines.
+
+Text: the parameters are written anew from the numbers that Concrete chooses, and the file must be the same,
+byte for byte. So it holds nothing unknown, nothing twice, no id that is not the key's place in the list (the
+native library goes by the place), and no size that does not follow from the numbers that were checked.
 """
 
 import json
 import math
-from typing import Any
 
 from fheconv.basics.errors import ArtifactError
+from fheconv.circuits.files.plain import read_json
+from fheconv.circuits.files.specs import Specs
 
-SLOPE, BIAS, FLOOR = -0.02569678, 2.67593137, -62.0
-# The line was fitted to dimensions from 553 on; below 450 Concrete has no parameters.
+# Slope and bias for each security level in bits: those of Concrete 2.11, for 64-bit words and binary secrets.
+LINES = {
+    128: (-0.025696778711484593, 2.675931372549016),
+    132: (-0.024891456582633045, 2.65734593837534),
+}
+FLOOR = -62.0
+# The lines were fitted to longer secrets. Below this Concrete has no parameters.
 LEAST_DIMENSION = 450
-# Of the numbers above, which are rounded.
-TOLERANCE = 1e-4
+# The logarithm of a variance that Concrete computed from these numbers differs by less.
+TOLERANCE = 1e-7
+# Parameters take some kilobytes.
+MOST_BYTES = 2**16
 
 
-def check_security(specs: bytes) -> None:
-    """Raise `ArtifactError` unless these are parameters of Concrete's with 128 bits of security.
+def check_security(text: bytes) -> Specs:
+    """Return the parameters of a circuit, in which everything that is encrypted has 128 bits of security.
 
-    `specs` is what Concrete writes of a circuit's keys and inputs.
+    `text` is what Concrete writes of a circuit's keys, inputs and outputs. Raises `ArtifactError` for
+    parameters that Concrete would not choose.
     """
+    data = read_json(text, "The encryption's parameters are altered: specs.json", MOST_BYTES)
     try:
-        parameters = json.loads(specs)
-        keyset, circuits = parameters["keyset"], parameters["circuits"]
-        dimensions = [_dimension(key, position) for position, key in enumerate(keyset["lweSecretKeys"])]
-        kinds = "lweBootstrapKeys", "lweKeyswitchKeys", "packingKeyswitchKeys"
-        keys = [key for kind in kinds for key in keyset[kind]]
-        for key in keys:
-            _check(_at(dimensions, key["outputId"]), key["params"]["variance"])
-        if not dimensions or min(dimensions) < LEAST_DIMENSION:
-            raise ArtifactError(
-                f"The encryption's parameters are not secure: there are secrets of {dimensions} bits, and "
-                f"each needs {LEAST_DIMENSION} or more. Do not use this file; ask whoever gave it to you."
-            )
-        inputs = [one for circuit in circuits for one in circuit["inputs"]]
-        for one in inputs:
-            if set(one["typeInfo"]) != {"lweCiphertext"}:
+        for circuit in data["circuits"]:
+            if any(set(one["typeInfo"]) != {"lweCiphertext"} for one in circuit["inputs"]):
                 raise ArtifactError("This circuit takes images in clear: nothing would be encrypted.")
-            encryption = one["typeInfo"]["lweCiphertext"]["encryption"]
-            _check(_at(dimensions, encryption["keyId"]), encryption["variance"])
-        for key in keys:
-            params, output = key["params"], _at(dimensions, key["outputId"])
-            _require(params["inputLweDimension"], _at(dimensions, key["inputId"]))
-            _require(params.get("outputLweDimension", output), output)
-        for one in (*inputs, *(one for circuit in circuits for one in circuit["outputs"])):
-            _check_shapes(one, dimensions)
-        if len(circuits) != 1 or len(inputs) != 1:
-            raise ValueError(f"{len(circuits)} circuits with {len(inputs)} inputs")
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        specs = Specs.of(data)
+        _check_noise(specs)
+        specs.check()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"The encryption's parameters are altered: {error!r:.200}.") from error
-
-
-def _dimension(key: Any, position: int) -> int:
-    """Return the bits of a secret key. Its `id` must be its position: the native library goes by that."""
-    dimension = key["params"]["lweDimension"]
-    if type(dimension) is not int or key["params"]["keyType"] != "binary":
-        raise ValueError(f"a secret key of {key['params']!r:.100}")
-    if type(key["id"]) is not int or key["id"] != position:
-        raise ValueError(f"secret key {position} has the id {key['id']!r:.50}")
-    return dimension
-
-
-def _at(dimensions: list[int], number: Any) -> int:
-    if type(number) is not int or not 0 <= number < len(dimensions):
-        raise ValueError(f"no secret key {number!r:.50}")
-    return dimensions[number]
-
-
-def _require(found: Any, expected: Any) -> None:
-    if found != expected or isinstance(found, float | bool):
-        raise ValueError(f"{found!r:.100} where {expected} belongs")
-
-
-def _check_shapes(one: Any, dimensions: list[int]) -> None:
-    """Raise `ValueError` unless the shapes of a value are those of ciphertexts under its secret key."""
-    ciphertext = one["typeInfo"]["lweCiphertext"]
-    encryption, compression = ciphertext["encryption"], ciphertext["compression"]
-    dimension = _at(dimensions, encryption["keyId"])
-    _require(encryption["lweDimension"], dimension)
-    # A ciphertext has a number for each bit of the secret, and its body. Compressed, it has a seed for them.
-    last = {"none": dimension + 1, "seed": 3}[compression]
-    _require(ciphertext["concreteShape"]["dimensions"], [*ciphertext["abstractShape"]["dimensions"], last])
-    _require(one["rawInfo"]["shape"]["dimensions"], ciphertext["concreteShape"]["dimensions"])
-
-
-def _check(dimension: int, variance: Any) -> None:
-    """Raise `ArtifactError` for less noise than a secret of so many bits needs."""
-    if type(variance) is not float or not 0 < variance < 1:
-        raise ValueError(f"a variance of {variance!r:.50}")
-    noise, least = math.log2(variance) / 2, max(SLOPE * dimension + BIAS, FLOOR)
-    if dimension < LEAST_DIMENSION or noise < least - TOLERANCE:
+    if json.dumps(specs.to_dict()).encode() != text:
         raise ArtifactError(
-            f"The encryption's parameters are not secure: for a secret of {dimension} bits the noise has a "
-            f"standard deviation of 2^{noise:.1f}, and 128 bits of security need 2^{least:.1f} and at least "
-            f"{LEAST_DIMENSION} bits. Do not use this file; ask whoever gave it to you."
+            "The encryption's parameters are altered: with these keys Concrete would write others. Do not "
+            "use this file; ask whoever gave it to you."
         )
+    return specs
+
+
+def _check_noise(specs: Specs) -> None:
+    """Raise `ArtifactError` for too little noise or too short secrets, `ValueError` for other noise."""
+    if min(specs.dimensions) < LEAST_DIMENSION:
+        raise ArtifactError(
+            f"The encryption's parameters are not secure: there are secrets of {min(specs.dimensions)} bits, "
+            f"and each needs {LEAST_DIMENSION} or more. Do not use this file; ask whoever gave it to you."
+        )
+    levels = set(LINES)
+    for dimension, variance in specs.noise:
+        noise = math.log2(variance) / 2
+        lines = {level: max(slope * dimension + bias, FLOOR) for level, (slope, bias) in LINES.items()}
+        least = min(lines.values())
+        if noise < least - TOLERANCE:
+            raise ArtifactError(
+                f"The encryption's parameters are not secure: for a secret of {dimension} bits the noise has "
+                f"a standard deviation of 2^{noise:.1f}, and {min(LINES)} bits of security need "
+                f"2^{least:.1f}. Do not use this file; ask whoever gave it to you."
+            )
+        levels &= {level for level, line in lines.items() if abs(noise - line) <= TOLERANCE}
+    if not levels:
+        raise ValueError(f"the noise is that of no one security level of {' or '.join(map(str, LINES))} bits")

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import SECURITY_LEVELS, CompileConfig, ParameterRange
+from fheconv.basics.compile_config import SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
+from fheconv.circuits.files.identity import identity_of
 from fheconv.circuits.keys import StoredKeys
-from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of
+from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened
 from fheconv.lowering.lower import lower
 from fheconv.quantized import QuantizedNetwork
 
@@ -82,8 +83,9 @@ class NativeCircuits:
         self._held[number] = _Held(
             key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
         )
+        specs = circuit.client.specs.serialize()
         return Compiled(
-            fingerprint=fingerprint_of(circuit.client.specs.serialize(), circuit.mlir.encode()),
+            fingerprint=identity_of(specs, circuit.mlir.encode(), lowered.interface).fingerprint,
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,

@@ -1,11 +1,10 @@
 """Defines what the caller and the native library's process say to each other."""
 
-import hashlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import FheConvError
 
 
@@ -49,11 +48,6 @@ class Compiled(Opened):
     output_bytes: int
     p_error: float
     global_p_error: float
-
-
-def fingerprint_of(specs: bytes, mlir: bytes) -> str:
-    """Return a circuit's name, in hexadecimal: of its parameters and of what it computes."""
-    return hashlib.sha256(specs + mlir).hexdigest()
 
 
 class CircuitForgotten(FheConvError):

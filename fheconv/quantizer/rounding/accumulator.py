@@ -17,7 +17,12 @@ TINY = float(np.finfo(np.float64).tiny)
 
 
 def round_accumulator(
-    weight: Array, bits: int, moment: Array | None, ranges: Array, budget: int | None
+    weight: Array,
+    bits: int,
+    moment: Array | None,
+    ranges: Array,
+    budget: int | None,
+    finest: Array | None = None,
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error, each filter within the budget.
 
@@ -28,7 +33,7 @@ def round_accumulator(
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
     if budget is None:
-        start = round_gptq(weight, bits, moment).values
+        start = round_gptq(weight, bits, moment, finest=finest).values
     else:
         # At finer scales, the integers would exceed the budget and be decremented again.
         scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))

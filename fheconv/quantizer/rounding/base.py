@@ -26,7 +26,13 @@ class Rounding(Protocol):
     """Rounds K filters that read the same n inputs."""
 
     def __call__(
-        self, weight: Array, bits: int, moment: Array | None, ranges: Array, budget: int | None
+        self,
+        weight: Array,
+        bits: int,
+        moment: Array | None,
+        ranges: Array,
+        budget: int | None,
+        finest: Array | None = None,
     ) -> IntegerWeight:
         """Return integers of `bits` bits, and scales, for `weight` (K, n).
 

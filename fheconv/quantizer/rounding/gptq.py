@@ -17,6 +17,7 @@ def round_gptq(
     moment: Array | None,
     ranges: Array | None = None,
     budget: int | None = None,
+    finest: Array | None = None,
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error.
 
@@ -26,7 +27,7 @@ def round_gptq(
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
-    scale = scale_grid(weight, greatest)
+    scale = scale_grid(weight, greatest, finest)
     # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
     candidates = np.concatenate([compensated(weight, scale, h, greatest), nearest], axis=1)

@@ -12,6 +12,7 @@ def round_minmax(
     moment: Array | None = None,
     ranges: Array | None = None,
     budget: int | None = None,
+    finest: Array | None = None,
 ) -> IntegerWeight:
     """Return the integers of `bits` bits nearest to float weights (K, …), with the scale max|w| / greatest.
 

@@ -12,6 +12,7 @@ def round_mse(
     moment: Array | None = None,
     ranges: Array | None = None,
     budget: int | None = None,
+    finest: Array | None = None,
 ) -> IntegerWeight:
     """Return the integers of `bits` bits, and the scales, of least squared error.
 

@@ -1,0 +1,92 @@
+"""Prepares a module for torch.export, and shows whether its results depend on anything but the image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fheconv.basics.arrays import Shape
+
+_DATA: Any = torch.Tensor.data
+
+
+class _Detached(TorchFunctionMode):
+    """Reads `tensor.data` as `tensor.detach()`, which torch.export knows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, or another in its place."""
+        if getattr(func, "__self__", None) is _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def traceable(module: torch.nn.Module) -> Iterator[None]:
+    """Let torch.export trace a module, also one with weights made under `torch.inference_mode()`.
+
+    Meanwhile the module has ordinary copies of such weights, and of its buffers, which `forward` may change.
+    """
+    parts = list(module.modules())
+    held: list[dict[str, Any]] = [*(p._parameters for p in parts), *(p._buffers for p in parts)]
+    before = [dict(tensors) for tensors in held]
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _Detached():
+            copies: dict[int, torch.Tensor] = {}  # one of each, because some are shared
+            for number, tensors in enumerate(held):
+                for name, value in tensors.items():
+                    if value is not None and (number >= len(parts) or value.is_inference()):
+                        tensors[name] = copies.setdefault(id(value), _copy(value))
+            yield
+    finally:
+        for tensors, old in zip(held, before, strict=True):
+            tensors.update(old)
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    copy = value.detach().clone()
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    return torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+
+
+def dependence(module: torch.nn.Module, batch: int, shape: Shape, like: torch.Tensor) -> str:
+    """Return what the results of a module depend on besides each image, in words; "" if nothing is found.
+
+    The module runs on a batch of random images of `shape`, twice, and on a larger batch that starts with the
+    same images. Numbers that are drawn outside torch, or a batch size that `forward` reads, are constants in
+    a graph, so only the results show them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch + 1, *shape, generator=generator).to(like)
+    first, again = (module(images[:batch].clone()) for _ in range(2))
+    if not (isinstance(first, torch.Tensor) and isinstance(again, torch.Tensor)):
+        return ""  # capture refuses several results by itself
+    if not _close(first, again, 1e-6):
+        return (
+            "its results differ between two runs on the same images: forward draws at random, or changes "
+            "tensors or numbers that it reads; let them be constants in evaluation mode"
+        )
+    remedy = (
+        "forward reads the batch size, or mixes the images of a batch; let each image have its own result"
+    )
+    if not first.ndim:
+        return f"its result is a single number for all images: {remedy}"
+    try:
+        larger = module(images.clone())
+    except Exception as error:  # the user's forward can raise anything
+        return f"it takes a batch of {batch} images, but not of {batch + 1} ({error}): {remedy}"
+    # Another batch size may add up in another order, and then a rounding may fall to the other side.
+    if first.is_floating_point() and not _close(first, larger[:batch], 1e-3):
+        return f"its results for the same images differ in batches of {batch} and of {batch + 1}: {remedy}"
+    return ""
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, share: float) -> bool:
+    """Return whether two results differ by no more than a share of the largest."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    finite = a[a.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=share * size, equal_nan=True)

@@ -1,0 +1,58 @@
+"""Checks that the parts of a file are all of one circuit, and that what it needs fits in files."""
+
+from collections.abc import Mapping
+
+from fheconv.basics.errors import ArtifactError
+from fheconv.circuits.files.envelope import MAX_BYTES
+from fheconv.circuits.files.identity import Identity, digest, first_fingerprint
+from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.files.specs import Specs
+from fheconv.circuits.keys import MAX_BYTES as KEY_BYTES
+from fheconv.lowering.interface import Interface
+
+
+def check_fingerprint(manifest: Manifest, parts: Mapping[str, bytes], what: str) -> None:
+    """Raise `ArtifactError` unless the manifest's fingerprint is that of the parts.
+
+    A client has no program, and takes the manifest's word for it. In format 1 it can check nothing.
+    """
+    mlir, claimed = parts.get("circuit.mlir"), manifest.identity
+    found, same = manifest.fingerprint, True
+    if claimed is not None:
+        identity = Identity(
+            parameters=digest(parts["specs.json"]),
+            program=claimed.program if mlir is None else digest(mlir),
+            interface=digest(parts["interface.json"]),
+        )
+        found, same = identity.fingerprint, identity == claimed
+    elif mlir is not None:
+        found = first_fingerprint(parts["specs.json"], mlir)
+    if found != manifest.fingerprint or not same:
+        raise ArtifactError(
+            f"{what} is altered: its contents have the fingerprint {found}, and its manifest says "
+            f"{manifest.fingerprint}. Get it again, from whoever compiled it."
+        )
+
+
+def check_sizes(specs: Specs, manifest: Manifest, interface: Interface) -> None:
+    """Raise `ArtifactError` unless all parts tell of the same sizes, which ciphertexts and keys can have."""
+    for name, side, positions, declared in (
+        ("An image", specs.input, interface.inputs, manifest.cost.input_bytes),
+        ("A result", specs.output, interface.outputs, manifest.cost.output_bytes),
+    ):
+        size = specs.ciphertext_bytes(side)
+        if side.values != len(positions) or size != declared:
+            raise ArtifactError(
+                f"The parts of the file do not belong together: {name.lower()} has {side.values:,} values of "
+                f"{size:,} bytes in one, and {len(positions):,} of {declared:,} in others. Get it again."
+            )
+        if size > MAX_BYTES:
+            raise ArtifactError(
+                f"{name} takes {size:,} bytes encrypted; a ciphertext has at most {MAX_BYTES:,}. Compile for "
+                "smaller images or tiles (fheconv.compile_tiled), or with compress_input=True."
+            )
+    if specs.key_bytes > KEY_BYTES:
+        raise ArtifactError(
+            f"The evaluation keys would take {specs.key_bytes:,} bytes; a key file has at most "
+            f"{KEY_BYTES:,}. Quantize with fewer accumulator_bits."
+        )

@@ -1,0 +1,54 @@
+"""Multiplies the weights of channels by integers, so that narrow accumulators fill the window of a lookup."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.networks.integers import QuantizedLayer
+from fheconv.networks.linear import Term
+from fheconv.quantizer.rows import Rows
+
+
+def row_gains(rows: Rows, gain: Array) -> Array:
+    """Return the gain of each row, from the gains (C,) that the channels allow.
+
+    All values of a row have its gain. If the values of a channel belong to several rows, all rows share a
+    gain, because the values of a channel share a window. Rows without values have gain 1.
+    """
+    if rows.mixed:
+        return np.full(len(rows.rows), gain.min())
+    found = np.full(len(rows.rows), np.iinfo(np.int64).max)
+    np.minimum.at(found, rows.of_value.reshape(len(gain), -1)[:, 0], gain)
+    unused = np.bincount(rows.of_value.ravel(), minlength=len(found)) == 0
+    return np.where(unused, 1, found)
+
+
+def gained(rows: Rows, terms: Sequence[Term], gains: Array) -> tuple[Term, ...]:
+    """Return the terms with the weights of each row multiplied by its gain."""
+    return tuple(
+        term.with_weight(term.weighted()[1].weight * factor)
+        for term, factor in zip(terms, _factors(rows, gains), strict=True)
+    )
+
+
+def without_gains(rows: Rows, layer: QuantizedLayer) -> tuple[Term, ...]:
+    """Return the terms of a layer with the weights that they had before the gains."""
+    gains = np.ones(len(rows.rows), np.int64)
+    gains[rows.of_value.ravel()] = np.broadcast_to(layer.gain, layer.shape).ravel()
+    return tuple(
+        term.with_weight(term.weighted()[1].weight // factor)
+        for term, factor in zip(layer.terms, _factors(rows, gains), strict=True)
+    )
+
+
+def _factors(rows: Rows, gains: Array) -> list[Array]:
+    """Return the gain of each filter of each term, with the dimensions of the term's weights."""
+    factors = [
+        np.ones((len(part.kernel.weight), *[1] * (part.kernel.weight.ndim - 1)), np.int64)
+        for part in rows.parts
+    ]
+    for row, gain in zip(rows.rows, gains, strict=True):
+        for part, channel in row:
+            factors[part][channel] = gain
+    return factors

@@ -1,0 +1,138 @@
+"""Chooses the window of each lookup, and the gains that fill it.
+
+The window of a lookup are the 2^bits accumulators that its table holds. A rounded lookup keeps some high bits
+of an accumulator, so that its window has 2^rounding_bits steps. A step should be small where accumulators
+are. Two things help, and cost no lookup:
+
+- A *gain*: the weights of a channel are multiplied by an integer, so that narrow channels fill the window.
+- A window that is narrower than the worst image needs. On the torus a lookup has a value for every
+  accumulator: its table repeats at the distance of a window, each time with the opposite sign. Entries are
+  counted from the middle of the activation's range, so that the table is mirrored there: just outside the
+  window, most activations are still right. The integer network computes these values too, so that it equals
+  the circuit for every image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.errors import AccumulatorOverflowError
+
+# Concrete supports lookups of at most this many bits.
+LOOKUP_LIMIT = 16
+# The greatest width that `cheap_width` returns.
+WIDEST = 13
+
+
+class Budget(NamedTuple):
+    """Limits the span of accumulators to `steps`, and rounds to `rounding_bits` before the lookup.
+
+    `proved` says that no image may exceed the span. Otherwise it is the span of what calibration reaches.
+    """
+
+    steps: int
+    rounding_bits: int | None = None
+    proved: bool = True
+
+    def shrunk(self, headroom: float) -> "Budget":
+        """Return the budget divided by `headroom`, if it needs no proof."""
+        return self if self.proved else self._replace(steps=int(self.steps / headroom))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """Describes the accumulators that a lookup of `bits` bits covers: `span` steps from `minimum`, both (C,).
+
+    Accumulators are multiples of `gain` (C,). They are rounded to `rounding_bits` before the lookup (None:
+    not rounded). `proved` says that no image leads outside.
+    """
+
+    minimum: Array
+    span: Array
+    bits: int
+    rounding_bits: int | None
+    proved: bool
+    gain: Array | int = 1
+
+    @property
+    def dropped_bits(self) -> int:
+        """The number of low bits that are rounded away."""
+        return dropped_bits(self.bits, self.rounding_bits)
+
+    @property
+    def start(self) -> Array:
+        """The accumulator of the first column, (C,).
+
+        Half of the unused columns lie at each end, because noise can move an accumulator beyond either end.
+        """
+        below = 1 << (self.dropped_bits - 1) if self.dropped_bits and self.proved else 0
+        return self.minimum - below - (self.room - self.span) // 2
+
+    @property
+    def room(self) -> int:
+        """The greatest span that the window can have."""
+        return room(self.bits, self.rounding_bits, proved=self.proved)
+
+
+def dropped_bits(bits: int, rounding_bits: int | None) -> int:
+    """Return how many low bits are rounded away from accumulators of `bits` bits."""
+    return 0 if rounding_bits is None else max(bits - rounding_bits, 0)
+
+
+def room(bits: int, rounding_bits: int | None, *, proved: bool = True) -> int:
+    """Return the greatest span that a window of `bits` bits can have.
+
+    Some of the 2^bits values stay free when accumulators are rounded to `rounding_bits`: rounding half up can
+    carry a value above the top, and noise moves a value by less than a step before it is rounded. A value
+    that leaves the table at one end comes back at the other, with the opposite sign. So a proved window has a
+    free step at each end. In another window, it is enough that no value within it is rounded above the top.
+    """
+    dropped = dropped_bits(bits, rounding_bits)
+    free = (2 << dropped if proved else 1 << (dropped - 1)) if dropped else 0
+    return 2**bits - 1 - free
+
+
+def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = True) -> int:
+    """Return the least width whose window can have the `span`.
+
+    Raises `AccumulatorOverflowError` above the width that Concrete supports.
+    """
+    for bits in range(max(span.bit_length(), 1), LOOKUP_LIMIT + 1):
+        if span <= room(bits, rounding_bits, proved=proved):
+            return bits
+    most = room(LOOKUP_LIMIT, rounding_bits, proved=proved)
+    raise AccumulatorOverflowError(
+        f"Layer {name!r} spans {span} accumulator steps, more than the {most} that the {LOOKUP_LIMIT} bits "
+        "of a lookup hold; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or "
+        "input_bits.",
+        layer=name,
+        value=span,
+        limit=most,
+        remedy=f"accumulator_bits={LOOKUP_LIMIT} or less",
+    )
+
+
+def cheap_width(input_bits: int, taps: int, rounding_bits: int) -> int:
+    """Return the width of windows that need no proof, unless a width is asked for.
+
+    A lookup tells apart the steps of its window in spite of the noise of a sum of ciphertexts. This noise is
+    that of one ciphertext times the norm ‖q‖₂ of the integer weights. Concrete's parameters for rounding to 5
+    bits get dearer when the norm is above about 2⁴. A sum of inputs of `input_bits` bits reaches about
+    ‖q‖₂ · 2^input_bits. So this is the width that goes with such a norm, or with weights of about 1 if there
+    are many `taps`. More input bits make the width greater and no lookup dearer.
+    """
+    norm_bits = max(4 if rounding_bits < 6 else 5, round(math.log2(taps) / 2))
+    return min(max(input_bits + norm_bits, rounding_bits + 2), WIDEST)
+
+
+def filling_gains(span: Array, bits: int, rounding_bits: int | None, *, proved: bool) -> Array:
+    """Return for each channel the greatest integer by which its `span` (C,) may grow within `bits` bits.
+
+    It is at most one column of the table, because a larger gain would not make a step smaller.
+    """
+    dropped = dropped_bits(bits, rounding_bits)
+    most = room(bits, rounding_bits, proved=proved)
+    return np.clip(most // np.maximum(span, 1), 1, 2**dropped)
