@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
         conv_transpose,
         filter_matrix,
     )
-    from fheconv.basics.config import CompileConfig, ParameterRange, QuantConfig
+    from fheconv.basics.compile_config import CompileConfig, ParameterRange
+    from fheconv.basics.config import QuantConfig
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -67,7 +68,8 @@ _HOMES = {
         "conv_transpose",
         "filter_matrix",
     ),
-    "basics.config": ("CompileConfig", "ParameterRange", "QuantConfig"),
+    "basics.compile_config": ("CompileConfig", "ParameterRange"),
+    "basics.config": ("QuantConfig",),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),

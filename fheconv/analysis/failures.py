@@ -16,7 +16,6 @@ Example:
     0.255
 """
 
-from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -128,7 +127,7 @@ def _look_up(lookup: Lookup, accumulators: Array, deviation: float, rng: np.rand
         return np.full(accumulators.shape, lookup.tables.flat[0])
     steps = deviation * 2**lookup.dropped_bits
     noise = np.rint(steps * rng.standard_normal(accumulators.shape)).astype(np.int64)
-    return replace(lookup, proved=False)(accumulators + noise)
+    return lookup(accumulators + noise)
 
 
 def _decrypted(network: IntegerNetwork, accumulators: Array) -> Array:

@@ -1,6 +1,5 @@
-"""Holds what users choose: how to quantize, and how to compile."""
+"""Holds what users choose about quantization."""
 
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -9,9 +8,6 @@ import numpy as np
 
 from fheconv.basics.checks import Auto, _is_number, _number, check_integer
 from fheconv.basics.errors import InvalidArgumentError
-
-Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
-
 
 # One number for every layer, or one number for each layer by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
@@ -26,26 +22,22 @@ class QuantConfig:
 
     weight_bits: 1 to 8. Weights are symmetric integers in ±(2^(bits−1) − 1); one bit is {−1, 0, +1}.
     activation_bits: 1 to 8. The width of a lookup's output. None: 4, or half of accumulator_bits if that is
-        less. Then an accumulator can hold several products. Before rounded lookups of windows that are not
-        proved it is 6, because there the number of levels costs nothing.
+        less. Before rounded lookups with overflow="defined" it is 6: there more levels cost nothing.
     activation_levels: 2 to 256. The number of integers that a lookup's output can be. It replaces
-        activation_bits and need not be a power of two. With narrow accumulators each level counts. With
-        overflow="defined" the number is odd: an even one becomes one less, and 2 becomes 3.
+        activation_bits and need not be a power of two. With overflow="defined" it is odd (one less).
     accumulator_bits: 1 to 16. No accumulator is wider than this, in offset form; this is guaranteed. None: as
         wide as the weights need. Before a rounded lookup, None means rounding_bits + 4: with more, rounding
-        loses more than the weights gain. With overflow="defined" it is the width of the window, and None is
-        the width at which lookups are cheap (see `fheconv.quantizer.windows`).
+        loses more than the weights gain. With overflow="defined" it is the width of the window; None is then
+        the width at which lookups are cheap (`fheconv.quantizer.windows`).
     rounding_bits: 2 to 8. The width to which an accumulator is rounded before its lookup. The rounding is
         approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
         free step at both ends.)
     overflow: "proved": the window of each lookup holds the accumulators of the worst image. "defined": it
-        holds what calibration reaches, plus `margin` at both ends, so that its steps are finer. Accumulators
-        outside are defined too: there the table repeats with the opposite sign, and integers of activations
-        lie symmetrically around 0, so that a value a little above the window still gets the right activation.
-        The clear integers compute this for every image, as the circuit does. ("calibrated" is the former
-        name of "defined".)
-    margin: for "defined", as a share of the range that calibration reaches. None: 1/n for n images, as far as
-        one more image is expected to reach if values are uniform, and at least 0.05.
+        holds what calibration reaches, so that its steps are finer. Outside, its table repeats mirrored, in
+        the circuit and in the clear integers, for every image: the least activation becomes the greatest. So
+        a value a little above the window still gets the right activation.
+    margin: for "defined", a share of the range that calibration reaches, added at both ends. None: 1/n for n
+        images, as far as one more reaches on average if values are uniform, and at least 0.05.
     method: how weights are rounded. "minmax": to the nearest integers; a filter's greatest weight becomes the
         greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to the integers
         that change the layer's sums on the calibration images least. "accumulator": like "gptq", and it keeps
@@ -63,13 +55,13 @@ class QuantConfig:
     {"conv1": 3}. Layers without a name in the dict get the default.
 
     weight_bits, activation_bits, accumulator_bits and input_bits can be "auto"; the first three also for one
-    layer by its name. `fheconv.quantize` then chooses them on calibration images. It holds out every fifth
-    image. If there are fewer than 20 images, all serve for both. It tries weights of 2 to 6 bits and 2 to 28
-    integers for activations and image values, and balances them against the accumulators. So accumulator_bits
-    or rounding_bits must be given too. "auto" accumulators are those that enter lookups. They share one
-    width, at most 8 (with rounding_bits: at most 4 more than those). It is the least width at which the
-    network's results differ from the float network's by at most 6 % of their variance. If no width reaches
-    that, it is the width of least difference. The network's own `config` has the chosen numbers.
+    layer by its name. `fheconv.quantize` then chooses them by the error on every fifth calibration image (on
+    all, if there are fewer than 20). It tries weights of 2 to 6 bits and 2 to 28 integers for activations and
+    image values, and balances them against the accumulators. So accumulator_bits or rounding_bits must be
+    given too. "auto" accumulators are those that enter lookups. They share one width, at most 8 (with
+    rounding_bits: at most 4 more). It is the least width at which the network's results differ from the float
+    network's by at most 6 % of their variance, or else the width of least difference. The network's own
+    `config` has the chosen numbers.
 
     Example:
         >>> config = QuantConfig(weight_bits={"conv1": 3}, input_bits=8)
@@ -95,7 +87,7 @@ class QuantConfig:
         for name in ("per_channel", "input_signed"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if self.overflow == "calibrated":
+        if str(self.overflow) == "calibrated":
             object.__setattr__(self, "overflow", "defined")
         for name, words in (("overflow", get_args(Overflow)), ("method", get_args(Method))):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in words:
@@ -165,15 +157,13 @@ class QuantConfig:
         """Return how many integers the output of a layer's lookups can be."""
         levels = self.of_layer("activation_levels", layer)
         if levels is None:
-            levels = 2 ** (self.of_layer("activation_bits", layer) or self._default_activation_bits(layer))
-        # Integers of a window that is not proved are symmetric around 0, so that their number is odd.
+            limit, rounding = (self.of_layer(one, layer) for one in ("accumulator_bits", "rounding_bits"))
+            default = min(4, 4 if limit is None else max(limit // 2, 1))
+            if self.overflow == "defined" and rounding is not None:
+                default = DEFINED_ACTIVATION_BITS
+            levels = 2 ** (self.of_layer("activation_bits", layer) or default)
+        # The middle of an activation's range must be an integer, where a table can be mirrored.
         return max(levels - 1 + levels % 2, 3) if self.overflow == "defined" else int(levels)
-
-    def _default_activation_bits(self, layer: str) -> int:
-        if self.overflow == "defined" and self.of_layer("rounding_bits", layer):
-            return DEFINED_ACTIVATION_BITS
-        limit = self.of_layer("accumulator_bits", layer)
-        return min(4, 4 if limit is None else max(limit // 2, 1))
 
     def input_ends(self) -> tuple[int, int]:
         """Return the least and the greatest integer that an image value can be."""
@@ -183,8 +173,8 @@ class QuantConfig:
     def accumulator_bits_of(self, layer: str, *, looks_up: bool) -> int | None:
         """Return the width that a layer's accumulators must not exceed; None for no limit."""
         limit, rounding = self.of_layer("accumulator_bits", layer), self.of_layer("rounding_bits", layer)
-        proved = self.overflow == "proved"
-        if limit is None and rounding is not None and looks_up and self._keeps_widths and proved:
+        rounded = rounding is not None and looks_up and self.overflow == "proved"
+        if limit is None and rounded and self._keeps_widths:
             return min(rounding + ROUNDED_AWAY, _LAYER_NUMBERS["accumulator_bits"][1])
         return limit
 
@@ -224,140 +214,3 @@ _LAYER_NUMBERS = {
 }
 # The settings that `fheconv.quantize` can choose.
 _AUTO = ("weight_bits", "activation_bits", "accumulator_bits", "input_bits")
-
-
-SECURITY_LEVELS = (128, 132)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterRange:
-    """Limits the TFHE parameters that Concrete may choose from; () allows all that it knows.
-
-    log2_polynomial_sizes and glwe_dimensions set the shape of what a lookup computes with, and of the
-    bootstrapping key. keyswitch_levels sets the key switch before each lookup. Security is not a choice here:
-    the noise of keys follows from these dimensions and the security level.
-
-    If no parameters in the range work, Concrete silently takes others, or finds none. Raises
-    `InvalidArgumentError` for numbers that no parameters have.
-
-    Example:
-        >>> ParameterRange(glwe_dimensions=(1, 2)).keyswitch_levels
-        ()
-    """
-
-    log2_polynomial_sizes: tuple[int, ...] = ()
-    glwe_dimensions: tuple[int, ...] = ()
-    keyswitch_levels: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, (least, greatest) in _PARAMETERS.items():
-            for number in getattr(self, name):
-                check_integer(name, number, least, greatest)
-
-
-# The smallest and the greatest number that Concrete's optimiser tries.
-_PARAMETERS = {"log2_polynomial_sizes": (8, 18), "glwe_dimensions": (1, 6), "keyswitch_levels": (1, 64)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileConfig:
-    """Holds the choices for compiling and running.
-
-    engine: "conv" (Concrete's convolution), "separable" (two passes, for filters of rank one), "shifts" (the
-        sum of shifted images, without zero weights), "matrix" (the dense product x·B), or "auto": the one
-        with the lowest predicted cost.
-    p_error: the probability that a lookup goes wrong, or a result in a network without lookups. None: with
-        lookups, `global_p_error` decides; without, 2^−64, and ciphertexts are some 4 % larger than with
-        Concrete's own default.
-    global_p_error: the probability that anything goes wrong in one image. None, and no p_error: 10^−5,
-        Concrete's default. A greater number makes lookups cheaper. A failed lookup mostly returns a
-        neighbouring entry.
-    security_level: bits, 128 or 132.
-    compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: only in
-        networks with lookups; a network without lookups runs slower with it.
-    compress_evaluation_keys: smaller evaluation keys.
-    parameters: the range from which Concrete chooses its parameters. None: all, or as `configuration` says.
-    configuration: a `concrete.fhe.Configuration` that gives all other settings, such as strategies.
-    lanes: how many images of a batch share one ciphertext in a network without lookups. "auto": as many as
-        fit, at most 4 (more is no faster). 1: no sharing.
-    in_process: run the native library in this process, for debugging. A crash of the library then ends this
-        process too, and the process then exits with status 0 in every case.
-    time_limit: seconds for one call of the native library: to compile, make keys, encrypt or decrypt a batch,
-        or run one image. Starting the worker does not count.
-    memory_limit: bytes of memory that the native library's process may hold during a call of this circuit,
-        beyond what it has after its imports. Checked every 20 ms, on Linux only. If other circuits have
-        filled the process to the limit before the call, a new process starts.
-
-    A call that exceeds a limit ends with `CompilationError` or `ExecutionError`; the circuit stays usable.
-    Raises `InvalidArgumentError`, also for limits together with `in_process`: there, nothing could enforce
-    them.
-
-    Example:
-        >>> config = CompileConfig(engine="shifts", p_error=1e-6)
-        >>> config.engine, config.security_level
-        ('shifts', 128)
-    """
-
-    engine: Engine = "auto"
-    p_error: float | None = None
-    global_p_error: float | None = None
-    security_level: int = 128
-    compress_input: bool | None = None
-    compress_evaluation_keys: bool = True
-    parameters: ParameterRange | None = None
-    configuration: Any = None
-    lanes: int | Literal["auto"] = "auto"
-    in_process: bool = False
-    time_limit: float | None = None
-    memory_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("compress_input", "compress_evaluation_keys", "in_process"):
-            value = getattr(self, name)
-            if not (isinstance(value, bool | np.bool_) or (name == "compress_input" and value is None)):
-                raise InvalidArgumentError(f"{name}={value!r} must be True or False.")
-        if not _is_number(self.security_level) or self.security_level not in SECURITY_LEVELS:
-            raise InvalidArgumentError(
-                f"security_level={self.security_level!r}; Concrete has parameters for "
-                f"{' and '.join(map(str, SECURITY_LEVELS))} bits."
-            )
-        if not isinstance(self.engine, str) or self.engine not in get_args(Engine):
-            raise InvalidArgumentError(
-                f"engine={self.engine!r}; it must be one of {', '.join(get_args(Engine))}."
-            )
-        if not isinstance(self.lanes, str) or self.lanes != "auto":
-            check_integer("lanes", self.lanes, 1, 64)
-        if self.configuration is not None and type(self.configuration).__name__ != "Configuration":
-            raise InvalidArgumentError(
-                f"configuration={self.configuration!r:.50}; it must be a concrete.fhe.Configuration."
-            )
-        for name in ("range_restriction", "keyset_restriction"):  # they do not get into another process
-            if getattr(self.configuration, name, None) is not None and not self.in_process:
-                raise InvalidArgumentError(
-                    f"configuration.{name} cannot be passed to the native library's process; use "
-                    "CompileConfig.parameters instead, or in_process=True."
-                )
-        if self.parameters is not None and not isinstance(self.parameters, ParameterRange):
-            raise InvalidArgumentError(
-                f"parameters={self.parameters!r:.50}; it must be a fheconv.ParameterRange."
-            )
-        for name in ("p_error", "global_p_error"):
-            value = getattr(self, name)
-            if value is not None:
-                # Concrete's optimiser crashes on numbers that are hardly above 0.
-                if not (_is_number(value) and 1e-300 <= value < 1):
-                    raise InvalidArgumentError(f"{name}={value!r} must lie between 1e-300 and 1.")
-                object.__setattr__(self, name, float(value))
-        if self.time_limit is not None and not (_is_number(self.time_limit) and 0 < self.time_limit < np.inf):
-            raise InvalidArgumentError(f"time_limit={self.time_limit!r} must be a number of seconds above 0.")
-        if self.memory_limit is not None:
-            check_integer("memory_limit", self.memory_limit, 1)
-            if sys.platform != "linux":
-                raise InvalidArgumentError(
-                    f"memory_limit works on Linux only, and this is {sys.platform}; leave it out."
-                )
-        if self.in_process and (self.time_limit is not None or self.memory_limit is not None):
-            raise InvalidArgumentError(
-                "time_limit and memory_limit end the worker process, and in_process=True runs without one; "
-                "leave out one or the other."
-            )

@@ -11,7 +11,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
     AccumulatorOverflowError,
     ArtifactError,

@@ -17,7 +17,7 @@ from fheconv.arithmetic import expand
 from fheconv.arithmetic.geometry import PerAxis, per_axis
 from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.circuits.ciphertext import Ciphertext

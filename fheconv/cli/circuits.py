@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import CompileConfig, QuantConfig
+from fheconv.basics.compile_config import CompileConfig
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
 from fheconv.cli.arguments import (
     check_output,

@@ -16,7 +16,8 @@ import numpy as np
 import typer
 
 from fheconv.arithmetic.geometry import PaddingMode
-from fheconv.basics.config import CompileConfig, Engine, QuantConfig
+from fheconv.basics.compile_config import CompileConfig, Engine
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import FheConvError, InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
 from fheconv.cli.arguments import (

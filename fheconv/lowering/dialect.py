@@ -28,21 +28,22 @@ def look_up(table: Lookup, which: Array, x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return table.rows(x, which)
     constant = table.constant[which]
-    if not constant.any():
-        return _looked_up(table, which, x)
-    values = np.where(constant, table.tables[which, 0], 0)[None]
+    values = np.where(constant, table.tables[which, 0], table.center)[None]
     if constant.all():  # Concrete needs results that depend on the image
-        return x * 0 + values
+        return hint(x * 0 + values, table.output.integer_bits)
     varying = np.flatnonzero(~constant)
-    places = np.full(len(which), OUTSIDE)
-    places[varying] = np.arange(len(varying))
-    y = _looked_up(table, which[varying], hint(take(x, varying, 0), table.bits))
-    y = take(y, places, 0) + values
-    return hint(y, table.output.integer_bits)
+    if constant.any():
+        x = hint(take(x, varying, 0), table.bits)
+    y = _looked_up(table, which[varying], x)
+    if constant.any():
+        places = np.full(len(which), OUTSIDE)
+        places[varying] = np.arange(len(varying))
+        y = take(y, places, 0)
+    return hint(y + values if values.any() else y, table.output.integer_bits)
 
 
 def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
-    """Return the activations of accumulators (N, m) in Concrete, by rows that are not constant."""
+    """Return activations, counted from the center, by rows that are not constant, in Concrete."""
     from concrete import fhe
 
     if table.dropped_bits:
@@ -56,12 +57,7 @@ def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
         x = fhe.hint(x, bit_width=table.bits)
     # Rounding leaves the kept bits in their place, and Concrete indexes by that value. So each entry is
     # repeated 2^dropped_bits times, and Concrete reads one of them.
-    return _table(np.repeat(table.tables, 1 << table.dropped_bits, axis=1), which, x)
-
-
-def _table(rows: Array, which: Array, x: Any) -> Any:
-    from concrete import fhe
-
+    rows = np.repeat(table.tables - table.center, 1 << table.dropped_bits, axis=1)
     used, at = np.unique(which, return_inverse=True)
     tables = [fhe.LookupTable(rows[row].tolist()) for row in used]
     each: Any = tables[0]
@@ -70,9 +66,9 @@ def _table(rows: Array, which: Array, x: Any) -> Any:
         for place, row in enumerate(at):
             by_place[0, place] = tables[row]
         each = fhe.LookupTable(by_place)
-    # An accumulator outside the window gives an entry with the opposite sign.
-    least = int(rows.min())
-    return hint(each[x], twos_complement_bits(least, max(int(rows.max()), -least)))
+    # Outside the window, the entries have the opposite sign.
+    greatest = int(np.abs(rows).max())
+    return hint(each[x], twos_complement_bits(int(rows.min()), greatest))
 
 
 def take(x: Any, index: Array, pad: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, along_channels
-from fheconv.basics.config import Engine
+from fheconv.basics.compile_config import Engine
 from fheconv.lowering.dialect import hint, look_up, take
 from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
@@ -19,7 +19,6 @@ from fheconv.lowering.planes import Planes, in_planes
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer, blank_image, comparison
-from fheconv.networks.quantization import Quantization
 
 # Takes the tensors computed so far, each (N, values that are read), and returns the next one.
 Function: TypeAlias = Callable[[list[Any]], Any]
@@ -74,7 +73,7 @@ class Lowered:
 
     @property
     def takes_lanes(self) -> bool:
-        """Whether several images may share a ciphertext: all layers but the last would look up all together."""
+        """Whether several images may share a ciphertext: only in a network of one layer, without lookups."""
         return len(self.network.layers) == 1
 
     def inputset(self) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE
 from fheconv.arithmetic.matrix import DENSE_LIMIT
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import Engine
+from fheconv.basics.compile_config import Engine
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering import engines
 from fheconv.lowering.dialect import take

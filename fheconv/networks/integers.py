@@ -25,8 +25,8 @@ class Lookup:
 
     It first subtracts `minimum` (C,), which gives 0 to 2^bits − 1. Then it rounds `dropped_bits` low bits
     away, half up. The result is the column of the table. `which` broadcasts to the layer's shape. `proved`
-    says that no image leads outside the table. Otherwise the table repeats there, each time with the opposite
-    sign, and the entries lie symmetrically around 0, so that all values are in the range of `output`.
+    says that no image leads outside the table. Otherwise the table repeats there, and every other time it is
+    mirrored at the `center` of its values: the least activation becomes the greatest.
     """
 
     tables: Array
@@ -41,6 +41,11 @@ class Lookup:
     def column_bits(self) -> int:
         """The width of what enters the lookup, after rounding."""
         return self.bits - self.dropped_bits
+
+    @property
+    def center(self) -> int:
+        """The activation from which entries are counted in the circuit, in the middle of the range."""
+        return 0 if self.proved else (self.output.minimum + self.output.maximum) // 2
 
     @cached_property
     def constant(self) -> Array:
@@ -58,12 +63,12 @@ class Lookup:
         columns = offset
         if self.dropped_bits:
             columns = (offset + (1 << (self.dropped_bits - 1))) >> self.dropped_bits
-        if self.proved:
-            return self.tables[which, columns]
         # A lookup on the torus works in this way: a value outside the table gives an entry with the opposite
-        # sign. A constant needs no lookup.
+        # sign, counted from the center. A constant needs no lookup.
         turns, columns = np.divmod(columns, self.tables.shape[1])
-        return self.tables[which, columns] * np.where((turns % 2 == 1) & ~self.constant[which], -1, 1)
+        values = self.tables[which, columns]
+        mirrored = (turns % 2 == 1) & ~self.constant[which]
+        return np.where(mirrored, 2 * self.center - values, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,14 +147,11 @@ def comparison(quantization: Quantization) -> Lookup:
 
 
 def blank_image(quantization: Quantization, shape: Shape) -> Array:
-    """Return the integer image (1, *shape) of real zeros, which shows Concrete whether inputs can be negative.
+    """Return the integer image (1, *shape) that shows Concrete whether inputs can be negative.
 
-    If they can, one of its values is −1.
+    Its real values are zeros; if inputs can be negative, each is −1 step.
     """
-    image = np.full((1, *shape), quantization.zero_point, np.int64)
-    if quantization.minimum < 0:
-        image.flat[0] = -1
-    return image
+    return np.full((1, *shape), -1 if quantization.minimum < 0 else quantization.zero_point, np.int64)
 
 
 AnyLayer: TypeAlias = QuantizedLayer | Maximum

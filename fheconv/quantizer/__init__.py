@@ -5,8 +5,11 @@ allocation: chooses the widths that are "auto".
 components: groups what has to share a scale.
 activations: scales of images and activations.
 equalization: scales of an activation's channels.
+rows: filters that must share a scale.
 weights: integer weights of a layer.
 rounding: the methods that round weights.
-tables: lookup tables and the windows that they cover.
+tables: lookup tables.
+windows: windows of lookups, and how wide they may be.
+gains: integers that multiply the weights of narrow channels.
 building: the integer network, as far as it is built.
 """

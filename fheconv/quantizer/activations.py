@@ -86,21 +86,9 @@ def activation_quantizations(
             if quantization is not None:
                 found[number] = _at_scale(quantization, scale)
     if config.overflow == "defined":
-        found[1:] = [one and _symmetric(one) for one in found[1:]]
+        # The center of the range must be an integer (see `Lookup`).
+        found[1:] = [one and replace(one, maximum=one.maximum + one.maximum % 2) for one in found[1:]]
     return [found[_origin(network, number)] for number in range(len(found))]
-
-
-def _symmetric(quantization: Quantization) -> Quantization:
-    """Return the quantization with integers from −c to c in place of 0 to 2c.
-
-    A lookup of an accumulator outside its window gives an entry with the opposite sign. Among these integers,
-    that is another activation: the least of them becomes the greatest. So activations remain in their range.
-    For an activation that rises from its least value to its greatest within the window, a value just outside
-    still gets the right activation.
-    """
-    half = -(-(quantization.maximum - quantization.minimum) // 2)
-    shift = quantization.minimum + half
-    return replace(quantization, zero_point=quantization.zero_point - shift, minimum=-half, maximum=half)
 
 
 def _scales_beside(

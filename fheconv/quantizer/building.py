@@ -13,9 +13,9 @@ from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.gains import gained, row_gains
+from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.tables import compressed, lookup
-from fheconv.quantizer.weights import IntegerTerms, Rows
-from fheconv.quantizer.windows import Budget, Window, filling_gains, cheap_width, room, width
+from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains, room, width
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
@@ -89,6 +89,14 @@ class Building:
         sums: Array = bare.accumulate(self.tensors) - self.zero(bare)
         return sums
 
+    def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
+        """Return whether what calibration reaches keeps to the budget, if that needs no proof."""
+        budget = self.budget(layer)
+        if budget is None or budget.proved:
+            return True
+        least, greatest = _ends(self._bare(layer, rounded).accumulate(self.tensors))
+        return int((greatest - least).max()) <= budget.steps
+
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
         self._append(layer, None)
@@ -103,19 +111,18 @@ class Building:
         step = _steps(layer, rounded.step, bias)
         output = self.quantizations[len(self.tensors)]
         if layer.activation is None or output is None:
+            span = layer_bounds(quantized, self.source.shapes).channel_span
+            self._check_width(layer, int(span.max()), None)
             bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self.zero(quantized))
             quantized = replace(quantized, bias=frozen(bias_in_steps))
-            bits = layer_bounds(quantized, self.source.shapes).offset_bits
         else:
             rows = Rows(layer, quantized.inputs, self.source.shapes)
             window, gains = self._window(layer, quantized, rows)
-            bits = window.bits
             gain = compressed(gains[rows.of_value])
             quantized = replace(quantized, terms=gained(rows, quantized.terms, gains), gain=frozen(gain))
             bias_of_sums = bias - step / gain * self.zero(quantized)
             table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=bias_of_sums)
             quantized = replace(quantized, lookup=table)
-        self._check_width(layer, bits)
         self._append(
             replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
             _ends(quantized.accumulate(self.tensors)),
@@ -133,10 +140,11 @@ class Building:
         bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
         minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
         if self.config.overflow == "defined":
-            minimum, span = self._reached(bare, bounds, self.budget(layer))
-            # Rounding could carry a value above the top.
-            proved = rounding_bits is None and bool((span == bounds.channel_span).all())
-        bits = width(layer.name, int(span.max()), rounding_bits, proved=proved)
+            least, reached = self._reached(bare, bounds, self.budget(layer))
+            wide, narrow = (int(spans.max()).bit_length() for spans in (span, reached))
+            if rounding_bits is not None or narrow < wide:
+                minimum, span, proved = least, reached, False
+        bits = self._check_width(layer, int(span.max()), rounding_bits, proved=proved)
         if not proved and rounding_bits is not None:
             bits = max(bits, self.width_limit(layer) or 0)
         gains = row_gains(rows, filling_gains(span, bits, rounding_bits, proved=proved))
@@ -150,21 +158,22 @@ class Building:
         )
         return window, gains
 
-    def _check_width(self, layer: Layer, bits: int) -> None:
-        limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
+    def _check_width(self, layer: Layer, span: int, rounding_bits: int | None, *, proved: bool = True) -> int:
+        """Return the width that holds a span. Raise `AccumulatorOverflowError` if that is not allowed."""
+        looks_up = layer.activation is not None
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
+        bits = width(layer.name, span, rounding_bits, proved=proved) if looks_up else span.bit_length()
         if limit is None or bits <= limit:
-            return
+            return bits
+        advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
         if self._windows_are_chosen:
-            advice = "allow as many, or use fewer bits for the inputs of the layer"
-            remedy = f"accumulator_bits={bits}"
-        else:
-            advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
+            advice, remedy = "allow as many, or fewer bits for the inputs", f"accumulator_bits={bits}"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
             f"{advice}.",
             layer=layer.name,
-            value=bits,
-            limit=limit,
+            value=span,
+            limit=2**limit - 1,
             remedy=remedy,
         )
 

@@ -7,7 +7,7 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Term
-from fheconv.quantizer.weights import Rows
+from fheconv.quantizer.rows import Rows
 
 
 def row_gains(rows: Rows, gain: Array) -> Array:

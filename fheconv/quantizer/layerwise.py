@@ -16,6 +16,10 @@ from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.weights import round_by_output, round_nearest
 
+# How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
+# less of the window for the weights.
+HEADROOMS = (1.1, 1.3, 1.6, 2.0)
+
 
 def quantize_network(
     network: Network, images: Array, calibrated: CalibratedInput, config: QuantConfig
@@ -44,16 +48,20 @@ def quantize_network(
             )
             building.add(layer, rounded, layer.bias)
         else:
-            rounded = round_by_output(
-                layer,
-                inputs,
-                network.shapes,
-                floats,
-                building.tensors,
-                bits,
-                method.round,
-                building.budget(layer),
-            )
+            budget = building.budget(layer)
+            for headroom in HEADROOMS:
+                rounded = round_by_output(
+                    layer,
+                    inputs,
+                    network.shapes,
+                    floats,
+                    building.tensors,
+                    bits,
+                    method.round,
+                    budget and budget.shrunk(headroom),
+                )
+                if building.fits(layer, rounded):
+                    break
             bias = layer.bias + _mean_error(layer, rounded.step, building.sums(layer, rounded), floats)
             building.add(layer, rounded, bias)
     return building.network()

@@ -1,239 +1,21 @@
-"""Rounds the weights of a layer to integers, and finds which filters must share a scale."""
+"""Rounds the weights of a layer to integers."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.linalg
 
-from fheconv.arithmetic import OUTSIDE, im2col
-from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.networks.floats import Layer
-from fheconv.networks.linear import Kernel, Select, Term
 from fheconv.networks.quantization import Quantization
-from fheconv.quantizer.components import connected
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
+from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget, width
-
-# The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
-MOST_WINDOWS = 20_000
 
 # How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
 RIDGE = 0.01
-# The integer sums can reach a little further than the float sums, by which the scale is chosen.
-HEADROOM = 1.1
 TINY = float(np.finfo(np.float64).tiny)
-
-# A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
-Row: TypeAlias = tuple[tuple[int, int], ...]
-
-
-class IntegerTerms(NamedTuple):
-    """Holds a layer's terms with integer weights, and the real size of an accumulator step.
-
-    `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
-    weights' data type.
-    """
-
-    terms: tuple[Term, ...]
-    step: Array
-    range: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """Describes one term: its convolution, and how this reaches the accumulators.
-
-    `unit` is the real size of one step of its input. `range` is the growth of the accumulator's span for one
-    step of a weight. `channels` (C, *S) is the filter that each value of the layer comes from. `tied` holds
-    pairs of filters (2, n) whose results are added later. `aligned` says that no step follows the
-    convolution.
-    """
-
-    term: Term
-    at: int
-    kernel: Kernel
-    unit: float
-    range: int
-    channels: Array
-    tied: Array
-    aligned: bool
-
-
-class Rows:
-    """Groups the filters of a layer into rows: filters of one accumulator share a scale, and form a row."""
-
-    def __init__(self, layer: Layer, inputs: Sequence[Quantization], shapes: Sequence[Shape]) -> None:
-        self.layer = layer
-        self.parts = [
-            _part(term, quantization, shapes[term.source])
-            for term, quantization in zip(layer.terms, inputs, strict=True)
-        ]
-        counts = [len(part.kernel.weight) for part in self.parts]
-        first = np.concatenate([[0], np.cumsum(counts)])
-        nodes = np.stack(
-            [np.where(p.channels == OUTSIDE, OUTSIDE, p.channels + f).ravel()
-             for p, f in zip(self.parts, first[:-1], strict=True)]
-        )  # fmt: skip
-        lead = np.take_along_axis(nodes, (nodes != OUTSIDE).argmax(axis=0)[None], axis=0)[0]
-        meets = [np.stack([lead, other])[:, (other != OUTSIDE)] for other in nodes]
-        ties = [part.tied + start for part, start in zip(self.parts, first[:-1], strict=True)]
-        labels = connected(np.concatenate([*meets, *ties], axis=1), int(first[-1]))
-        members: dict[int, list[tuple[int, int]]] = {}
-        for node, label in enumerate(labels.tolist()):
-            part = int(np.searchsorted(first, node, side="right")) - 1
-            members.setdefault(label, []).append((part, node - int(first[part])))
-        self.rows: list[Row] = [tuple(one) for one in members.values()]
-        number = {label: at for at, label in enumerate(members)}
-        of_node = np.array([number[label] for label in labels.tolist()])
-        # The row of each value of the layer; a value that comes from no filter takes the first row.
-        self.of_value = np.where(lead == OUTSIDE, 0, of_node[lead]).reshape(layer.shape)
-        by_channel = self.of_value.reshape(layer.shape[0], -1)
-        # Whether a channel has values of several filters, although its values share one minimum.
-        self.mixed = bool((by_channel != by_channel[:, :1]).any())
-        if self.mixed:  # one of these filters can go down and another up
-            self.parts = [replace(part, range=2 * part.range) for part in self.parts]
-
-    def weights(self, row: Row) -> Array:
-        """Return the float weights of a row, in the unit of the first term."""
-        unit = self.parts[0].unit
-        filters = ((self.parts[p], c) for p, c in row)
-        return np.concatenate(
-            [
-                _flat(p.kernel.weight[c] if p.unit == unit else p.kernel.weight[c] * (p.unit / unit))
-                for p, c in filters
-            ]
-        )
-
-    def alike(self) -> list[list[int]]:
-        """Return lists of the numbers of rows that read the same inputs."""
-        batches: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for number, row in enumerate(self.rows):
-            batches.setdefault(tuple((p, self._group(p, c)) for p, c in row), []).append(number)
-        return list(batches.values())
-
-    def _group(self, part: int, channel: int) -> int:
-        kernel = self.parts[part].kernel
-        return channel // (len(kernel.weight) // kernel.geometry.groups)
-
-    def read(self, row: Row) -> Array:
-        """Return a mask of a row's weights: those whose input the trained filters read."""
-        parts = ((self.parts[p].kernel, c) for p, c in row)
-        return np.concatenate([_flat(read_taps(kernel)[c]) for kernel, c in parts])
-
-    def ranges(self, row: Row) -> Array:
-        """Return the growth of the accumulator's span for one step of each weight of a row."""
-        return np.concatenate(
-            [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
-        )
-
-    def reach(self, sums: Array) -> Array:
-        """Return for each row the greatest span of one of its values in the sums (N, C, *S)."""
-        found = np.zeros(len(self.rows))
-        by_channel = np.moveaxis(sums, 1, 0).reshape(len(sums[0]), -1)
-        spans = np.broadcast_to(
-            np.ptp(by_channel, axis=1).reshape(-1, *[1] * (sums.ndim - 2)), self.of_value.shape
-        )
-        np.maximum.at(found, self.of_value, spans)
-        return found
-
-    def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
-        """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
-        blocks = [[windows[p][self._group(p, c)] for p, c in row] for windows in (a, b)]
-        if all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row):
-            blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
-        return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
-
-    def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
-        """Return the inputs of each term's convolution on some images, (groups, windows, taps).
-
-        `zeros` and `units` hold the zero and the unit of each term's tensor.
-        """
-        found = []
-        for part, unit, zero in zip(self.parts, units, zeros, strict=True):
-            values = tensors[part.term.source]
-            positions = math.prod(self.layer.shape[1:])
-            x = (values[:: -(-len(values) * positions // MOST_WINDOWS)] - zero) / unit
-            x = replace(part.term, steps=part.term.steps[: part.at]).apply(x)
-            geometry = part.kernel.geometry
-            if not geometry.kernel:
-                groups = geometry.groups
-                found.append(np.moveaxis(x.reshape(len(x), groups, -1), 1, 0).astype(np.float64))
-            else:
-                found.append(im2col(x.astype(np.float64), geometry))
-        return found
-
-    @np.errstate(over="ignore")  # a step that overflows is refused later, when the bias is divided by it
-    def assemble(self, integers: Sequence[Array], scale: Array, ends: tuple[int, int]) -> IntegerTerms:
-        """Return the terms with the integers and the scale of each row."""
-        terms = tuple(replace(term, factor=1.0) for term in self.terms(integers))
-        return IntegerTerms(terms, scale[self.of_value] * self.parts[0].unit, ends)
-
-    def terms(self, values: Sequence[Array]) -> tuple[Term, ...]:
-        """Return the terms with other weights, in the first term's unit."""
-        weights = [np.zeros(part.kernel.weight.shape, values[0].dtype) for part in self.parts]
-        for row, own_values in zip(self.rows, values, strict=True):
-            sizes = [self.parts[p].kernel.weight[c].size for p, c in row]
-            for (p, c), own in zip(row, np.split(own_values, np.cumsum(sizes)[:-1]), strict=True):
-                shape = weights[p][c].shape
-                weights[p][c] = np.moveaxis(own.reshape(*shape[1:], shape[0]), -1, 0)
-        return tuple(
-            replace(part.term.with_weight(weight), factor=self.parts[0].unit)
-            for part, weight in zip(self.parts, weights, strict=True)
-        )
-
-
-def _part(term: Term, quantization: Quantization, shape: Shape) -> _Part:
-    at, kernel = term.weighted()
-    shapes = term.shapes(shape)
-    channels = np.broadcast_to(
-        along_channels(np.arange(len(kernel.weight)), len(shapes[at + 1])), shapes[at + 1]
-    )
-    pooled = 1
-    for place, step in enumerate(term.steps):
-        if isinstance(step, Kernel) and place != at:
-            pooled *= int(np.abs(step.weight).reshape(len(step.weight), -1).sum(axis=1).max())
-    tied = np.zeros((2, 0), np.int64)
-    for step, after in zip(term.steps[at + 1 :], shapes[at + 2 :], strict=True):
-        if isinstance(step, Select):
-            channels = np.where(step.index == OUTSIDE, OUTSIDE, channels.ravel()[step.index])
-        else:
-            by_channel = channels.reshape(len(channels), -1)
-            lead = by_channel.max(axis=1, initial=OUTSIDE)
-            together = np.stack([np.broadcast_to(lead[:, None], by_channel.shape), by_channel])
-            tied = np.concatenate([tied, together[:, by_channel != OUTSIDE]], axis=1)
-            channels = np.broadcast_to(along_channels(lead, len(after)), after)
-    return _Part(
-        term=term,
-        at=at,
-        kernel=kernel,
-        unit=term.factor * quantization.scale,
-        range=(quantization.maximum - quantization.minimum) * pooled,
-        channels=channels,
-        tied=tied,
-        aligned=at == len(term.steps) - 1,
-    )
-
-
-def read_taps(kernel: Kernel) -> Array:
-    """Return a mask of the kernel's weights: those whose input some filter of their group reads."""
-    weight, groups = kernel.weight, kernel.geometry.groups
-    by_group = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
-    read = (by_group != 0).any(axis=1, keepdims=True)
-    return np.broadcast_to(read, by_group.shape).reshape(weight.shape)
-
-
-def _flat(weight: Array) -> Array:
-    """Return one filter (C/groups, *k) flat, with channels last as in the rows of im2col."""
-    return np.moveaxis(weight, 0, -1).ravel()
-
-
-def _covariance(x: Array, y: Array) -> Array:
-    # The mean is subtracted, because the bias corrects the mean error.
-    return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
 
 
 def least_squares(moment: Array, target: Array, weights: Array) -> Array:
@@ -287,13 +69,16 @@ def round_by_output(
     `floats` holds the tensors of the float network, `tensors` those of the quantized network. The weights are
     first fitted to the quantized tensors by least squares, and then rounded.
 
+    If the `budget` needs no proof, scales are so coarse that the float sums keep to it. The integer sums can
+    reach a little further than the float sums.
+
     Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
     """
     rows = Rows(layer, inputs, shapes)
     least = min(part.range for part in rows.parts)
     finest = None
     if budget is not None and not budget.proved:
-        finest = HEADROOM * rows.reach(layer.sums(floats)) / (budget.steps * rows.parts[0].unit)
+        finest = rows.reach(layer.sums(floats)) / (budget.steps * rows.parts[0].unit)
         budget = None
     if budget is not None and budget.steps < least:
         enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"

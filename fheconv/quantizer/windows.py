@@ -1,13 +1,15 @@
 """Chooses the window of each lookup, and the gains that fill it.
 
-The window of a lookup is the 2^bits accumulators that its table holds. A rounded lookup keeps only some high
-bits of an accumulator, so that its window has 2^rounding_bits steps. A step should be small where accumulators
+The window of a lookup are the 2^bits accumulators that its table holds. A rounded lookup keeps some high bits
+of an accumulator, so that its window has 2^rounding_bits steps. A step should be small where accumulators
 are. Two things help, and cost no lookup:
 
 - A *gain*: the weights of a channel are multiplied by an integer, so that narrow channels fill the window.
-- A window that is narrower than the worst image needs. On the torus, a lookup has a value for every
-  accumulator: it repeats with the opposite sign at the distance of a window, and so has a period of two. The
-  integer network computes these values too, so that it equals the circuit for every image.
+- A window that is narrower than the worst image needs. On the torus a lookup has a value for every
+  accumulator: its table repeats at the distance of a window, each time with the opposite sign. Entries are
+  counted from the middle of the activation's range, so that the table is mirrored there: just outside the
+  window, most activations are still right. The integer network computes these values too, so that it equals
+  the circuit for every image.
 """
 
 import math
@@ -21,16 +23,23 @@ from fheconv.basics.errors import AccumulatorOverflowError
 
 # Concrete supports lookups of at most this many bits.
 LOOKUP_LIMIT = 16
-# No window that is not proved gets wider by itself.
+# The greatest width that `cheap_width` returns.
 WIDEST = 13
 
 
 class Budget(NamedTuple):
-    """Limits the span of accumulators to `steps`, and rounds to `rounding_bits` before the lookup."""
+    """Limits the span of accumulators to `steps`, and rounds to `rounding_bits` before the lookup.
+
+    `proved` says that no image may exceed the span. Otherwise it is the span of what calibration reaches.
+    """
 
     steps: int
     rounding_bits: int | None = None
     proved: bool = True
+
+    def shrunk(self, headroom: float) -> "Budget":
+        """Return the budget divided by `headroom`, if it needs no proof."""
+        return self if self.proved else self._replace(steps=int(self.steps / headroom))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,9 +85,9 @@ def room(bits: int, rounding_bits: int | None, *, proved: bool = True) -> int:
     """Return the greatest span that a window of `bits` bits can have.
 
     Some of the 2^bits values stay free when accumulators are rounded to `rounding_bits`: rounding half up can
-    carry a value above the top, and noise moves a value by less than a step before it is rounded. A value that
-    leaves the table at one end comes back at the other, with the opposite sign. So a proved window has a free
-    step at each end. Another window only lets no value within it be rounded above the top.
+    carry a value above the top, and noise moves a value by less than a step before it is rounded. A value
+    that leaves the table at one end comes back at the other, with the opposite sign. So a proved window has a
+    free step at each end. In another window, it is enough that no value within it is rounded above the top.
     """
     dropped = dropped_bits(bits, rounding_bits)
     free = (2 << dropped if proved else 1 << (dropped - 1)) if dropped else 0
@@ -106,12 +115,13 @@ def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = Tru
 
 
 def cheap_width(input_bits: int, taps: int, rounding_bits: int) -> int:
-    """Return the width of windows that are not proved, unless a width is asked for.
+    """Return the width of windows that need no proof, unless a width is asked for.
 
-    A lookup has to tell apart steps of its window, in the noise of a sum of ciphertexts. This noise is ‖q‖₂ of
-    the integer weights times that of one ciphertext, and Concrete's parameters for 5 bits get dearer above
-    about 2⁴. With `input_bits` bits, a sum reaches about ‖q‖₂ · 2^input_bits. So activations with many bits
-    are free, and weights should be coarse; but a weight should be about 1 or more.
+    A lookup tells apart the steps of its window in spite of the noise of a sum of ciphertexts. This noise is
+    that of one ciphertext times the norm ‖q‖₂ of the integer weights. Concrete's parameters for rounding to 5
+    bits get dearer when the norm is above about 2⁴. A sum of inputs of `input_bits` bits reaches about
+    ‖q‖₂ · 2^input_bits. So this is the width that goes with such a norm, or with weights of about 1 if there
+    are many `taps`. More input bits make the width greater and no lookup dearer.
     """
     norm_bits = max(4 if rounding_bits < 6 else 5, round(math.log2(taps) / 2))
     return min(max(input_bits + norm_bits, rounding_bits + 2), WIDEST)

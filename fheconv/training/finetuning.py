@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer, check_number
-from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.networks.floats import Network
 from fheconv.networks.integers import IntegerNetwork
@@ -187,6 +187,8 @@ def _train(
                 now = module.quantized(observed)
             except CalibrationError:  # training has diverged and will not recover
                 break
+            except AccumulatorOverflowError:  # the window of a layer has become too narrow, for now
+                continue
             loss = _held_out_loss(now, held_out)
             if loss < least:
                 best, least, best_at = now, loss, epoch

@@ -7,7 +7,6 @@ rounded to always keep to the budgets of the accumulators, so the proof holds af
 latent weights stay near the L1 ball of the budget (A2Q, Colbert et al. 2023), where rounding changes little.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fheconv.arithmetic import OUTSIDE, expand
-from fheconv.basics.arrays import Array, Shape
-from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
+from fheconv.basics.arrays import Array, along_channels
+from fheconv.basics.errors import CalibrationError
 from fheconv.networks.floats import Layer, Maximum
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
-from fheconv.networks.linear import Kernel, Select
+from fheconv.networks.linear import Select
 from fheconv.quantizer.building import Building
-from fheconv.quantizer.weights import IntegerTerms, Rows, read_taps
+from fheconv.quantizer.gains import without_gains
+from fheconv.quantizer.rows import IntegerTerms, Rows, read_taps
+from fheconv.training.modules import Convolution, Gather, MaximumModule
 from fheconv.training.straight_through import StraightThroughLookup
 
 # The latent weights of a filter must lie in a ball this many times as large as that of its budget. In the
@@ -31,7 +31,6 @@ from fheconv.training.straight_through import StraightThroughLookup
 BALL = 1.5
 # The standard deviation of the noise that stands for approximate rounding in training, in rounding steps.
 ROUNDING_NOISE = 0.25
-CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 # What `quantized` returns is of the type of the network that training began with.
 AnyNetwork = TypeVar("AnyNetwork", bound=IntegerNetwork)
 
@@ -62,7 +61,7 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
         layers: list[nn.Module] = []
         for layer, source in zip(network.layers, network.source.layers, strict=True):
             if isinstance(layer, Maximum):
-                layers.append(_Maximum(layer))
+                layers.append(MaximumModule(layer))
             elif isinstance(source, Layer):
                 layers.append(_Layer(layer, source, network, building))
         self.layers: Any = nn.ModuleList(layers)
@@ -101,68 +100,16 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
                 building.add_maximum(source)
             else:
                 building.add(source, *layer.rounded())
-        return type(self.network).of(building.network())
+        network = type(self.network).of(building.network())
+        for layer, quantized in zip(self.layers, network.layers, strict=True):
+            if isinstance(quantized, QuantizedLayer):
+                layer.fold(quantized, building.zero(quantized))
+        return network
 
     def _building(self, images: Array) -> Building:
         network = self.network
         quantizations = [*network.quantizations, None]
         return Building(network.source, network.config, quantizations, network.calibrated, images)
-
-
-class _Gather(nn.Module):
-    """A selection: outputs (N, *shape of index) of inputs (N, …), zero where `OUTSIDE`."""
-
-    index: Tensor
-
-    def __init__(self, index: Array) -> None:
-        super().__init__()
-        self.register_buffer("index", torch.tensor(index), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # `OUTSIDE` is the index −1: it reads the zero that is appended at the end.
-        return functional.pad(x.flatten(1), (0, 1))[:, self.index]
-
-
-class _Convolution(nn.Module):
-    """A convolution of inputs (N, C, *S), with the kernel's weights unless others are given."""
-
-    weight: Tensor
-
-    def __init__(self, kernel: Kernel, shape: Shape) -> None:
-        super().__init__()
-        self.geometry = geometry = kernel.geometry
-        if len(geometry.kernel) > max(CONVOLUTIONS):
-            raise UnsupportedLayerError(
-                f"A convolution over {len(geometry.kernel)} axes cannot be trained; torch has them over "
-                f"{max(CONVOLUTIONS)} at most."
-            )
-        places = np.arange(math.prod(shape)).reshape(1, *shape)
-        expanded = expand(places, geometry, OUTSIDE)[0]
-        self.expansion = _Gather(expanded) if geometry.expands else nn.Identity()
-        self.register_buffer("weight", torch.tensor(kernel.weight, dtype=torch.float32), persistent=False)
-
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        weight = self.weight if weight is None else weight
-        geometry, x = self.geometry, self.expansion(x)
-        if not geometry.kernel:
-            return functional.conv1d(x[..., None], weight[..., None], groups=geometry.groups)[..., 0]
-        convolution = CONVOLUTIONS[len(geometry.kernel)]
-        return convolution(
-            x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
-        )
-
-
-class _Maximum(nn.Module):
-    def __init__(self, layer: Maximum) -> None:
-        super().__init__()
-        self.source = layer.source
-        self.gather = _Gather(layer.index)
-
-    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.gather(tensors[self.source]).amax(dim=1)
-
-    def draw_in(self) -> None:
-        """Do nothing: a maximum has no weights."""
 
 
 class _Layer(nn.Module):
@@ -180,6 +127,9 @@ class _Layer(nn.Module):
     of_value: Tensor
     scale: Tensor
     bias: Tensor
+    period: Tensor
+    start: Tensor
+    step_of_rounding: Tensor
     unit: Tensor
 
     def __init__(
@@ -190,7 +140,8 @@ class _Layer(nn.Module):
         self.dropped = _dropped(layer, network)
         rows = Rows(source, layer.inputs, network.shapes)
         self.places = [part.at for part in rows.parts]
-        kernels = [term.weighted()[1] for term in layer.terms]
+        terms = without_gains(rows, layer)
+        kernels = [term.weighted()[1] for term in terms]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.tensor(kernel.weight, dtype=torch.float32)) for kernel in kernels
         )
@@ -206,8 +157,8 @@ class _Layer(nn.Module):
         self._buffer("alive", alive[index].astype(np.float32))
         own = (self._by_row().detach().abs().long() * self.prices).sum(dim=1)
         limit = building.budget(source)
-        # If no width was asked for, no filter may have a larger span than the widest filter has.
-        self.budget = int(own.max()) if limit is None else limit.steps
+        # If no width has to be proved, no filter may have a larger span than the widest filter has.
+        self.budget = limit.steps if limit is not None and limit.proved else int(own.max())
         self._buffer("of_value", rows.of_value)
         self._buffer("scale", np.broadcast_to(layer.scale, layer.shape).astype(np.float32))
         self.growth = nn.Parameter(torch.zeros(len(rows.rows)))
@@ -217,13 +168,28 @@ class _Layer(nn.Module):
         self.shift = nn.Parameter(torch.zeros(unit.shape))
         self.terms: Any = nn.ModuleList(
             nn.ModuleList(
-                _Gather(step.index) if isinstance(step, Select) else _Convolution(step, before)
+                Gather(step.index) if isinstance(step, Select) else Convolution(step, before)
                 for step, before in zip(
                     term.steps, term.shapes(network.shapes[term.source])[:-1], strict=True
                 )
             )
-            for term in layer.terms
+            for term in terms
         )
+        self.fold(layer, building.zero(layer))
+
+    def fold(self, layer: QuantizedLayer, zero: Array) -> None:
+        """Take over the window of a layer's lookup, whose accumulators are `zero` for real inputs of zero.
+
+        `period` (C, *1) is the size of the window, and `start` (C, *S) its lower end, in accumulator steps
+        without gain, counted from `zero`. A period of infinity says that the window is proved.
+        """
+        gain, period, start = layer.gain, np.inf, np.zeros(layer.gain.shape)
+        if (table := layer.lookup) is not None and not table.proved:
+            period = 2.0**table.bits
+            start = along_channels(table.minimum, len(layer.shape)) - zero - 0.5 * (1 << table.dropped_bits)
+        self._buffer("period", np.broadcast_to(period / gain, gain.shape).astype(np.float32))
+        self._buffer("start", (start / gain).astype(np.float32))
+        self._buffer("step_of_rounding", (2.0**self.dropped / gain).astype(np.float32))
 
     def _buffer(self, name: str, values: Array) -> None:
         self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -240,13 +206,20 @@ class _Layer(nn.Module):
             sums = sums + x
         if self.training and self.dropped and isinstance(sums, Tensor):
             noise = torch.rand_like(sums) - 0.5 + ROUNDING_NOISE * torch.randn_like(sums)
-            sums = sums + noise * 2.0**self.dropped
+            sums = sums + noise * self.step_of_rounding
+        turns = torch.zeros(())
+        if bool(self.period.isfinite().all()) and isinstance(sums, Tensor):
+            turns = ((sums.detach() - self.start) / self.period).floor()
+            sums = sums - turns * self.period
         step = self.scale * self.growth.exp()[self.of_value]
         real = step * sums + self.bias + self.unit * self.shift
         if self.activation is None or self.layer.lookup is None:
             return real
-        looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, self.layer.lookup.output)  # type: ignore[no-untyped-call]
-        return looked_up
+        output = self.layer.lookup.output
+        looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, output)  # type: ignore[no-untyped-call]
+        # Outside the window activations are mirrored. Here they are counted from the zero-point.
+        mirrored = 2 * (self.layer.lookup.center - output.zero_point) - looked_up
+        return torch.where(turns % 2 == 1, mirrored, looked_up)
 
     @torch.no_grad()
     def integers(self) -> list[Tensor]:
@@ -315,6 +288,8 @@ def _dropped(layer: QuantizedLayer, network: IntegerNetwork) -> int:
     rounding = network.config.of_layer("rounding_bits", layer.name)
     if layer.lookup is None or rounding is None:
         return 0
+    if not layer.lookup.proved:
+        return layer.lookup.dropped_bits
     limit = network.config.accumulator_bits_of(layer.name, looks_up=True)
     return max((layer.lookup.bits if limit is None else limit) - rounding, 0)
 

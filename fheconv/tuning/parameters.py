@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from fheconv.basics.checks import check_integer
-from fheconv.basics.config import CompileConfig, ParameterRange
+from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import CompilationError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.circuits.ciphertext import Ciphertext

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from fheconv.basics.config import CompileConfig
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import InvalidArgumentError, TuningError
 from fheconv.basics.report import Report
 from fheconv.circuits.circuit import FheCircuit

@@ -10,7 +10,8 @@ import numpy as np
 from fheconv.analysis.failures import accuracies
 from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer, check_number
-from fheconv.basics.config import CompileConfig, QuantConfig
+from fheconv.basics.compile_config import CompileConfig
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
 from fheconv.basics.progress import track
 from fheconv.capture.model import capture

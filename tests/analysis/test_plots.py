@@ -44,7 +44,7 @@ class TestLayers:
         )
         return fheconv.quantize(model, torch.rand(9, 1, 6, 6), QuantConfig(**options))
 
-    @pytest.mark.parametrize("options", [{}, {"rounding_bits": 4}, {"overflow": "calibrated"}])
+    @pytest.mark.parametrize("options", [{}, {"rounding_bits": 4}, {"overflow": "defined"}])
     def test_bars_are_the_bits_and_shares_of_each_layer(self, options):
         budget = self.network(**options).budget(9)
         bits, cost = plots.layers(budget).axes

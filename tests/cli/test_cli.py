@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import fheconv
-from fheconv.basics.config import Engine
+from fheconv.basics.compile_config import Engine
 from fheconv.cli.main import app
 
 MODELS = Path(__file__).parents[2] / "models"

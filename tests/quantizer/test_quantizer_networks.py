@@ -258,44 +258,34 @@ def test_what_ends_a_model_is_finished_in_clear_in_torchs_shape(ending):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_calibrated_widths_are_narrower_and_say_so(seed):
+def test_windows_where_values_are_are_narrower_and_say_so(seed):
     module, images = random_net(seed)
     proved = quantize(module, images, weight_bits=6)
-    calibrated = quantize(module, images, weight_bits=6, overflow="calibrated")
-    pairs = list(zip(proved.budget().layers, calibrated.budget().layers, strict=True))
-    assert all(a.accumulator_bits >= b.accumulator_bits for a, b in pairs)
-    assert all(b.proved for a, b in pairs if a.lookups == 0)
-    assert any(not b.proved for _, b in pairs)
-    assert calibrated.budget().proved is False
+    defined = quantize(module, images, weight_bits=6, overflow="defined")
+    layers = defined.budget().layers
+    assert all(layer.accumulator_bits <= layer.offset_bits for layer in layers)
+    assert all(layer.proved for layer in layers if layer.table_entries == 0)
+    assert any(not layer.proved for layer in layers)
+    assert defined.budget().proved is False
     assert proved.budget().proved is True
-    for _, b in pairs:  # an exchangeable image more, and two ends of each channel's range
-        assert b.risk == (0 if b.proved else min(2 * b.shape[0] / (len(images) + 1), 1))
-    assert "observed only" in str(calibrated.budget())
-    # Where nothing overflows, that is on images such as those of calibration, nothing else changes.
-    np.testing.assert_array_equal(calibrated.integers(images), proved.integers(images))
-    for layer, seen in zip(calibrated.layers, calibrated.observed, strict=True):
+    for layer in layers:  # an exchangeable image more, and two ends of each channel's range
+        assert layer.risk == (0 if layer.proved else min(2 * layer.shape[0] / (len(images) + 1), 1))
+    # Each channel's window holds what calibration reaches, and a margin.
+    for layer, seen in zip(defined.layers, defined.observed, strict=True):
         table = getattr(layer, "lookup", None)
-        if table is not None and not table.proved:
-            extra = np.ceil(0.25 * (seen[1] - seen[0]))
-            assert (seen[0] - extra >= table.minimum).all()
-            assert (seen[1] + extra < table.minimum + 2**table.bits).all()
+        if table is not None:
+            assert (seen[0] >= table.minimum).all()
+            assert (seen[1] < table.minimum + 2**table.bits).all()
 
 
-def test_what_maxima_are_taken_of_is_proved():
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.ReLU())
-    module.append(nn.Flatten()).append(nn.Linear(2, 2))
-    network = quantize(module, torch.rand(8, 1, 6, 6).numpy(), weight_bits=6, overflow="calibrated", margin=0)
-    proved = {layer.name: layer.proved for layer in network.budget().layers}
-    assert proved["0"]
-    assert not proved["3"]
+def test_the_former_name_of_defined_windows_still_works():
+    assert fheconv.QuantConfig(overflow="calibrated") == fheconv.QuantConfig(overflow="defined")
 
 
 def test_a_wider_margin_allows_for_more():
     module, images = random_net(3, *NET)
     networks = [
-        quantize(module, images, weight_bits=8, overflow="calibrated", margin=margin)
-        for margin in (0, 1, 100)
+        quantize(module, images, weight_bits=8, overflow="defined", margin=margin) for margin in (0, 1, 100)
     ]
     widths = [network.budget().accumulator_bits for network in networks]
     assert widths == sorted(widths)

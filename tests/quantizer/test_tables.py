@@ -8,7 +8,8 @@ import fheconv
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.quantization import Quantization
-from fheconv.quantizer.tables import LOOKUP_LIMIT, Window, compressed, lookup, reserve, width
+from fheconv.quantizer.tables import compressed, lookup
+from fheconv.quantizer.windows import Window, room, width
 from tests.support.nets import quantized
 
 # Computed by torch, on tensors of doubles.
@@ -125,9 +126,9 @@ def test_no_accumulator_leaves_the_table_and_rounding_has_room_at_both_ends(prob
         # One step of noise, half a step of rounding: still the first or the last column.
         assert (ends.min(axis=0) >= 2 ** (dropped - 1)).all()
         assert ((ends.max(axis=0) + 2 ** (dropped - 1)) >> dropped < table.tables.shape[1]).all()
-    room = 2 ** arguments["bits"] - 1 - reserve(arguments["bits"], arguments["rounding_bits"]) - span
+    left = room(arguments["bits"], arguments["rounding_bits"]) - span
     below = ends[0] - (1 << (dropped - 1) if dropped else 0)
-    assert (np.abs(2 * below - room) <= 1).all()  # what is left is shared out to both ends
+    assert (np.abs(2 * below - left) <= 1).all()  # what is left is shared out to both ends
     table(everything(minimum, span, arguments["step"].shape))  # numpy refuses columns that are too high
 
 
@@ -149,26 +150,6 @@ def test_rows_are_shared_where_they_mean_the_same(problem):
     assert len(table.tables) == len(np.unique(keys, axis=1).T)
     varies = any((arguments[key] != arguments[key][:, :1, :1]).any() for key in ("step", "bias"))
     assert table.which.shape == (arguments["step"].shape if varies else (len(which), 1, 1))
-
-
-@given(st.integers(0, 2**16 + 50), st.one_of(st.none(), st.integers(1, 8)))
-def test_the_width_is_the_least_that_holds_the_span_and_the_reserve(span, rounding_bits):
-    holds = [bits for bits in range(1, 17) if span + reserve(bits, rounding_bits) <= 2**bits - 1]
-    if holds:
-        assert width("layer", span, rounding_bits) == holds[0]
-        assert reserve(holds[0], None) == 0
-    else:
-        with pytest.raises(fheconv.AccumulatorOverflowError, match=f"{LOOKUP_LIMIT} bits") as refused:
-            width("layer", span, rounding_bits)
-        assert (refused.value.layer, refused.value.value) == ("layer", span)
-        assert refused.value.limit == 2**16 - 1 - reserve(16, rounding_bits) < span
-
-
-@pytest.mark.parametrize("bits", [1, {"conv": 1}])
-def test_rounding_to_one_bit_leaves_nothing_and_is_refused(bits):
-    assert all(reserve(bits, 1) == 2**bits for bits in range(2, 17))
-    with pytest.raises(fheconv.InvalidArgumentError, match="from 2 to 8"):
-        fheconv.QuantConfig(rounding_bits=bits)
 
 
 def test_constants_of_channels_are_in_the_tables():

@@ -14,8 +14,9 @@ from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.rounding.accumulator import round_accumulator
 from fheconv.quantizer.rounding.mse import round_mse
-from fheconv.quantizer.tables import Budget, reserve
-from fheconv.quantizer.weights import Rows, round_by_output, round_nearest
+from fheconv.quantizer.rows import Rows
+from fheconv.quantizer.weights import round_by_output, round_nearest
+from fheconv.quantizer.windows import Budget, room
 from tests.support.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(6)
@@ -137,8 +138,7 @@ def test_too_small_a_budget_is_refused_with_one_that_works(layers):
                     layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(0, rounding_bits)
                 )
             width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
-            assert 2**width - 1 - reserve(width, rounding_bits) >= error.value
-            assert 2 ** (width - 1) - 1 - reserve(width - 1, rounding_bits) < error.value
+            assert room(width, rounding_bits) >= error.value > room(width - 1, rounding_bits)
 
 
 @given(

@@ -275,7 +275,7 @@ def test_integer_weights_keep_to_the_end_of_their_data_type(values):
         assert least <= weight.min() <= weight.max() <= greatest
 
 
-FINE = {"weight_bits": 8, "activation_bits": 8, "input_bits": 6, "method": "mse", "overflow": "calibrated"}
+FINE = {"weight_bits": 8, "activation_bits": 8, "input_bits": 6, "method": "mse", "overflow": "defined"}
 
 
 def slope(network, number, changed, images, weigh):

@@ -123,7 +123,7 @@ def test_fine_tuned_with_fewer_lookups():
         lookup_budgets=(20,),
     )
     lookups = {point.setting.lookup_budget: point.cost.lookups for point in some.points}
-    assert lookups[None] == 27
+    assert lookups[None] <= 27  # a channel that training leaves constant takes none
     assert lookups[20] <= 20
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fheconv.basics.config import CompileConfig, ParameterRange
+from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import write_file
 from fheconv.circuits.cost import Cost

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.config import SECURITY_LEVELS, CompileConfig, ParameterRange
+from fheconv.basics.compile_config import SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, fingerprint_of

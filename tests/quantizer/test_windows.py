@@ -1,0 +1,166 @@
+"""Windows of lookups, the gains that fill them, and what is computed outside."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fheconv
+from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.integers import QuantizedLayer, blank_image
+from fheconv.quantizer.windows import LOOKUP_LIMIT, filling_gains, room, width
+from tests.support.nets import integer_images, quantize, quantized, random_net
+
+SEEDS = range(8)
+ROUNDED = {"overflow": "defined", "rounding_bits": 4, "weight_bits": 4, "activation_bits": 4}
+
+
+@given(st.integers(0, 2**16 + 50), st.one_of(st.none(), st.integers(1, 8)))
+def test_the_width_is_the_least_that_holds_the_span(span, rounding_bits):
+    holds = [bits for bits in range(1, 17) if span <= room(bits, rounding_bits)]
+    if holds:
+        assert width("layer", span, rounding_bits) == holds[0]
+        assert room(holds[0], None) == 2 ** holds[0] - 1
+    else:
+        with pytest.raises(fheconv.AccumulatorOverflowError, match=f"{LOOKUP_LIMIT} bits") as refused:
+            width("layer", span, rounding_bits)
+        assert (refused.value.layer, refused.value.value) == ("layer", span)
+        assert refused.value.limit == room(16, rounding_bits) < span
+
+
+@pytest.mark.parametrize("bits", [1, {"conv": 1}])
+def test_rounding_to_one_bit_leaves_nothing_and_is_refused(bits):
+    assert all(room(bits, 1) < 0 for bits in range(2, 17))
+    with pytest.raises(fheconv.InvalidArgumentError, match="from 2 to 8"):
+        fheconv.QuantConfig(rounding_bits=bits)
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=5),
+    st.one_of(st.none(), st.integers(2, 6)),
+    st.booleans(),
+)
+def test_a_gain_is_the_greatest_that_keeps_a_span_in_the_room_and_a_step_in_a_column(spans, kept, proved):
+    span = np.array(spans)
+    bits = width("layer", int(span.max()), kept, proved=proved)
+    gain, most = filling_gains(span, bits, kept, proved=proved), room(bits, kept, proved=proved)
+    assert (gain >= 1).all()
+    assert (span * gain <= most).all()
+    column = 2 ** max(bits - kept, 0) if kept else 1
+    assert ((span * (gain + 1) > most) | (gain == column)).all()
+
+
+def looked_up(network):
+    """The layers with lookups, each with the number of the tensor that it makes."""
+    return [
+        (number, layer)
+        for number, layer in enumerate(network.layers, 1)
+        if isinstance(layer, QuantizedLayer) and layer.lookup is not None
+    ]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("overflow", ["proved", "defined"])
+def test_gains_multiply_accumulators_and_no_real_number(seed, overflow):
+    """Of two networks, one with more room in its windows: only its accumulators are multiplied."""
+    module, images = random_net(seed)
+    options = {"overflow": overflow, "method": "gptq", "weight_bits": 3, "margin": 100.0}
+    exact = quantize(module, images, **options)
+    rounded = quantize(module, images, **options, rounding_bits=8, activation_bits=4)
+    q = integer_images(exact, seed, 5)
+    for (number, one), (_, other) in zip(looked_up(exact)[:1], looked_up(rounded)[:1], strict=True):
+        assert (one.gain == 1).all()
+        assert (other.gain >= 1).all()
+        tensors = exact.tensors(q)[:number]
+        np.testing.assert_array_equal(one.accumulate(tensors) * other.gain, other.accumulate(tensors))
+        np.testing.assert_array_equal(one.scale, other.scale)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rounded_windows_hold_what_calibration_reaches_and_the_blank_image(seed):
+    network = quantized(seed, **ROUNDED)
+    _, images = random_net(seed)
+    blank = blank_image(network.input, network.input_shape)
+    for q in (network.input.integers(images), blank):
+        tensors = network.tensors(q)
+        for _, layer in looked_up(network):
+            table = layer.lookup
+            ends = (1,) * (len(layer.shape) - 1)
+            offset = layer.accumulate(tensors) - table.minimum.reshape(-1, *ends)
+            inside = (offset >= 0) & (offset + 2**table.dropped_bits // 2 < 2**table.bits)
+            # A window that is a little too narrow for the weights loses its top.
+            assert inside.all() if q is blank else inside.mean() > 0.98
+            assert not table.proved
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 7])
+def test_activations_stay_in_their_range_for_every_image(seed):
+    """So the accumulators of the layers that read them, and maxima of them, keep their proofs."""
+    network = quantized(seed, **ROUNDED)
+    q = integer_images(network, seed, 30)
+    tensors = network.tensors(q)
+    turned = 0
+    for number, layer in looked_up(network):
+        output = layer.lookup.output
+        assert output.minimum == 0 == output.maximum % 2
+        assert tensors[number].min() >= output.minimum
+        assert tensors[number].max() <= output.maximum
+        offset = layer.accumulate(tensors) - layer.lookup.minimum.reshape(-1, *[1] * (len(layer.shape) - 1))
+        turned += int(((offset < 0) | (offset >= 2**layer.lookup.bits)).sum())
+    assert turned  # or the images were too tame to show anything
+    last, bounds = tensors[-1], layer_bounds(network.last, network.shapes)
+    assert (last >= bounds.minimum).all()
+    assert (last <= bounds.maximum).all()
+
+
+@pytest.mark.parametrize("rounding_bits", [None, 5])
+def test_a_value_a_little_outside_its_window_still_gets_the_right_activation(rounding_bits):
+    """The least activation turns into the greatest above the window, the greatest into the least below."""
+    layer = nn.Conv2d(1, 1, 1)
+    nn.init.constant_(layer.weight, 1.0)
+    nn.init.constant_(layer.bias, 0.0)
+    module = nn.Sequential(layer, nn.Hardtanh(-0.5, 0.5), nn.Conv2d(1, 1, 1, bias=False))
+    images = np.linspace(-0.75, 0.75, 64).reshape(-1, 1, 1, 1)
+    options = {"input_bits": 8, "input_range": (-2, 2), "activation_bits": 4, "margin": 0.0}
+    network = quantize(
+        module, images, overflow="defined", rounding_bits=rounding_bits, weight_bits=1, **options
+    )
+    lookup = network.layers[0].lookup
+    assert not lookup.proved
+    x = np.linspace(-0.95, 0.95, 39).reshape(-1, 1, 1, 1)  # the window ends near ±0.75
+    tensors = network.tensors(network.input.integers(x))
+    real = (tensors[1] - lookup.output.zero_point) * lookup.output.scale
+    np.testing.assert_allclose(real, np.clip(x, -0.5, 0.5), atol=0.1)
+
+
+def test_rounding_to_a_few_bits_loses_less_in_windows_where_values_are():
+    """A trained filter reaches a small part of what the worst image gives."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 4)
+    ).double()
+    rng = np.random.default_rng(0)
+    images, others = rng.uniform(size=(2, 60, 1, 8, 8))
+    expected = module(torch.tensor(others)).detach().numpy()
+
+    def error(**options):
+        network = quantize(module, images, rounding_bits=4, **options)
+        return np.square(network(np.clip(others, images.min(), images.max())) - expected).mean()
+
+    assert error(overflow="defined") < error() / 2
+
+
+@pytest.mark.parametrize("method", ["gptq", "accumulator"])
+def test_a_width_that_is_too_narrow_for_what_is_reached_is_refused(method):
+    module, images = random_net(3)
+    with pytest.raises(fheconv.AccumulatorOverflowError, match="allow as many") as refused:
+        quantize(module, images, accumulator_bits=3, rounding_bits=2, activation_bits=6, input_bits=8,
+                 overflow="defined", method=method)  # fmt: skip
+    assert refused.value.limit == 7
+    bits = int(refused.value.remedy.split("=")[1])
+    options = {"rounding_bits": 2, "activation_bits": 6, "input_bits": 8, "overflow": "defined"}
+    name = refused.value.layer
+    network = quantize(module, images, accumulator_bits={name: bits}, method=method, **options)
+    assert {layer.name: layer for layer in network.layers}[name].lookup.bits == bits <= LOOKUP_LIMIT
