@@ -21,8 +21,8 @@ from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains
 BIAS_LIMIT = 2**53
 # The margin around what calibration reaches, unless one is asked for.
 LEAST_MARGIN = 0.05
-# A window that holds a smaller share of what calibration reaches is too narrow.
-MOST_CUT = 0.75
+# A window outside which a greater share of a channel's accumulators lies is too narrow.
+MOST_CUT = 0.02
 
 
 class Building:
@@ -90,8 +90,8 @@ class Building:
         if budget is None or budget.proved:
             return True
         bare = self._bare(layer, rounded)
-        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), None)
-        return bool(MOST_CUT * span.max() <= budget.steps)
+        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), budget)
+        return bool(span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
@@ -217,7 +217,8 @@ class Building:
         The window lies within the bounds. If it is a little wider than the budget, it loses its top, because
         just above a window most activations are still right.
         """
-        least, greatest = _ends(layer.accumulate(self.tensors))
+        accumulators = layer.accumulate(self.tensors)
+        least, greatest = _ends(accumulators)
         margin = self.config.margin
         if margin is None:
             margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
@@ -226,11 +227,14 @@ class Building:
         blank = _ends(layer.accumulate(self._blanks))
         least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
         greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
-        span = greatest - least
-        if budget is not None and self._windows_are_chosen and MOST_CUT * span.max() <= budget.steps:
-            span = np.minimum(span, budget.steps)
-            least = np.maximum(least, blank[1] - span)
-        return least, span
+        if budget is not None and self._windows_are_chosen:
+            narrow = np.maximum(least, blank[1] - budget.steps)
+            top = np.minimum(greatest, narrow + budget.steps)
+            by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)
+            cut = (by_channel < narrow[:, None]) | (by_channel > top[:, None])
+            if cut.mean(axis=1).max() <= MOST_CUT:
+                least, greatest = narrow, top
+        return least, greatest - least
 
 
 def _ends(accumulators: Array) -> tuple[Array, Array]:

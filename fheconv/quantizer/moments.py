@@ -67,9 +67,7 @@ class Moments:
         )
         both = np.ix_(read, read)
         moment, cross = (
-            mixed_covariance(
-                self._rows.covariance(row, self._delivered, other)[both], variance, apart, share
-            )
+            mixed_covariance(self._rows.covariance(row, self._delivered, other)[both], variance, apart, share)
             for other in (self._delivered, self._meant)
         )
         return moment, cross
