@@ -17,7 +17,7 @@ from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.evidence import middle, trust_in_mean
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.rows import IntegerTerms
-from fheconv.quantizer.weights import round_by_output, round_nearest
+from fheconv.quantizer.weights import FittedWeights, round_nearest
 
 # How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
 # less of the window for the weights.
@@ -51,18 +51,10 @@ def quantize_network(
             )
             building.add(layer, rounded, layer.bias)
         else:
+            fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
             budget = building.budget(layer)
             for headroom in HEADROOMS:
-                rounded = round_by_output(
-                    layer,
-                    inputs,
-                    network.shapes,
-                    floats,
-                    building.tensors,
-                    bits,
-                    method.round,
-                    budget and budget.shrunk(headroom),
-                )
+                rounded = fitted.rounded(bits, method.round, budget and budget.shrunk(headroom))
                 if building.fits(layer, rounded):
                     break
             bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)

@@ -16,7 +16,7 @@ from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
 
 # The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
-MOST_WINDOWS = 20_000
+MOST_WINDOWS = 10_000
 
 # A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
