@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
-    from fheconv.circuits.cost import Cost
+    from fheconv.circuits.cost import Cost, TiledCost
     from fheconv.circuits.files.manifest import Manifest
     from fheconv.circuits.keys import EvaluationKeys
     from fheconv.circuits.server import Server, load_server
@@ -73,7 +73,7 @@ _HOMES = {
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
-    "circuits.cost": ("Cost",),
+    "circuits.cost": ("Cost", "TiledCost"),
     "circuits.files.manifest": ("Manifest",),
     "circuits.keys": ("EvaluationKeys",),
     "circuits.server": ("Server", "load_server"),
@@ -130,6 +130,7 @@ __all__ = [
     "Server",
     "Setting",
     "TiledCircuit",
+    "TiledCost",
     "TrainableNetwork",
     "TunePoint",
     "TuneResult",

@@ -15,7 +15,7 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, frozen
-from fheconv.capture.merging import before, cheapest_cut, merged
+from fheconv.capture.merging import MOST_PRODUCTS, before, cheapest_cut, merged, summed
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.floats import Finish, Layer, Maximum, Network
 from fheconv.networks.linear import Select, Step, Term, pointwise
@@ -246,8 +246,10 @@ class Graph:
 
     def add(self, a: Affine, b: Affine, name: str, factor: float = 1.0) -> Affine:
         """Return a + factor · b, of equal shapes."""
+        if sum(len(term.inexact()) > 1 for term in (*a.terms, *b.terms)) > MOST_PRODUCTS:
+            a, b = (self._function(Pending(value.name, value, X)) for value in (a, b))
         terms = (replace(term, factor=factor * term.factor) for term in b.terms)
-        return Affine(weighed(a, weighed(b, name)), (*a.terms, *terms), a.bias + factor * b.bias)
+        return Affine(weighed(a, weighed(b, name)), summed((*a.terms, *terms)), a.bias + factor * b.bias)
 
     def scale(self, value: Affine, factors: Array, name: str) -> Affine:
         """Multiply by constants (C, *S)."""

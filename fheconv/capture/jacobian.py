@@ -32,7 +32,7 @@ def sparse_matrix(forward: Rows, backward: Rows, inputs: int, outputs: int) -> s
     starts, reach = [0], [np.arange(outputs)]
     values = [np.zeros(0)]
     while True:
-        reach, values = _reached(forward, starts, width, reach, inputs)
+        reach, values = _reached(forward, starts, width, reach, inputs, outputs)
         if sum(map(len, reach)) > MOST_ENTRIES:
             raise Unsupported(
                 f"it is linear, but its outputs read so many of the {inputs:,} values that its matrix has "
@@ -52,7 +52,7 @@ def sparse_matrix(forward: Rows, backward: Rows, inputs: int, outputs: int) -> s
 
 
 def _reached(
-    forward: Rows, starts: Sequence[int], width: int, reach: Sequence[Array], inputs: int
+    forward: Rows, starts: Sequence[int], width: int, reach: Sequence[Array], inputs: int, outputs: int
 ) -> tuple[list[Array], list[Array]]:
     """Return which outputs each block of inputs reaches, and their values.
 
@@ -61,10 +61,9 @@ def _reached(
     """
     rng = np.random.default_rng(width)
     shown = np.ones(inputs) if width == 1 else rng.uniform(0.5, 1, inputs) * rng.choice([-1.0, 1.0], inputs)
-    images = _coloured(reach)
+    images = _coloured(reach, outputs)
     found: list[Array] = [np.zeros(0, np.int64)] * len(starts)
     values: list[Array] = [np.zeros(0)] * len(starts)
-    outputs = max((int(r.max()) + 1 for r in reach if len(r)), default=1)
     count = max(BATCH, _PIECE // max(inputs, outputs))
     for first in range(0, len(images), count):
         piece = images[first : first + count]
@@ -81,9 +80,8 @@ def _reached(
     return found, values
 
 
-def _coloured(reach: Sequence[Array]) -> list[list[int]]:
+def _coloured(reach: Sequence[Array], outputs: int) -> list[list[int]]:
     """Return the numbers of the blocks in lists of those that reach no output in common."""
-    outputs = max((int(r.max()) + 1 for r in reach if len(r)), default=1)
     used = np.zeros(outputs, np.uint64)
     images: list[list[int]] = [[] for _ in range(_COLOURS)]
     alone: list[list[int]] = []

@@ -10,6 +10,7 @@ are looked up, like those of an activation.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from fheconv.networks.matrices import TERM_COST, chains, matrix_of
 
 # A lookup of five bits, 5 ms, takes as long as so many multiplications with a weight, 1.2 µs each.
 LOOKUP_COST = 4000
+# A sum is looked up rather than having more terms of several convolutions: each residual sum doubles them.
+MOST_PRODUCTS = 16
 
 
 def merged(terms: Sequence[Term], shape: Shape) -> list[Term] | None:
@@ -49,6 +52,24 @@ def merged(terms: Sequence[Term], shape: Shape) -> list[Term] | None:
         return [Term(source=terms[0].source, steps=(nothing,))]
     cost = sum(_cost(term, shape) for term in found)
     return found if cost <= sum(cheapest_cut(term, shape)[1] for term in terms) else None
+
+
+def summed(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Return terms that add up to the same, where convolutions that differ in their weights alone are one."""
+    found: dict[Any, Term] = {}
+    for number, term in enumerate(terms):
+        if len(term.inexact()) != 1:
+            found[number] = term
+            continue
+        at, kernel = term.weighted()
+        others = tuple(map(id, (*term.steps[:at], *term.steps[at + 1 :])))
+        key = (term.source, at, kernel.geometry, kernel.weight.shape, others)
+        if key in found:
+            same = found[key]
+            weight = same.factor * same.weighted()[1].weight + term.factor * kernel.weight
+            term = replace(same.with_weight(weight), factor=1.0)
+        found[key] = term
+    return tuple(found.values())
 
 
 def cheapest_cut(term: Term, shape: Shape) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 files: writes and reads files.
 native: runs Concrete in its own process.
+sizes: computes the bytes of keys and ciphertexts.
 cost: reports the cost of a circuit.
 ciphertext: holds encrypted images and results.
 keys: holds evaluation keys, and writes and reads key files.

@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -134,9 +134,7 @@ class FheCircuit(KeyOwner):
             lookups=compiled.lookups,
             multiply_adds=sum(layer.multiply_adds for layer in lowered.layers),
             complexity=compiled.complexity,
-            key_bytes=compiled.key_bytes,
-            input_bytes=compiled.input_bytes,
-            output_bytes=compiled.output_bytes,
+            **asdict(compiled.sizes),
             p_error=compiled.p_error,
             global_p_error=compiled.global_p_error,
             accumulator_bits=max(layer.bits for layer in lowered.layers),

@@ -1,7 +1,9 @@
 """Makes and keeps keys, encrypts and decrypts, for a client and for a whole circuit."""
 
+import os
 import secrets
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,6 +111,7 @@ class KeyOwner:
     def __init__(self) -> None:
         # Keys must not change between an encryption and the moment when its ciphertext gets their name.
         self._lock = threading.RLock()
+        _owners.add(self)
 
     def __reduce__(self) -> NoReturn:
         raise ArtifactError(
@@ -154,3 +157,15 @@ class KeyOwner:
         """
         with self._lock:
             self._one.load_keys(Path(path))
+
+
+_owners: "weakref.WeakSet[KeyOwner]" = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    """Give every owner a new lock: in a forked child, the thread that held the old one does not exist."""
+    for owner in list(_owners):
+        owner._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock_all)

@@ -21,7 +21,7 @@ from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumen
 from fheconv.basics.progress import track
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.circuit import Fhe, FheCircuit
-from fheconv.circuits.cost import Cost
+from fheconv.circuits.cost import TiledCost
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.networks.floats import Conv, Network
 from fheconv.networks.linear import Term
@@ -74,13 +74,25 @@ class TiledCircuit:
         self._unfinished: tuple[str, dict[int, Array]] = ("", {})
 
     @property
-    def cost(self) -> Cost:
-        """The cost of one encrypted tile."""
-        return self.circuit.cost
+    def cost(self) -> TiledCost:
+        """The cost of one encrypted image of the size that `network` was calibrated on."""
+        return self.cost_of(self.network.input_shape[1:])
+
+    def cost_of(self, spatial: Sequence[int]) -> TiledCost:
+        """Return the cost of one encrypted image of sizes `spatial`.
+
+        Raises `InvalidArgumentError` for sizes from which there is no output.
+        """
+        return TiledCost(tile=self.circuit.cost, tiles=self.tiles(spatial))
 
     def tiles(self, spatial: Sequence[int]) -> int:
-        """Return the number of tiles of an image of sizes `spatial`."""
+        """Return the number of tiles of an image of sizes `spatial`. Raises like `cost_of`."""
         return math.prod(self._counts(spatial))
+
+    @property
+    def _together(self) -> int:
+        """The number of tiles that share a ciphertext."""
+        return self.circuit.cost.lanes
 
     def keygen(self) -> None:
         """Generate new keys. Raises `ExecutionError` if the native library fails."""
@@ -99,7 +111,7 @@ class TiledCircuit:
         check_integer("show", show, 0)
         q = self._quantize(x)
         expected = self.network.accumulate(q[None])[0]
-        return compare(expected, self._integers(q, "execute"), self.circuit.promised(self.cost.lanes), show)
+        return compare(expected, self._integers(q, "execute"), self.circuit.promised(self._together), show)
 
     def encrypt(self, x: ArrayLike) -> Iterator[Ciphertext]:
         """Encrypt one float image (C, *S) of any size. Yield its tiles one by one, each as a ciphertext.
@@ -151,7 +163,7 @@ class TiledCircuit:
             self._unfinished = (name, {})
         finished = self._unfinished[1]
         numbers = [number for number in range(math.prod(counts)) if number not in finished]
-        together = self.cost.lanes
+        together = self._together
         for start in track(range(0, len(numbers), together), "Running tile by tile…"):
             chunk = numbers[start : start + together]
             tiles = np.stack([windows[np.unravel_index(number, counts)] for number in chunk])
@@ -160,7 +172,8 @@ class TiledCircuit:
         return self._assemble(finished, counts, output)
 
     def _counts(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        output = self._kernel.geometry.output_size(spatial)
+        sizes = per_axis(spatial, len(self.tile), "spatial", 1)
+        output = self._kernel.geometry.output_size(sizes)
         return tuple(-(-size // tile) for size, tile in zip(output, self.tile, strict=True))
 
     def _windows(self, q: Array, counts: Sequence[int]) -> Array:

@@ -79,7 +79,12 @@ def chains(matrix: scipy.sparse.csr_array, shape: Shape, output: Shape) -> list[
     inner, positions = math.prod(shape[1:]), math.prod(output[1:])
     matrix = scipy.sparse.csr_array(matrix)
     matrix.eliminate_zeros()
-    if channels == filters and channels > 1:
+    flatten = Select(index=frozen(np.arange(channels * inner)))
+    back = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
+    if 2 * matrix.nnz > math.prod(matrix.shape) and not _is_flat(matrix.data):
+        # There are no windows to find, and they would take much memory.
+        return [((flatten, pointwise(matrix.toarray().T, 0), back), 1.0)]
+    if channels == filters:
         first = scipy.sparse.csr_array(matrix[:inner, :positions])
         every = scipy.sparse.kron(scipy.sparse.eye_array(channels), first, format="csr")
         if (abs(matrix - every) - _SAME * abs(every)).max() <= 0:
@@ -97,8 +102,6 @@ def chains(matrix: scipy.sparse.csr_array, shape: Shape, output: Shape) -> list[
         del costs["classes"]
     chosen = min(costs, key=lambda name: costs[name])
     if chosen == "dense":
-        flatten = Select(index=frozen(np.arange(channels * inner)))
-        back = Select(index=frozen(np.arange(math.prod(output)).reshape(output)))
         return [((flatten, pointwise(matrix.toarray().T, 0), back), 1.0)]
     made = _class if chosen == "classes" else _apart
     return [made(one, output) for one in (classes if chosen == "classes" else windows)]
@@ -181,8 +184,10 @@ def _classes(windows: _Windows) -> list[_Windows]:
     """Return the windows in parts that have the same weights."""
     flat = windows.weights.reshape(len(windows.positions), -1)
     mantissa, exponent = np.frexp(flat)
-    rounded = np.ldexp(np.rint(mantissa / _SAME) * _SAME, exponent)
-    _, member = np.unique(rounded, axis=0, return_inverse=True)
+    rounded = np.ldexp(np.rint(mantissa / _SAME) * _SAME, exponent) + 0.0  # no negative zeros
+    # As bytes, because numpy makes a field of each column otherwise, and there may be millions.
+    rows = rounded.view(np.dtype((np.void, rounded.itemsize * rounded.shape[1]))).ravel()
+    _, member = np.unique(rows, return_inverse=True)
     order = np.argsort(member.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(member.ravel()))[:-1]
     parts = [windows.part(rows) for rows in np.split(order, ends)]

@@ -18,13 +18,13 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-import psutil
 from dask.distributed import Client, LocalCluster
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 import fheconv
+from fheconv.circuits.native.process import memory
 from fheconv.circuits.native.worker import Worker
 from fheconv.serving import distributed
 
@@ -52,10 +52,10 @@ def one_worker(server, encrypted, keys, cores: int, runs: int) -> tuple[float, i
         start = perf_counter()
         beside.run(encrypted, keys)
         seconds.append(perf_counter() - start)
-    memory = psutil.Process(session.pid).memory_full_info().uss
+    held = memory(session.pid)
     session.stop()
     del os.environ["OMP_NUM_THREADS"]
-    return median(seconds[1:]), memory
+    return median(seconds[1:]), held
 
 
 def timed(function, *arguments):
@@ -118,16 +118,16 @@ def main() -> None:
     for heading in ("cores", "workers", "images/s", "memory, each", "memory, all", "keys there", "network"):
         table.add_column(heading, justify="right")
     for cores in arguments.cores:
-        for each, (seconds, memory) in kinds.items():
+        for each, (seconds, bytes_held) in kinds.items():
             workers = cores // each
             rate = workers / seconds
-            memory += len(keys.payload)  # which its Dask process holds, for workers that come later
+            bytes_held += len(keys.payload)  # which its Dask process holds, for workers that come later
             table.add_row(
                 f"{cores:,}",
                 f"{workers:,} of {each}",
                 f"{rate:,.2f}",
-                decimal(memory),
-                decimal(workers * memory),
+                decimal(bytes_held),
+                decimal(workers * bytes_held),
                 f"{bits * (1 + math.ceil(math.log2(workers))):.1f} s",
                 f"{decimal(int(rate * (one.nbytes + result.nbytes)))}/s",
             )

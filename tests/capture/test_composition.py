@@ -111,3 +111,25 @@ def test_sums_of_products():
     check(Fn(lambda m, x: m.b(m.a(x))[:, :, 1:-1, 1:-1] + m.c(x), **parts), (1, 8, 8))
     check(Fn(lambda m, x: m.b(torch.relu(m.a(x)) + m.a(x)), **parts), (1, 8, 8))
     check(Fn(lambda m, x: m.b(m.a(x).flip(2)) + m.b(m.a(x).flip(3)), **parts), (1, 8, 8))
+
+
+def residual(m, x):
+    for layer in m.layers:
+        x = x + layer(x)
+    return x
+
+
+def test_residual_sums_with_nothing_in_between():
+    """Each doubles the terms of the sum before. Terms alike become one, and sums of many products are cut."""
+    network = check(Fn(residual, layers=nn.ModuleList(conv(4, 4, 1) for _ in range(14))), (4, 5, 5))
+    assert weights(network) == 4 + 4 * 4
+    assert cost(network) == 0
+    wide = nn.ModuleList(conv(2, 2, padding=1) for _ in range(12))
+    network = check(Fn(residual, layers=wide), (2, 6, 6))
+    assert sum(len(layer.terms) for layer in network.layers) < 2000
+
+
+def test_convolutions_side_by_side_are_one():
+    parts = {"a": conv(1, 2), "b": conv(1, 2)}
+    network = check(Fn(lambda m, x: 2 * m.a(x) - m.b(x), **parts), (1, 6, 6))
+    assert weights(network) == 2 * 9

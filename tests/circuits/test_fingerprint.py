@@ -13,9 +13,9 @@ from torch import nn
 
 import fheconv
 from fheconv.circuits.files.archive import load_manifest
-from fheconv.circuits.files.identity import Identity, first_fingerprint, identity_of
+from fheconv.circuits.files.identity import Identity, identity_of
 from fheconv.lowering.lower import lower
-from tests.support.files import parts_of, zipped
+from tests.support.files import of_first_format, parts_of, zipped
 from tests.support.serving import serving
 
 IMAGES = np.arange(32).reshape(2, 1, 4, 4) % 16
@@ -54,17 +54,6 @@ def sides(folders):
     old.keygen()
     new.keygen()
     return old, new, fheconv.load_server(folders[1] / "server.zip")
-
-
-def of_first_format(folder, name):
-    """A file as fheconv wrote it when the fingerprint was of parameters and program alone."""
-    whole = parts_of(folder / "server.zip")
-    parts = parts_of(folder / name)
-    manifest = json.loads(parts["manifest.json"])
-    del manifest["identity"]
-    manifest["format"] = 1
-    manifest["fingerprint"] = first_fingerprint(whole["specs.json"], whole["circuit.mlir"])
-    return zipped({**parts, "manifest.json": json.dumps(manifest).encode()})
 
 
 def test_circuits_that_differ_in_their_results_only_have_other_fingerprints(circuits, folders):

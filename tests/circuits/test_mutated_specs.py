@@ -27,6 +27,7 @@ from fheconv.circuits.native.handle import Handle
 from fheconv.circuits.native.protocol import UNLIMITED
 from fheconv.circuits.native.worker import worker
 from tests.support.files import parts_of, sealed, secrets_held, zipped
+from tests.support.nets import splitting
 
 PROMISED = 128
 MUTATIONS = 12_000
@@ -101,14 +102,6 @@ def network(*, channels=1, inputs=(5, 5), **options):
     return fheconv.quantize(model.eval(), images, fheconv.QuantConfig(**options))
 
 
-def wide():
-    """A lookup of 14 bits, for which Concrete splits values."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)).eval()
-    config = fheconv.QuantConfig(accumulator_bits=14, weight_bits=7, activation_bits=8, input_bits=7)
-    return fheconv.quantize(model, torch.rand(20, 4, 4, 4), config)
-
-
 def single(**options):
     weight = np.array([[[[1, -1], [2, 3]]]])
     images = np.arange(18).reshape(2, 1, 3, 3) % 16  # so the integers are the pixels themselves
@@ -134,7 +127,7 @@ KINDS = {
         network(accumulator_bits=4),
         {"p_error": 1e-2, "parameters": fheconv.ParameterRange(log2_polynomial_sizes=(11,))},
     ),
-    "values that are split": lambda: (wide(), {"p_error": 0.3}),
+    "values that are split": lambda: (splitting(), {"p_error": 0.3}),
 }
 
 

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from fheconv.circuits.files.archive import DIGESTS
-from fheconv.circuits.files.identity import Identity, digest
+from fheconv.circuits.files.identity import Identity, digest, first_fingerprint
 
 
 def secret_rows(data):
@@ -74,6 +74,17 @@ def sealed(parts):
     )
     manifest.update(identity=vars(identity), fingerprint=identity.fingerprint)
     return {**parts, "manifest.json": json.dumps(manifest).encode()}
+
+
+def of_first_format(folder, name):
+    """A file as fheconv wrote it when the fingerprint was of parameters and program alone."""
+    whole = parts_of(folder / "server.zip")
+    parts = parts_of(folder / name)
+    manifest = json.loads(parts["manifest.json"])
+    del manifest["identity"], manifest["cost"]["sent_key_bytes"]
+    manifest["format"] = 1
+    manifest["fingerprint"] = first_fingerprint(whole["specs.json"], whole["circuit.mlir"])
+    return zipped({**parts, "manifest.json": json.dumps(manifest).encode()})
 
 
 def zipped(parts, *, digests=True, method=zipfile.ZIP_DEFLATED):

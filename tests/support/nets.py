@@ -260,3 +260,11 @@ READERS = {
     "average": lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 3, 2)),
     "maximum": lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)),
 }
+
+
+def splitting() -> fheconv.QuantizedNetwork:
+    """Return a network with a lookup of 14 bits, for which Concrete splits values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)).eval()
+    config = fheconv.QuantConfig(accumulator_bits=14, weight_bits=7, activation_bits=8, input_bits=7)
+    return fheconv.quantize(model, torch.rand(20, 4, 4, 4), config)

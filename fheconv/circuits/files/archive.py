@@ -13,7 +13,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import read_file, write_file
 from fheconv.circuits.cost import Cost
-from fheconv.circuits.files.consistency import check_fingerprint, check_sizes
+from fheconv.circuits.files.consistency import check_fingerprint, check_sizes, check_values
 from fheconv.circuits.files.identity import Identity, digest
 from fheconv.circuits.files.interface import interface_from_dict, interface_text
 from fheconv.circuits.files.manifest import FORMAT, Manifest
 from fheconv.circuits.files.plain import read_json
 from fheconv.circuits.files.security import MOST_BYTES as SPECS_BYTES
 from fheconv.circuits.files.security import check_security
+from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.interface import Interface
 
 CLIENT = ("manifest.json", "interface.json", "specs.json")
@@ -181,22 +182,24 @@ def load_manifest(file: str | Path) -> Manifest:
 
     Raises `ArtifactError` like `read_client` and `read_server`.
     """
-    return _manifest(_read(file, SERVER, CLIENT)[1])
-
-
-def _manifest(parts: Mapping[str, bytes]) -> Manifest:
-    return Manifest.from_dict(_loaded(parts, "manifest.json"))
+    _, parts = _read(file, SERVER, CLIENT)
+    return _checked(parts, _name(file))[0]
 
 
 def _checked(parts: Mapping[str, bytes], what: str) -> tuple[Manifest, Interface]:
     """Return what both files hold. Raises `ArtifactError` unless all the parts are of one circuit."""
-    manifest = _manifest(parts)
+    manifest = Manifest.from_dict(_loaded(parts, "manifest.json"))
     check_fingerprint(manifest, parts, what)
     specs = check_security(parts["specs.json"])
     interface = interface_from_dict(_loaded(parts, "interface.json"))
     if (interface.input_shape, interface.output_shape) != (manifest.input_shape, manifest.output_shape):
         raise ArtifactError("The manifest or the interface is altered: they tell of different shapes.")
-    check_sizes(specs, manifest, interface)
+    sizes = sizes_of(parts["specs.json"])
+    if manifest.format == 1:  # where the sizes of keys were Concrete's figures, which are wrong
+        cost = replace(manifest.cost, key_bytes=sizes.key_bytes, sent_key_bytes=sizes.sent_key_bytes)
+        manifest = replace(manifest, cost=cost)
+    check_values(specs, interface)
+    check_sizes(sizes, manifest)
     return manifest, interface
 
 

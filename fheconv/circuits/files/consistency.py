@@ -1,6 +1,7 @@
 """Checks that the parts of a file are all of one circuit, and that what it needs fits in files."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fheconv.basics.errors import ArtifactError
 from fheconv.circuits.files.envelope import MAX_BYTES
@@ -8,6 +9,7 @@ from fheconv.circuits.files.identity import Identity, digest, first_fingerprint
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.files.specs import Specs
 from fheconv.circuits.keys import MAX_BYTES as KEY_BYTES
+from fheconv.circuits.sizes import Sizes
 from fheconv.lowering.interface import Interface
 
 
@@ -34,25 +36,36 @@ def check_fingerprint(manifest: Manifest, parts: Mapping[str, bytes], what: str)
         )
 
 
-def check_sizes(specs: Specs, manifest: Manifest, interface: Interface) -> None:
-    """Raise `ArtifactError` unless all parts tell of the same sizes, which ciphertexts and keys can have."""
-    for name, side, positions, declared in (
-        ("An image", specs.input, interface.inputs, manifest.cost.input_bytes),
-        ("A result", specs.output, interface.outputs, manifest.cost.output_bytes),
+def check_values(specs: Specs, interface: Interface) -> None:
+    """Raise `ArtifactError` unless the parameters and the interface tell of as many values."""
+    for name, side, positions in (
+        ("An image", specs.input, interface.inputs),
+        ("A result", specs.output, interface.outputs),
     ):
-        size = specs.ciphertext_bytes(side)
-        if side.values != len(positions) or size != declared:
+        if side.values != len(positions):
             raise ArtifactError(
-                f"The parts of the file do not belong together: {name.lower()} has {side.values:,} values of "
-                f"{size:,} bytes in one, and {len(positions):,} of {declared:,} in others. Get it again."
+                f"The parts of the file do not belong together: {name.lower()} has {side.values:,} values in "
+                f"one, and {len(positions):,} in another. Get it again."
             )
+
+
+def check_sizes(sizes: Sizes, manifest: Manifest) -> None:
+    """Raise `ArtifactError` unless the manifest tells the right sizes, and ciphertexts and keys have room."""
+    for name, size in asdict(sizes).items():
+        declared = getattr(manifest.cost, name)
+        if size != declared:
+            raise ArtifactError(
+                f"The parts of the file do not belong together: {name} is {size:,} by the parameters, and "
+                f"{declared:,} by the manifest. Get it again."
+            )
+    for name, size in (("An image", sizes.input_bytes), ("A result", sizes.output_bytes)):
         if size > MAX_BYTES:
             raise ArtifactError(
                 f"{name} takes {size:,} bytes encrypted; a ciphertext has at most {MAX_BYTES:,}. Compile for "
                 "smaller images or tiles (fheconv.compile_tiled), or with compress_input=True."
             )
-    if specs.key_bytes > KEY_BYTES:
+    if sizes.sent_key_bytes > KEY_BYTES:
         raise ArtifactError(
-            f"The evaluation keys would take {specs.key_bytes:,} bytes; a key file has at most "
+            f"The evaluation keys would take {sizes.sent_key_bytes:,} bytes; a key file has at most "
             f"{KEY_BYTES:,}. Quantize with fewer accumulator_bits."
         )

@@ -58,6 +58,9 @@ class Manifest(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON. `from_dict` reads it."""
         identity = {} if self.identity is None else {"identity": asdict(self.identity)}
+        cost = self.cost.to_dict()
+        if self.format == 1:
+            del cost["sent_key_bytes"]
         return {
             "format": self.format,
             "fingerprint": self.fingerprint,
@@ -67,7 +70,7 @@ class Manifest(Report):
             "input_shape": list(self.input_shape),
             "output_shape": list(self.output_shape),
             "class_names": None if self.class_names is None else list(self.class_names),
-            "cost": self.cost.to_dict(),
+            "cost": cost,
         }
 
     @classmethod
@@ -132,6 +135,8 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
     cost = dict(data["cost"])
     layers = tuple(LoweredLayer(**_numbers(LoweredLayer, layer)) for layer in cost.pop("layers"))
     _check(len(layers) > 0 and cost.pop("seconds") is None, "cost")
+    if data["format"] == 1:  # which holds one size of the keys
+        cost["sent_key_bytes"] = cost["key_bytes"]
     read = Cost(layers=layers, seconds=None, **_numbers(Cost, cost))
     kept = {name: data[name] for name in ("format", "fingerprint", "fheconv", "concrete")}
     return {**kept, **shapes, "identity": identity, "class_names": classes, "cost": read}

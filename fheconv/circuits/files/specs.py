@@ -21,7 +21,6 @@ MOST_KEYS = 64
 MOST_MODULI, GREATEST_MODULUS = 16, 2**16
 # A compressed ciphertext is the seed of its random numbers (two words) and its body.
 SEEDED_WORDS = 3
-WORD_BYTES = 8
 
 _WORD = {"integerPrecision": WORD_BITS}
 _MODULUS: dict[str, Any] = {"modulus": {"modulus": {"native": {}}}}
@@ -85,16 +84,6 @@ class Specs:
         used = [(key.output, key.variance) for key in keys]
         used += [(side.key, side.variance) for side in (self.input, self.output)]
         return [(self.dimensions[number], variance) for number, variance in used]
-
-    def ciphertext_bytes(self, side: Side) -> int:
-        """Return how many bytes the ciphertext of an image, or of its results, takes."""
-        return math.prod(self._shape(side)) * WORD_BYTES
-
-    @property
-    def key_bytes(self) -> int:
-        """The number of bytes of the evaluation keys."""
-        words = sum(self._words(key) for key in (*self.bootstraps, *self.keyswitches))
-        return words * WORD_BYTES
 
     @classmethod
     def of(cls, data: Any) -> "Specs":
@@ -227,13 +216,6 @@ class Specs:
         words = SEEDED_WORDS if side.seeded else self.dimensions[side.key] + 1
         split = (len(side.moduli),) if side.moduli else ()
         return 1, side.values, *split, words
-
-    def _words(self, key: EvaluationKey) -> int:
-        """Return the words of a bootstrap or keyswitch key that is not compressed."""
-        if key.glwe is None:
-            return self.dimensions[key.input] * key.levels * (self.dimensions[key.output] + 1)
-        dimension, size = key.glwe
-        return self.dimensions[key.input] * key.levels * (dimension + 1) ** 2 * size
 
 
 def _digits(key: EvaluationKey) -> dict[str, Any]:

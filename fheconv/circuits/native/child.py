@@ -1,5 +1,6 @@
 """Runs the native library in a child process that serves requests, or in the caller's own process."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -11,7 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fheconv.basics.errors import FheConvError
+from fheconv.circuits.native.folders import remove_empty
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
+from fheconv.circuits.native.system import end_with_caller, raise_address_limit
 
 
 class InProcess:
@@ -21,7 +24,14 @@ class InProcess:
         from fheconv.circuits.native.library import NativeCircuits
 
         self._circuits = NativeCircuits()
+        self._pid = os.getpid()
         self.released: deque[int] = deque()
+        # Concrete ends the process in an exit handler of its own. This one was registered later: it is first.
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        if os.getpid() == self._pid:  # in a forked child, the circuits are the parent's
+            self._circuits.close()
 
     def request(
         self, failure: type[FheConvError], method: str, *arguments: Any, limits: Limits = UNLIMITED
@@ -29,9 +39,12 @@ class InProcess:
         """Call the method here, without limits. `CompileConfig` refuses limits together with `in_process`."""
         self._circuits.release(drain(self.released))
         succeeded, value = call(self._circuits, failure, method, arguments)
-        if not succeeded:
+        if succeeded:
+            return value
+        try:
             raise value
-        return value
+        finally:
+            del value  # with it, the error would hold this frame, and so the circuit, and itself
 
 
 @functools.cache
@@ -55,7 +68,9 @@ def call(
 
 def main() -> None:
     """Serve requests until the caller goes away."""
+    end_with_caller(sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the secret keys
+    raise_address_limit()
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     from fheconv.circuits.native.library import NativeCircuits
 
@@ -65,7 +80,10 @@ def main() -> None:
         while True:
             released, failure, method, arguments = connection.recv()
             circuits.release(released)
-            connection.send(call(circuits, failure, method, arguments))
+            reply = call(circuits, failure, method, arguments)
+            remove_empty(os.curdir)  # a worker works in its private folder
+            connection.send(reply)
+            del reply  # results have megabytes, which would count towards the limits of the next request
     os._exit(0)  # the library's own exit handlers cannot be trusted
 
 

@@ -5,8 +5,10 @@ process. What requests carry is imported here: what a worker imports later count
 """
 
 import math
+import shutil
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,8 @@ from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened
+from fheconv.circuits.native.system import require_addresses
+from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.lower import lower
 from fheconv.quantized import QuantizedNetwork
 
@@ -40,7 +44,9 @@ class NativeCircuits:
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
+        self._folders: defaultdict[int, set[str]] = defaultdict(set)
         self._evaluation_keys: dict[str, Any] = {}
+        self._has_run = False
 
     def compile(
         self,
@@ -73,6 +79,7 @@ class NativeCircuits:
                 "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
                 "larger p_error."
             ) from error
+        self._folders[number].add(_folder(circuit.server))
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
             raise CompilationError(
@@ -89,9 +96,7 @@ class NativeCircuits:
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,
-            key_bytes=circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys,
-            input_bytes=circuit.size_of_inputs,
-            output_bytes=circuit.size_of_outputs,
+            sizes=sizes_of(specs),
             p_error=circuit.p_error,
             # Concrete's own figure does not cover all lookups together.
             global_p_error=-math.expm1(
@@ -122,6 +127,7 @@ class NativeCircuits:
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
+        self._folders[number].add(_folder(server))
         if server.client_specs.serialize() != specs:
             raise ArtifactError(
                 "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
@@ -148,7 +154,7 @@ class NativeCircuits:
         self._evaluation_keys[name] = found
         while len(self._evaluation_keys) > most:
             del self._evaluation_keys[next(iter(self._evaluation_keys))]
-        return server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=found).serialize()
+        return self._evaluate(server, found, ciphertext)
 
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
         """Make new keys with the name `new_id` for the circuit. Return them, secret keys included."""
@@ -170,8 +176,7 @@ class NativeCircuits:
     def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on one encrypted image."""
         held = self._named(number, key_id)
-        value = fhe.Value.deserialize(ciphertext)
-        return held.server.run(value, evaluation_keys=held.client.evaluation_keys).serialize()
+        return self._evaluate(held.server, held.client.evaluation_keys, ciphertext)
 
     def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
         """Return the integer results (N, K, *Out) in offset form."""
@@ -181,7 +186,9 @@ class NativeCircuits:
     def simulate(self, number: int, key_id: str, images: Array) -> Array:
         """Return the results (N, K, *Out) of Concrete's simulation, in offset form."""
         circuit = self._named(number, key_id).circuit
+        self._require_addresses()
         circuit.enable_fhe_simulation()
+        self._folders[number].add(_folder(circuit.simulator))
         return np.concatenate([circuit.simulate(image) for image in _each(images)])
 
     def time_lookups(self, bits: int, lookups: int) -> tuple[float, float]:
@@ -194,19 +201,41 @@ class NativeCircuits:
         configuration = fhe.Configuration(p_error=0.01, compress_input_ciphertexts=True)
         zeros = np.zeros(lookups, np.int64)
         circuit = fhe.Compiler(function, {"x": "encrypted"}).compile([zeros], configuration)
-        circuit.keygen()
-        encrypted = circuit.encrypt(zeros)
         seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            circuit.run(encrypted)
-            seconds.append(time.perf_counter() - started)
-        return circuit.complexity / lookups, min(seconds) / lookups
+        try:
+            circuit.keygen()
+            encrypted = circuit.encrypt(zeros)
+            self._require_addresses()
+            for _ in range(3):
+                started = time.perf_counter()
+                circuit.run(encrypted)
+                seconds.append(time.perf_counter() - started)
+            return circuit.complexity / lookups, min(seconds) / lookups
+        finally:
+            shutil.rmtree(_folder(circuit.server), ignore_errors=True)
 
     def release(self, numbers: list[int]) -> None:
-        """Remove circuits that nobody holds any longer."""
+        """Remove circuits that nobody holds any longer, and their folders, which Concrete would leave."""
         for number in numbers:
             self._held.pop(number, None)
+            for folder in self._folders.pop(number, ()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove all circuits."""
+        self.release(list(self._folders))
+
+    def _evaluate(self, server: Any, keys: Any, ciphertext: bytes) -> bytes:
+        self._require_addresses()
+        # The image is not kept while the result is written: both have megabytes.
+        result = server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=keys)
+        self._has_run = True
+        return result.serialize()
+
+    def _require_addresses(self) -> None:
+        """Raise `ExecutionError` before a first run for which there are too few addresses."""
+        if not self._has_run:
+            require_addresses()
 
     def _named(self, number: int, key_id: str) -> "_Held":
         held = self._held.get(number)
@@ -223,6 +252,11 @@ class _Held:
     client: Any = None
     server: Any = None
     circuit: Any = None
+
+
+def _folder(server: Any) -> str:
+    """Return the folder in which Concrete keeps a compiled circuit."""
+    return str(server._library.get_output_dir_path())
 
 
 def _load_keys(client: Any, keys: bytes | None) -> None:

@@ -22,6 +22,10 @@ from fheconv.circuits.native.protocol import Session
 BITS = (2, 4, 5, 6)
 LOOKUPS = 48
 
+# The cache folder may not exist (there is no home: RuntimeError), and files may be damaged or impossible to
+# open. With no file descriptor left, a version is not found either (ImportError). An estimate needs no file.
+_NO_CACHE = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+
 _measured: list[tuple[float, float]] = []
 
 
@@ -55,7 +59,7 @@ def _read() -> list[tuple[float, float]]:
         pairs = [
             (float(complexity), float(seconds)) for complexity, seconds in json.loads(_file().read_text())
         ]
-    except (OSError, ValueError, TypeError, RecursionError):
+    except _NO_CACHE:
         return []
     sound = len(pairs) == len(BITS) and all(0 < number < math.inf for pair in pairs for number in pair)
     return pairs if sound and pairs == sorted(pairs) else []
@@ -67,6 +71,6 @@ def _measure(session: Session) -> list[tuple[float, float]]:
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(pairs))
-    except OSError:
+    except _NO_CACHE:
         pass  # the next process will measure again
     return pairs

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import FheConvError
+from fheconv.circuits.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +39,12 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Opened):
-    """Holds the figures of a compiled circuit, known before any key is made. Sizes are in bytes."""
+    """Holds the figures of a compiled circuit, known before any key is made."""
 
     output_bits: int
     lookups: int
     complexity: float
-    key_bytes: int
-    input_bytes: int
-    output_bytes: int
+    sizes: Sizes
     p_error: float
     global_p_error: float
 

@@ -1,0 +1,142 @@
+"""Compiling, running and dropping circuits leaves no folder, no process and no growth behind."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fheconv.circuits.native import folders
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import numpy as np, fheconv, fheconv.circuits.circuit
+from fheconv.circuits.native.worker import worker
+
+temporary, files, mode, times = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+image = np.arange(9).reshape(1, 3, 3)
+network = fheconv.quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image)
+config = fheconv.CompileConfig(in_process=mode == "in_process")
+
+
+def compile_and_run():
+    circuit = fheconv.compile(network, config)
+    circuit.keygen()
+    assert circuit.verify(image).ok
+    circuit.predict(image, fhe="simulate")
+
+
+def save_and_load():
+    circuit = fheconv.compile(network, config)
+    client_file, server_file = circuit.save(files)
+    client, server = fheconv.load_client(client_file), fheconv.load_server(server_file)
+    client.keygen()
+    client.decrypt(server.run(client.encrypt(image), client.evaluation_keys))
+
+
+def fail():
+    fheconv.circuits.circuit.LINEAR_LIMIT = 1000  # so that it is left to Concrete to refuse the lanes
+    try:
+        fheconv.compile(network, fheconv.CompileConfig(lanes=12))
+    except fheconv.CompilationError:
+        return
+    raise AssertionError("it compiles")
+
+
+def count():
+    return len(list(temporary.rglob("*")))
+
+
+work = {"files": save_and_load, "failing": fail}.get(mode, compile_and_run)
+work()
+work()
+before, descriptors = count(), len(os.listdir("/proc/self/fd"))
+for _ in range(times):
+    work()
+assert count() <= before, sorted(temporary.rglob("*"))
+assert len(os.listdir("/proc/self/fd")) <= descriptors
+print(worker().pid, flush=True)
+"""
+
+
+def run(tmp_path, mode, times):
+    temporary, files = tmp_path / "temporary", tmp_path / "files"
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, temporary, files, mode, str(times)],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(temporary.iterdir()) == []
+    pid = done.stdout.strip()
+    assert pid == "None" or not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("mode", ["worker", "files", "failing", "in_process"])
+def test_a_few_circuits_leave_nothing(tmp_path, mode):
+    run(tmp_path, mode, 3)
+
+
+@pytest.mark.slow
+def test_a_hundred_circuits_leave_nothing(tmp_path):
+    run(tmp_path, "worker", 100)
+
+
+KILLED = """
+import os, signal
+from fheconv.circuits.native.process import Process
+process = Process()
+print(process.folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def old(path):
+    """Make a folder look as if it was made some minutes ago."""
+    then = time.time() - 10 * folders.YOUNG
+    os.utime(path, (then, then))
+
+
+def test_the_folder_of_a_caller_that_was_killed_is_removed_by_the_next_worker(temporary):
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+    )
+    folder = Path(killed.stdout.strip())
+    assert folder.parent == temporary
+    assert folder.is_dir()
+    old(folder)
+    _, lock = folders.make_folder()
+    os.close(lock)
+    assert not folder.exists()
+
+
+def test_folders_of_living_callers_and_those_of_others_stay(temporary):
+    living, lock = folders.make_folder()
+    new = temporary / f"{folders.PREFIX}new"
+    others = temporary / "fheconv-notes"
+    target = temporary / "target"
+    link = temporary / f"{folders.PREFIX}link"
+    for folder in (new, others, target):
+        folder.mkdir()
+    link.symlink_to(target)
+    for folder in (living, others, target):
+        old(folder)
+    os.close(folders.make_folder()[1])
+    assert all(path.exists() for path in (Path(living), new, others, target, link))
+    os.close(lock)
+    os.close(folders.make_folder()[1])
+    assert not Path(living).exists()
