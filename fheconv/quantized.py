@@ -68,7 +68,8 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     `InputScaleWarning`, and a value outside the range an `InputRangeError`.
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
-    are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
+    are quantized in order; each is calibrated on the results of the quantized layers before it. If images are
+    few or alike, weights are rounded for inputs of any kind; the budget report then says so. Numbers that
     are "auto" in `config` are chosen first, on held-out images.
 
     Example:

@@ -83,6 +83,7 @@ def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: f
         cost_share=share,
         planes=lowered.planes,
         plane_bits=lowered.plane_bits,
+        independent_images=network.evidence[number],
         channels=channels,
     )
 
@@ -110,6 +111,7 @@ def _maximum(network: IntegerNetwork, layer: Maximum, lowered: LoweredLayer, sha
         cost_share=share,
         planes=lowered.planes,
         plane_bits=lowered.plane_bits,
+        independent_images=None,
         channels=(),
     )
 

@@ -12,6 +12,7 @@ from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.basics.report import Report
 from fheconv.networks.quantization import twos_complement_bits
+from fheconv.quantizer.evidence import PRIOR_IMAGES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,10 @@ class LayerBudget:
 
     `lookup_bits` is the width that rounding leaves for a lookup, `table_entries` the size of a lookup table,
     and `cost_share` the layer's share of what all lookups cost. The circuit computes the last accumulators in
-    `planes` planes of `plane_bits` bits each, and the client adds them up. `channels` is empty for maxima,
-    whose accumulators are differences of two values.
+    `planes` planes of `plane_bits` bits each, and the client adds them up. `independent_images` counts the
+    calibration images by what they tell about the layer's inputs: equal images count once (None: the weights
+    were not fitted to images). `channels` is empty for maxima, whose accumulators are differences of two
+    values.
 
     Example:
         >>> import fheconv, numpy as np
@@ -96,6 +99,7 @@ class LayerBudget:
     cost_share: float
     planes: int
     plane_bits: int
+    independent_images: float | None
     channels: tuple[ChannelBudget, ...]
 
     @property
@@ -253,6 +257,17 @@ class BudgetReport(Report):
             over = self.limit is not None and layer.accumulator_bits > self.limit
             if self.limit is not None and layer.channels and (over or len(self.layers) == 1):
                 yield _verdict(layer, self.limit)
+        poor = [
+            f"{layer.name} {layer.independent_images:.1f}"
+            for layer in self.layers
+            if layer.independent_images is not None and layer.independent_images < PRIOR_IMAGES
+        ]
+        if poor:
+            yield (
+                "Calibration was poor: it told these layers as much as so few independent images do: "
+                f"{', '.join(poor)}. Below {PRIOR_IMAGES}, weights are rounded mostly for inputs of any "
+                "kind; calibrate on more images, or on images that differ more."
+            )
         if self.remedy:
             yield self.remedy
 

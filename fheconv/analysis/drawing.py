@@ -11,6 +11,8 @@ from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 
+# The colours of what fits, of what does not, of what was observed, of limits, and of windows of lookups.
+FITS, OVER, OBSERVED, LIMIT, WINDOW = "#a9c8e8", "#f2b0a6", "#1f4e79", "#a01c1c", "#e4eef8"
 # matplotlib's own red and blue maps have a grey middle; here zero is white.
 SIGNED = ("#053061", "#4393c3", "#ffffff", "#d6604d", "#67001f")
 # The most rows and columns of dots in a picture of the filter matrix. The lines in it are one entry thin:

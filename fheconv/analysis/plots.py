@@ -21,12 +21,13 @@ try:
     from matplotlib.figure import Figure
 
     from fheconv.analysis import drawing
+    from fheconv.analysis.drawing import FITS, LIMIT, OBSERVED, OVER
+    from fheconv.analysis.window_picture import window as window
 except ImportError as error:
     raise MissingExtraError(
         f'fheconv.plots needs matplotlib ({error}); install it with: pip install "fheconv[plots]".'
     ) from error
 
-FITS, OVER, OBSERVED, LIMIT = "#a9c8e8", "#f2b0a6", "#1f4e79", "#a01c1c"
 # A limit more than this many times above the tallest bar is written as text: a line would flatten the bars.
 FAR = 4
 # A picture of a filter matrix with more entries than this shows colours only, no numbers.

@@ -176,8 +176,9 @@ class IntegerNetwork:
     """Computes float results from float images, through exact integers.
 
     `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
-    calibration images (None: not observed). `source` is the float network that it was made from, `calibrated`
-    describes the calibration images.
+    calibration images (None: not observed). `evidence` holds, for each layer, how many independent images its
+    weights were fitted to (None: they were not fitted to images). `source` is the float network that it was
+    made from, `calibrated` describes the calibration images.
     """
 
     config: QuantConfig
@@ -185,6 +186,7 @@ class IntegerNetwork:
     calibrated: CalibratedInput
     layers: tuple[AnyLayer, ...]
     observed: tuple[tuple[Array, Array] | None, ...]
+    evidence: tuple[float | None, ...]
     source: Network
 
     @property

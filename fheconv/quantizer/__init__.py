@@ -5,7 +5,9 @@ allocation: chooses the widths that are "auto".
 components: groups what has to share a scale.
 activations: scales of images and activations.
 equalization: scales of an activation's channels.
+evidence: how much calibration images tell.
 rows: filters that must share a scale.
+moments: second moments of what weights multiply.
 weights: integer weights of a layer.
 rounding: the methods that round weights.
 tables: lookup tables.

@@ -21,8 +21,8 @@ from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains
 BIAS_LIMIT = 2**53
 # The margin around what calibration reaches, unless one is asked for.
 LEAST_MARGIN = 0.05
-# A window that holds a smaller share of what calibration reaches is too narrow.
-MOST_CUT = 0.75
+# A window outside which a greater share of a channel's accumulators lies is too narrow.
+MOST_CUT = 0.02
 
 
 class Building:
@@ -49,6 +49,7 @@ class Building:
         self._blanks = [blank_image(self.image, source.input_shape)]
         self._layers: list[AnyLayer] = []
         self._observed: list[tuple[Array, Array] | None] = []
+        self._evidence: list[float | None] = []
 
     def inputs(self, layer: Layer) -> list[Quantization]:
         """Return the quantization of the tensor that each term of a layer reads."""
@@ -83,24 +84,18 @@ class Building:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
-    def sums(self, layer: Layer, rounded: IntegerTerms) -> Array:
-        """Return the accumulators (N, C, *S), minus their values when every real input is zero."""
-        bare = self._bare(layer, rounded)
-        sums: Array = bare.accumulate(self.tensors) - self.zero(bare)
-        return sums
-
     def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
         """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
         budget = self.budget(layer)
         if budget is None or budget.proved:
             return True
         bare = self._bare(layer, rounded)
-        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), None)
-        return bool(MOST_CUT * span.max() <= budget.steps)
+        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), budget)
+        return bool(span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
-        self._append(layer, None)
+        self._append(layer, None, None)
 
     def add(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> None:
         """Add a layer with integer weights; `bias` (C, *S) is added to its sums, in real numbers.
@@ -127,6 +122,7 @@ class Building:
         self._append(
             replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
             _ends(quantized.accumulate(self.tensors)),
+            min(rounded.evidence, default=None),
         )
 
     def zero(self, layer: QuantizedLayer) -> Array:
@@ -187,12 +183,14 @@ class Building:
             calibrated=self.calibrated,
             layers=tuple(self._layers),
             observed=tuple(self._observed),
+            evidence=tuple(self._evidence),
             source=self.source,
         )
 
-    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None) -> None:
+    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None, evidence: float | None) -> None:
         self._layers.append(layer)
         self._observed.append(observed)
+        self._evidence.append(evidence)
         self.tensors.append(layer.output(self.tensors))
         self._blanks.append(layer.output(self._blanks))
 
@@ -219,7 +217,8 @@ class Building:
         The window lies within the bounds. If it is a little wider than the budget, it loses its top, because
         just above a window most activations are still right.
         """
-        least, greatest = _ends(layer.accumulate(self.tensors))
+        accumulators = layer.accumulate(self.tensors)
+        least, greatest = _ends(accumulators)
         margin = self.config.margin
         if margin is None:
             margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
@@ -228,11 +227,14 @@ class Building:
         blank = _ends(layer.accumulate(self._blanks))
         least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
         greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
-        span = greatest - least
-        if budget is not None and self._windows_are_chosen and MOST_CUT * span.max() <= budget.steps:
-            span = np.minimum(span, budget.steps)
-            least = np.maximum(least, blank[1] - span)
-        return least, span
+        if budget is not None and self._windows_are_chosen:
+            narrow = np.maximum(least, blank[1] - budget.steps)
+            top = np.minimum(greatest, narrow + budget.steps)
+            by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)
+            cut = (by_channel < narrow[:, None]) | (by_channel > top[:, None])
+            if cut.mean(axis=1).max() <= MOST_CUT:
+                least, greatest = narrow, top
+        return least, greatest - least
 
 
 def _ends(accumulators: Array) -> tuple[Array, Array]:

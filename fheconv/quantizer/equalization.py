@@ -16,13 +16,16 @@ from fheconv.basics.config import QuantConfig
 from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Network
 from fheconv.quantizer.activations import least_error, levels_of, sharing
+from fheconv.quantizer.evidence import independent_images, trust
 
 
 def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -> Network:
     """Return a network with equal results, in which all channels of an activation have the same best scale.
 
-    `tensors` holds the network's tensors for the calibration images. Two kinds of activations do not change:
-    those that are added without weights, and those whose channels are mixed before weights multiply them.
+    `tensors` holds the network's tensors for the calibration images. If these are few or alike, small
+    channels keep headroom, because other images may give them greater values. Two kinds of activations do
+    not change: those that are added without weights, and those whose channels are mixed before weights
+    multiply them.
     """
     together = {number for group in sharing(network) for number in group}
     for number, layer in enumerate(network.layers, 1):
@@ -31,10 +34,12 @@ def equalized(network: Network, tensors: Sequence[Array], config: QuantConfig) -
         levels, channels = levels_of(network, number, config), np.moveaxis(tensors[number], 1, 0)
         alive = channels.reshape(len(channels), -1).any(axis=1)
         if alive.any():
-            best = [least_error(layer.name, channel, levels).scale for channel in channels[alive]]
-            scales = np.full(len(channels), np.mean(best))
+            best = np.array([least_error(layer.name, channel, levels).scale for channel in channels[alive]])
+            # Few images do not show how large the values of a channel become.
+            best = np.minimum(best / trust(independent_images(tensors[number])), best.max())
+            scales = np.full(len(channels), best.mean())
             scales[alive] = best
-            network = _divided(network, number, scales / np.mean(best)) or network
+            network = _divided(network, number, scales / best.mean()) or network
     return network
 
 

@@ -1,6 +1,7 @@
 """Quantizes a network layer by layer, each layer on the results of the quantized layers before it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,12 +10,14 @@ from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import IntegerNetwork
-from fheconv.networks.quantization import CalibratedInput
+from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
+from fheconv.quantizer.evidence import middle, trust_in_mean
 from fheconv.quantizer.rounding.methods import chosen_method
-from fheconv.quantizer.weights import round_by_output, round_nearest
+from fheconv.quantizer.rows import IntegerTerms
+from fheconv.quantizer.weights import FittedWeights, round_nearest
 
 # How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
 # less of the window for the weights.
@@ -48,32 +51,39 @@ def quantize_network(
             )
             building.add(layer, rounded, layer.bias)
         else:
+            fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
             budget = building.budget(layer)
             for headroom in HEADROOMS:
-                rounded = round_by_output(
-                    layer,
-                    inputs,
-                    network.shapes,
-                    floats,
-                    building.tensors,
-                    bits,
-                    method.round,
-                    budget and budget.shrunk(headroom),
-                )
+                rounded = fitted.rounded(bits, method.round, budget and budget.shrunk(headroom))
                 if building.fits(layer, rounded):
                     break
-            bias = layer.bias + _mean_error(layer, rounded.step, building.sums(layer, rounded), floats)
+            bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
             building.add(layer, rounded, bias)
     return building.network()
 
 
-def _mean_error(layer: Layer, step: Array, sums: Array, floats: Sequence[Array]) -> Array:
-    """Return the mean error (C, *1) of `sums`, which are in units of `step` and without bias.
+def _mean_error(
+    layer: Layer,
+    rounded: IntegerTerms,
+    inputs: Sequence[Quantization],
+    tensors: Sequence[Array],
+    floats: Sequence[Array],
+) -> Array:
+    """Return the mean error (C, *1) of the sums with rounded weights.
 
-    The bias corrects the error at no cost (Nagel et al. 2019).
+    The bias corrects the error at no cost (Nagel et al. 2019). The mean is over the calibration images, and
+    over uniform inputs if those are few or alike. Sums are linear, so that means of inputs are enough.
     """
+    meant, delivered = [*floats], [*tensors]
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
-        error: Array = layer.sums(floats) - layer.bias - step * sums
+        for source, q, images in zip(layer.sources, inputs, rounded.evidence, strict=True):
+            share = trust_in_mean(images)
+            uniform = (1 - share) * middle(q)
+            meant[source] = share * floats[source].mean(axis=0, keepdims=True) + uniform * q.scale
+            steps = tensors[source].mean(axis=0, keepdims=True) - q.zero_point
+            delivered[source] = share * steps + uniform
+        sums = replace(layer, terms=rounded.terms, bias=np.zeros(layer.shape)).sums(delivered)
+        error: Array = layer.sums(meant) - layer.bias - rounded.step * sums
     if not np.isfinite(error).all():
         raise CalibrationError(
             f"The sums of layer {layer.name!r} on the calibration images are not finite; rescale the "

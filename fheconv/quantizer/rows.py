@@ -16,7 +16,7 @@ from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.components import connected
 
 # The covariance of a layer's inputs is measured on at most about this many windows of the calibration images.
-MOST_WINDOWS = 20_000
+MOST_WINDOWS = 10_000
 
 # A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
@@ -26,12 +26,14 @@ class IntegerTerms(NamedTuple):
     """Holds a layer's terms with integer weights, and the real size of an accumulator step.
 
     `step` has the layer's shape; a step of 0 says that all weights are zero. `range` is the range of the
-    weights' data type.
+    weights' data type. `evidence` counts the independent images that each term was fitted to; it is empty if
+    images were not used.
     """
 
     terms: tuple[Term, ...]
     step: Array
     range: tuple[int, int]
+    evidence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,6 +139,20 @@ class Rows:
         if all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row):
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
+
+    def of_weights(self, row: Row, values: Sequence[Array]) -> Array:
+        """Return the values (n,) of a row's n weights, from those (groups, taps) of each term."""
+        return np.concatenate([values[p][self._group(p, c)] for p, c in row])
+
+    def spread(self, values: Sequence[float], shapes: Sequence[Shape]) -> list[Array]:
+        """Return what reaches each term's weights (groups, taps), if its tensor has one value everywhere.
+
+        Steps before the weights only copy, add or drop values. So this turns the mean of independent inputs
+        into means, and their variance into variances.
+        """
+        ones = [np.ones((1, *shape)) for shape in shapes]
+        windows = self.windows(ones, [1.0] * len(values), [0] * len(values))
+        return [value * found.mean(axis=1) for value, found in zip(values, windows, strict=True)]
 
     def windows(self, tensors: Sequence[Array], units: Sequence[float], zeros: Sequence[int]) -> list[Array]:
         """Return the inputs of each term's convolution on some images, (groups, windows, taps).

@@ -1,35 +1,21 @@
 """Rounds the weights of a layer to integers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 
 from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.networks.floats import Layer
 from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.evidence import least_squares
+from fheconv.quantizer.moments import Moments
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget, width
 
-# How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
-RIDGE = 0.01
 TINY = float(np.finfo(np.float64).tiny)
-
-
-def least_squares(moment: Array, target: Array, weights: Array) -> Array:
-    """Return the weights (K, n) of least squared error, with a small penalty for leaving `weights`.
-
-    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the float sums.
-    """
-    ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
-    if not ridge > 0:  # constant inputs do not determine the weights
-        return weights
-    fitted: Array = scipy.linalg.solve(
-        moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
-    ).T
-    return fitted
 
 
 def round_nearest(
@@ -49,40 +35,99 @@ def round_nearest(
         ends = np.cumsum([rows.weights(row).size for row in rows.rows])[:-1]
         scale = np.full(len(rows.rows), together.scale[0])
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
-    return _in_batches(
-        rows, lambda numbers, stacked: method(stacked, bits, None, rows.ranges(rows.rows[numbers[0]]), None)
-    )
+    results = []
+    for numbers in rows.alike():
+        stacked = np.stack([rows.weights(rows.rows[number]) for number in numbers])
+        results.append((numbers, method(stacked, bits, None, rows.ranges(rows.rows[numbers[0]]), None)))
+    return _assembled(rows, results)
 
 
-def round_by_output(
-    layer: Layer,
-    inputs: Sequence[Quantization],
-    shapes: Sequence[Shape],
-    floats: Sequence[Array],
-    tensors: Sequence[Array],
-    bits: int,
-    method: Rounding,
-    budget: Budget | None,
-) -> IntegerTerms:
-    """Round by `method` so that the layer's sums on the calibration images change little.
+def _assembled(rows: Rows, results: Sequence[tuple[Sequence[int], IntegerWeight]]) -> IntegerTerms:
+    """Return the terms of a layer, for the numbers of some rows and their integers."""
+    integers: list[Array] = [np.zeros(0, np.int64)] * len(rows.rows)
+    scale, ends = np.zeros(len(rows.rows)), (0, 0)
+    for numbers, result in results:
+        ends = (min(ends[0], result.range[0]), max(ends[1], result.range[1]))
+        scale[list(numbers)] = result.scale
+        for number, values in zip(numbers, result.values, strict=True):
+            integers[number] = values
+    return rows.assemble(integers, scale, ends)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Holds rows that read the same inputs, fitted: `numbers` of the rows, and weights (K, n).
+
+    `size` (K,) was divided out of the weights. `read` is the mask of the weights that are fitted, and
+    `moment` the covariance of their inputs.
+    """
+
+    numbers: list[int]
+    weights: Array
+    size: Array
+    read: Array
+    moment: Array
+
+
+class FittedWeights:
+    """Holds a layer's weights, fitted so that its sums on the calibration images change little.
 
     `floats` holds the tensors of the float network, `tensors` those of the quantized network. The weights are
-    first fitted to the quantized tensors by least squares, and then rounded.
-
-    If the `budget` needs no proof, scales are so coarse that the float sums keep to it. The integer sums can
-    reach a little further than the float sums.
-
-    Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
+    fitted to the quantized tensors by least squares. As far as the calibration images are few or alike,
+    inputs of any kind count too (`Moments`).
     """
-    rows = Rows(layer, inputs, shapes)
-    least = min(part.range for part in rows.parts)
-    finest = None
-    if budget is not None and not budget.proved:
-        finest = rows.reach(layer.sums(floats)) / (budget.steps * rows.parts[0].unit)
-        budget = None
-    if budget is not None and budget.steps < least:
+
+    def __init__(
+        self,
+        layer: Layer,
+        inputs: Sequence[Quantization],
+        shapes: Sequence[Shape],
+        floats: Sequence[Array],
+        tensors: Sequence[Array],
+    ) -> None:
+        self._layer, self._inputs = layer, inputs
+        self._rows = rows = Rows(layer, inputs, shapes)
+        self._reach = rows.reach(layer.sums(floats))
+        moments = Moments(rows, inputs, shapes, tensors, floats)
+        self._evidence = moments.evidence
+        self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
+
+    def rounded(self, bits: int, method: Rounding, budget: Budget | None) -> IntegerTerms:
+        """Return the weights rounded by `method`.
+
+        If the `budget` needs no proof, scales are so coarse that the float sums keep to it. The integer sums
+        can reach a little further than the float sums.
+
+        Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
+        """
+        rows, finest = self._rows, np.zeros(len(self._rows.rows))
+        if budget is not None and not budget.proved:
+            finest = self._reach / (budget.steps * rows.parts[0].unit)
+            budget = None
+        if budget is not None:
+            self._check(budget)
+        results = []
+        for batch in self._batches:
+            result = method(
+                batch.weights,
+                bits,
+                batch.moment,
+                rows.ranges(rows.rows[batch.numbers[0]])[batch.read],
+                budget and budget.steps,
+                finest[batch.numbers] / np.maximum(batch.size, TINY),
+            )
+            values = np.zeros((len(batch.numbers), len(batch.read)), np.int64)
+            values[:, batch.read] = result.values
+            results.append((batch.numbers, result._replace(values=values, scale=result.scale * batch.size)))
+        return _assembled(rows, results)._replace(evidence=self._evidence)
+
+    def _check(self, budget: Budget) -> None:
+        """Raise `AccumulatorOverflowError` if the budget is too small for any weight."""
+        layer, least = self._layer, min(part.range for part in self._rows.parts)
+        if budget.steps >= least:
+            return
         enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
-        activations = [q.bits for term, q in zip(layer.terms, inputs, strict=True) if term.source]
+        activations = [q.bits for term, q in zip(layer.terms, self._inputs, strict=True) if term.source]
         if activations:  # by default, wider accumulators would give them more bits
             enough += f" and activation_bits={max(activations)}"
         raise AccumulatorOverflowError(
@@ -94,45 +139,17 @@ def round_by_output(
             limit=budget.steps,
             remedy=enough,
         )
-    delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
-    meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
-
-    def fit(numbers: Sequence[int], stacked: Array) -> IntegerWeight:
-        batch = [rows.rows[number] for number in numbers]
-        # Dividing by the greatest weight keeps the squares from overflowing.
-        size = np.abs(stacked).max(axis=1, keepdims=True).astype(np.float64)
-        stacked = np.divide(stacked, size, out=np.zeros(stacked.shape), where=size > 0)
-        # Pruned weights stay zero, because another value there would need more lookups. So do filters of
-        # zeros.
-        read = rows.read(batch[0]) | (not stacked.any())
-        both, stacked = np.ix_(read, read), stacked[:, read]
-        moment = rows.covariance(batch[0], delivered, delivered)[both]
-        cross = rows.covariance(batch[0], delivered, meant)[both]
-        fitted = least_squares(moment, cross @ stacked.T, stacked)
-        rounded = method(
-            fitted,
-            bits,
-            moment,
-            rows.ranges(batch[0])[read],
-            budget and budget.steps,
-            None if finest is None else finest[numbers] / np.maximum(size[:, 0], TINY),
-        )
-        values = np.zeros((len(batch), len(read)), np.int64)
-        values[:, read] = rounded.values
-        return rounded._replace(values=values, scale=rounded.scale * size[:, 0])
-
-    return _in_batches(rows, fit)
 
 
-def _in_batches(rows: Rows, rounded: Callable[[Sequence[int], Array], IntegerWeight]) -> IntegerTerms:
-    """Round rows that read the same inputs together."""
-    integers: list[Array] = [np.zeros(0, np.int64)] * len(rows.rows)
-    scale, ends = np.zeros(len(rows.rows)), (0, 0)
-    for numbers in rows.alike():
-        batch = [rows.rows[number] for number in numbers]
-        result = rounded(numbers, np.stack([rows.weights(row) for row in batch]))
-        ends = (min(ends[0], result.range[0]), max(ends[1], result.range[1]))
-        scale[numbers] = result.scale
-        for number, values in zip(numbers, result.values, strict=True):
-            integers[number] = values
-    return rows.assemble(integers, scale, ends)
+def _fitted(rows: Rows, numbers: list[int], moments: Moments) -> _Batch:
+    """Fit rows that read the same inputs."""
+    row = rows.rows[numbers[0]]
+    weights = np.stack([rows.weights(rows.rows[number]) for number in numbers])
+    # Dividing by the greatest weight keeps the squares from overflowing.
+    size = np.abs(weights).max(axis=1).astype(np.float64)
+    weights = np.divide(weights, size[:, None], out=np.zeros(weights.shape), where=size[:, None] > 0)
+    # Pruned weights stay zero, because another value there would need more lookups. So do filters of zeros.
+    read = rows.read(row) | (not weights.any())
+    moment, cross = moments.of_row(row, read)
+    fitted = least_squares(moment, cross @ weights[:, read].T, weights[:, read])
+    return _Batch(numbers=numbers, weights=fitted, size=size, read=read, moment=moment)

@@ -18,8 +18,8 @@ from fheconv.networks.demand import demand
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.linear import Kernel, is_pooling
 from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.rows import Rows
-from fheconv.quantizer.weights import least_squares
 
 # Changes are compared on at most this many images.
 MOST_IMAGES = 200

@@ -34,9 +34,12 @@ SIMULATIONS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How the network of a row is made, and the failure probability of its lookups."""
+    """How the network of a row is made, and the failure probability of its lookups.
 
-    accumulator_bits: int
+    Without `accumulator_bits`, lookups have windows where calibration leads (`overflow="defined"`).
+    """
+
+    accumulator_bits: int | None = None
     rounding_bits: int | None = None
     finetuned: bool = False
     lookup_budget: int | None = None
@@ -44,6 +47,14 @@ class Row:
 
 
 ROWS = {
+    **{f"windows-{bits}": Row(rounding_bits=bits, p_error=ROUNDED) for bits in (5, 4, 3)},
+    **{
+        f"fine-tuned-windows-{bits}": Row(rounding_bits=bits, finetuned=True, p_error=ROUNDED)
+        for bits in (5, 4, 3)
+    },
+    f"{LOOKUPS}-lookups-windows-5": Row(
+        rounding_bits=5, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED
+    ),
     "8-rounded-to-5": Row(accumulator_bits=8, rounding_bits=5, p_error=ROUNDED),
     **{str(bits): Row(accumulator_bits=bits) for bits in (7, 6, 5, 4)},
     "fine-tuned-8-rounded-to-5": Row(accumulator_bits=8, rounding_bits=5, finetuned=True, p_error=ROUNDED),
@@ -83,7 +94,16 @@ TEXT: dict[str, Callable[[float], str]] = {
 
 
 @cache
-def quantized(split: int, accumulator_bits: int, rounding_bits: int | None) -> fheconv.QuantizedNetwork:
+def quantized(
+    split: int, accumulator_bits: int | None, rounding_bits: int | None
+) -> fheconv.QuantizedNetwork:
+    images = digits.validation_split(split).train_images
+    if accumulator_bits is None:
+        # Chosen on the validation images: more bits of weights or of images gain nothing there.
+        config = fheconv.QuantConfig(
+            weight_bits=4, input_bits=6, rounding_bits=rounding_bits, overflow="defined"
+        )
+        return fheconv.quantize(shipped(split), images, config)
     config = fheconv.QuantConfig(
         weight_bits="auto",
         activation_bits="auto",
@@ -91,7 +111,7 @@ def quantized(split: int, accumulator_bits: int, rounding_bits: int | None) -> f
         accumulator_bits=dict.fromkeys(LOOKED_UP, accumulator_bits),
         rounding_bits=None if rounding_bits is None else dict.fromkeys(LOOKED_UP, rounding_bits),
     )
-    return fheconv.quantize(shipped(split), digits.validation_split(split).train_images, config)
+    return fheconv.quantize(shipped(split), images, config)
 
 
 def network_of(row: Row, split: int, epochs: int) -> fheconv.QuantizedNetwork:

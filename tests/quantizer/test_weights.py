@@ -15,7 +15,7 @@ from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.rounding.accumulator import round_accumulator
 from fheconv.quantizer.rounding.mse import round_mse
 from fheconv.quantizer.rows import Rows
-from fheconv.quantizer.weights import round_by_output, round_nearest
+from fheconv.quantizer.weights import FittedWeights, round_nearest
 from fheconv.quantizer.windows import Budget, room
 from tests.support.nets import integer_images, quantize, quantized, random_net
 
@@ -82,7 +82,7 @@ def test_exact_weights_stay_and_all_integers_are_of_their_type(layers):
         for layer, inputs, shapes, floats, tensors in layers:
             for rounded in (
                 round_nearest(layer, inputs, shapes, bits, round_mse, per_channel=True),
-                round_by_output(layer, inputs, shapes, floats, tensors, bits, round_accumulator, None),
+                FittedWeights(layer, inputs, shapes, floats, tensors).rounded(bits, round_accumulator, None),
             ):
                 greatest = max(2 ** (bits - 1) - 1, 1)
                 assert rounded.range == (-greatest, greatest)
@@ -102,8 +102,8 @@ def test_every_row_keeps_to_the_budget(layers):
         rows = Rows(layer, inputs, shapes)
         least = min(rows.ranges(row).min() for row in rows.rows)
         for budget in (least, 2 * least + 1, 15 * least):
-            rounded = round_by_output(
-                layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(int(budget))
+            rounded = FittedWeights(layer, inputs, shapes, floats, tensors).rounded(
+                4, round_accumulator, Budget(int(budget))
             )
             # Each value of the layer by itself, by the filter matrix.
             needed = np.zeros(layer.shape, np.int64)
@@ -119,23 +119,23 @@ def test_every_row_keeps_to_the_budget(layers):
 def test_too_small_a_budget_is_refused_with_one_that_works(layers):
     for layer, inputs, shapes, floats, tensors in layers:
         with pytest.raises(fheconv.AccumulatorOverflowError, match="a single weight of 1") as refused:
-            round_by_output(layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(0))
+            FittedWeights(layer, inputs, shapes, floats, tensors).rounded(4, round_accumulator, Budget(0))
         error = refused.value
         assert (error.layer, error.limit) == (layer.name, 0)
         with pytest.raises(fheconv.AccumulatorOverflowError):
-            round_by_output(
-                layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(error.value - 1)
+            FittedWeights(layer, inputs, shapes, floats, tensors).rounded(
+                4, round_accumulator, Budget(error.value - 1)
             )
-        rounded = round_by_output(
-            layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(error.value)
+        rounded = FittedWeights(layer, inputs, shapes, floats, tensors).rounded(
+            4, round_accumulator, Budget(error.value)
         )
         if len({part.range for part in Rows(layer, inputs, shapes).parts}) == 1:
             some = any(own.steps[own.inexact()[0]].weight.any() for own in rounded.terms)
             assert some or not any(term.steps[term.inexact()[0]].weight.any() for term in layer.terms)
         for rounding_bits in (None, 2, 4):
             with pytest.raises(fheconv.AccumulatorOverflowError) as refused:
-                round_by_output(
-                    layer, inputs, shapes, floats, tensors, 4, round_accumulator, Budget(0, rounding_bits)
+                FittedWeights(layer, inputs, shapes, floats, tensors).rounded(
+                    4, round_accumulator, Budget(0, rounding_bits)
                 )
             width = int(re.search(r"accumulator_bits=(\d+)", refused.value.remedy)[1])
             assert room(width, rounding_bits) >= error.value > room(width - 1, rounding_bits)

@@ -8,11 +8,13 @@ without the sign bit.
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scale, damped, greatest_integer
+from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer
 from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
 
 # The number of rounds in which integers and scale are adapted to each other.
 ROUNDS = 3
+# Each of this many steps is tried together with any other step.
+PARTNERS = 16
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -40,9 +42,8 @@ def round_accumulator(
         candidates = compensated(weight, scale, h, greatest)
         _decrement(candidates, weight, scale, h, ranges, budget)
         start = best_rows(weight, candidates, scale, h)
-    q = np.stack([_descend(w, q, h, ranges, greatest, budget) for w, q in zip(weight, start, strict=True)])
-    fitted = np.array([best_scale(w, row, h) for w, row in zip(weight, q, strict=True)])
-    return IntegerWeight(q, fitted, (-greatest, greatest))
+    q = _descended(weight, start, h, ranges, greatest, budget)
+    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
 
 
 def _decrement(
@@ -67,48 +68,68 @@ def _decrement(
         over, pull, s = over[still], pull[still], s[still]
 
 
-def _descend(w: Array, q: Array, moment: Array, ranges: Array, greatest: int, budget: int | None) -> Array:
-    """Improve one row while a step of one tap, or of two, reduces the error within the budget."""
-    q = q.copy()
-    diagonal = np.diag(moment)
-    steps = np.array([1, -1])[:, None]
-    tolerance = 1e-9 * max(float(w @ moment @ w), TINY)
-    for _ in range(ROUNDS):
-        s = best_scale(w, q, moment)
-        if s == 0:
-            break
-        pull = (w - s * q) @ moment
-        for _ in range(20 * len(q)):
-            moved = q + steps
-            harm = -2 * s * steps * pull + s**2 * diagonal
-            harm[np.abs(moved) > greatest] = np.inf
-            price = (np.abs(moved) - np.abs(q)) * ranges
-            left = np.inf if budget is None else budget - int(np.abs(q) @ ranges)
-            single = np.where(price <= left, harm, np.inf)
-            best = np.unravel_index(int(single.argmin()), single.shape)
-            moves = [(int(best[0]), int(best[1]))]
-            if single[best] > -tolerance:
-                moves = _exchange(harm, price, left, s, moment, tolerance)
-            if not moves:
-                break
-            for direction, tap in moves:
-                q[tap] += int(steps[direction, 0])
-                pull -= s * int(steps[direction, 0]) * moment[tap]
+def _descended(
+    weight: Array, start: Array, moment: Array, ranges: Array, greatest: int, budget: int | None
+) -> Array:
+    """Return rows (K, n), improved while steps of one or two taps reduce the error within the budget."""
+    q = start.copy()
+    wanted, held = weight @ moment, q @ moment
+    for row in range(len(q)):
+        tolerance = 1e-9 * max(float(wanted[row] @ weight[row]), TINY)
+        for _ in range(ROUNDS):
+            _descend(q[row], wanted[row], held[row], moment, ranges, greatest, budget, tolerance)
     return q
+
+
+def _descend(
+    q: Array,
+    wanted: Array,
+    held: Array,
+    moment: Array,
+    ranges: Array,
+    greatest: int,
+    budget: int | None,
+    tolerance: float,
+) -> None:
+    """Improve one row (n,) in place, at its best scale. `wanted` is w·H, and `held` q·H follows q."""
+    diagonal, steps = np.diag(moment), np.array([1, -1])[:, None]
+    fit = float(held @ q)
+    s = float(wanted @ q) / fit if fit > 0 else 0.0
+    if s <= 0:
+        return
+    for _ in range(20 * len(q)):
+        moved = q + steps
+        harm = -2 * s * steps * (wanted - s * held) + s**2 * diagonal
+        harm[np.abs(moved) > greatest] = np.inf
+        price = (np.abs(moved) - np.abs(q)) * ranges
+        left = np.inf if budget is None else budget - int(np.abs(q) @ ranges)
+        single = np.where(price <= left, harm, np.inf)
+        best = np.unravel_index(int(single.argmin()), single.shape)
+        moves = [(int(best[0]), int(best[1]))]
+        if single[best] > -tolerance:
+            moves = _exchange(harm, price, left, s, moment, tolerance)
+        if not moves:
+            return
+        for direction, tap in moves:
+            q[tap] += steps[direction, 0]
+            held += steps[direction, 0] * moment[tap]
 
 
 def _exchange(
     harm: Array, price: Array, left: float, s: float, moment: Array, tolerance: float
 ) -> list[tuple[int, int]]:
-    """Return the best pair of steps of two taps that reduces the error within the budget, or no steps."""
+    """Return a pair of steps of two taps that reduces the error within the budget, or no steps.
+
+    It is the best pair of which one step is among the `PARTNERS` that add the least error.
+    """
     taps = harm.shape[1]
     sign = np.repeat([1, -1], taps)
     harm, price = harm.ravel(), price.ravel()
-    both = harm[:, None] + harm + 2 * s**2 * sign[:, None] * sign * np.tile(moment, (2, 2))
-    both[price[:, None] + price > left] = np.inf
-    same = np.arange(2 * taps) % taps
-    both[same[:, None] == same] = np.inf
-    first, second = np.unravel_index(int(both.argmin()), both.shape)
-    if both[first, second] > -tolerance:
+    first = np.argpartition(harm, PARTNERS)[:PARTNERS] if len(harm) > PARTNERS else np.arange(len(harm))
+    tap, rest = first % taps, np.arange(2 * taps) % taps
+    both = harm[first, None] + harm + 2 * s**2 * sign[first, None] * sign * np.tile(moment[tap], 2)
+    both[(price[first, None] + price > left) | (tap[:, None] == rest)] = np.inf
+    one, other = np.unravel_index(int(both.argmin()), both.shape)
+    if both[one, other] > -tolerance:
         return []
-    return [(int(at) // taps, int(at) % taps) for at in (first, second)]
+    return [(int(at) // taps, int(at) % taps) for at in (first[one], other)]

@@ -70,7 +70,8 @@ def output_error(weight: Array, q: Array, scale: Array, moment: Array) -> Array:
     return np.einsum("rn,rn->r", error @ moment, error)
 
 
-def best_scale(weight: Array, q: Array, moment: Array) -> float:
-    """Return the scale of least E for the integers of one row (n,); 0 if no positive scale reduces E."""
-    fit = float(q @ moment @ q)
-    return max(float(weight @ moment @ q) / fit, 0.0) if fit > 0 else 0.0
+def best_scales(weight: Array, q: Array, moment: Array) -> Array:
+    """Return the scales (K,) of least E for weights and integers (K, n); 0 if no positive scale reduces E."""
+    held = q @ moment
+    fit, wanted = np.einsum("kn,kn->k", held, q), np.einsum("kn,kn->k", held, weight)
+    return np.divide(np.maximum(wanted, 0.0), fit, out=np.zeros(len(q)), where=fit > 0)

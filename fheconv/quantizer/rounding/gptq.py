@@ -4,11 +4,14 @@ import numpy as np
 import scipy.linalg
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scale, damped, greatest_integer, output_error
+from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer, output_error
 
 # The number of scales that are tried. At the finest, a quarter of the greatest weight becomes the greatest
-# integer; at the coarsest, the greatest weight becomes little more than a half.
-SCALES = 40
+# integer; at the coarsest, the greatest weight becomes little more than a half. Filters of many taps try
+# fewer: the product of scales and taps is limited.
+SCALES, FEWEST_SCALES, MOST_PRODUCTS = 40, 12, 12_000
+# The errors of this many taps are compensated in the other taps together, because matrix products are fast.
+BLOCK = 64
 
 
 def round_gptq(
@@ -32,8 +35,7 @@ def round_gptq(
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
     candidates = np.concatenate([compensated(weight, scale, h, greatest), nearest], axis=1)
     q = best_rows(weight, candidates, np.tile(scale, 2), h)
-    fitted = np.array([best_scale(w, row, h) for w, row in zip(weight, q, strict=True)])
-    return IntegerWeight(q, fitted, (-greatest, greatest))
+    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
 
 
 def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Array:
@@ -43,7 +45,8 @@ def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Arr
     first = 0.25 * largest / greatest
     if finest is not None:
         first = np.clip(finest, first, largest)
-    grid = np.geomspace(first, 1.6 * largest, SCALES, axis=1)
+    count = int(np.clip(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES, SCALES))
+    grid = np.geomspace(first, 1.6 * largest, count, axis=1)
     return np.concatenate([grid, np.maximum(largest / greatest, first)[:, None]], axis=1)
 
 
@@ -53,17 +56,30 @@ def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Ar
     Taps are rounded one by one, the tap with the largest inputs first. The later taps compensate each error.
     """
     order = np.argsort(-np.diag(moment), kind="stable")
-    inverse = scipy.linalg.inv(moment[np.ix_(order, order)])
-    factor = scipy.linalg.cholesky((inverse + inverse.T) / 2)
+    factor = _inverse_factor(moment[np.ix_(order, order)])
     left = np.repeat(weight[:, None, order], scale.shape[1], axis=1)
     q = np.zeros(left.shape, np.int64)
-    for tap in range(left.shape[2]):
-        q[..., tap] = np.clip(np.rint(left[..., tap] / scale), -greatest, greatest)
-        error = (left[..., tap] - scale * q[..., tap]) / factor[tap, tap]
-        left[..., tap + 1 :] -= error[..., None] * factor[tap, tap + 1 :]
+    taps = left.shape[2]
+    for start in range(0, taps, BLOCK):
+        end = min(start + BLOCK, taps)
+        errors = np.empty((*scale.shape, end - start))
+        for tap in range(start, end):
+            q[..., tap] = np.clip(np.rint(left[..., tap] / scale), -greatest, greatest)
+            error = (left[..., tap] - scale * q[..., tap]) / factor[tap, tap]
+            left[..., tap + 1 : end] -= error[..., None] * factor[tap, tap + 1 : end]
+            errors[..., tap - start] = error
+        left[..., end:] -= errors @ factor[start:end, end:]
     restored = np.empty_like(q)
     restored[..., order] = q
     return restored
+
+
+def _inverse_factor(moment: Array) -> Array:
+    """Return the upper triangular U with UᵀU the inverse of H (n, n)."""
+    # With rows and columns in reverse order, the lower factor of H becomes an upper one, R with RRᵀ = H.
+    upper = scipy.linalg.cholesky(moment[::-1, ::-1], lower=True)[::-1, ::-1]
+    inverse: Array = scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
+    return inverse
 
 
 def best_rows(weight: Array, candidates: Array, scale: Array, moment: Array) -> Array:

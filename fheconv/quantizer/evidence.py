@@ -1,0 +1,111 @@
+"""Measures how much calibration images tell, and makes up for what they do not tell.
+
+What is fitted to a few images, or to images that are alike, is wrong for others. So covariances on
+calibration images are mixed with those of inputs that are independent and uniform over their range. Such
+inputs count as much as `PRIOR_IMAGES` images. This is the posterior mean of a covariance under a conjugate
+prior (Gelman et al., Bayesian Data Analysis, section 3.6): it shrinks the covariance of few images, and that
+of many stays as it is. Means need fewer images: `PRIOR_IMAGES` are enough.
+"""
+
+import numpy as np
+import scipy.linalg
+
+from fheconv.basics.arrays import Array
+from fheconv.networks.quantization import Quantization
+
+# As many images as this tell as much as the prior.
+PRIOR_IMAGES = 10
+# For each fitted weight, as many windows tell as much as the prior.
+PRIOR_WINDOWS = 0.1
+# How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
+RIDGE = 0.01
+
+
+def independent_images(values: Array) -> float:
+    """Return how many independent images tell as much as `values` (N, …).
+
+    Equal images count once. Each further image counts by the share of the variance that lies between images:
+    1 minus what images have in common, their intraclass correlation. One image counts as 1.
+
+    Example:
+        >>> independent_images(np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+        2.0
+        >>> independent_images(np.array([[0.0, 1.0], [0.001, 1.0]])) < 1.001
+        True
+    """
+    different = _different(values)
+    if len(different) == 1:
+        return 1.0
+    # Dividing by the range keeps the squares from overflowing or vanishing.
+    different = (different - different.min()) / np.ptp(different)
+    between = float(different.var(axis=0, ddof=1).mean())
+    return 1.0 + (len(different) - 1) * min(between / float(different.var()), 1.0)
+
+
+def evidence(images: Array, values: Array) -> float:
+    """Return how many independent images tell as much as a tensor's `values` (N, …) for `images` (N, …).
+
+    An activation that is the same for all images tells as much as one image.
+    """
+    return min(independent_images(images), float(len(_different(values))))
+
+
+def _different(values: Array) -> Array:
+    """Return those of the `values` (N, …) that differ from all before."""
+    first = {hash(one.tobytes()): number for number, one in reversed([*enumerate(values)])}
+    different: Array = values[sorted(first.values())]
+    return different
+
+
+def middle(quantization: Quantization) -> float:
+    """Return the mean of uniform integers, counted from the integer of 0."""
+    return (quantization.minimum + quantization.maximum) / 2 - quantization.zero_point
+
+
+def uniform_variance(quantization: Quantization) -> float:
+    """Return the variance of uniform integers."""
+    steps = quantization.maximum - quantization.minimum
+    return steps * (steps + 2) / 12
+
+
+def trust(images: float, weights: float = 0.0) -> float:
+    """Return the share that `images` independent images have beside the prior, from 0 to 1.
+
+    `weights` is the number of weights that are fitted at once, divided by the windows of each image: more
+    weights need more images.
+
+    Example:
+        >>> trust(30)
+        0.75
+    """
+    return images / (images + PRIOR_IMAGES + PRIOR_WINDOWS * weights)
+
+
+def trust_in_mean(images: float) -> float:
+    """Return the share that the mean over `images` independent images has beside that of uniform inputs."""
+    return min(images / PRIOR_IMAGES, 1.0)
+
+
+def mixed_covariance(moment: Array, variance: Array, apart: Array, share: Array) -> Array:
+    """Return the covariance (n, n) of a mixture: `share` (n,) of the calibration images, the rest uniform.
+
+    `moment` (n, n) is the covariance on the calibration images, `variance` (n,) that of uniform inputs.
+    `apart` (n,) is the difference of their means, times √(1 − share), where the means are mixed alike.
+    """
+    root = np.sqrt(share)
+    mixed: Array = (moment + np.outer(apart, apart)) * np.outer(root, root) + np.diag((1 - share) * variance)
+    return mixed
+
+
+def least_squares(moment: Array, target: Array, weights: Array) -> Array:
+    """Return the weights (K, n) of least squared error, with a small penalty for leaving `weights`.
+
+    `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the float sums.
+    """
+    ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
+    if not ridge > 0:  # constant inputs do not determine the weights
+        return weights
+    fitted: Array = scipy.linalg.solve(
+        moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
+    ).T
+    return fitted

@@ -1,0 +1,73 @@
+"""Estimates the second moments of what a layer's weights multiply, on images of any kind."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fheconv.basics.arrays import Array, Shape
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.evidence import (
+    evidence,
+    middle,
+    mixed_covariance,
+    trust,
+    trust_in_mean,
+    uniform_variance,
+)
+from fheconv.quantizer.rows import Row, Rows
+
+
+class Moments:
+    """Holds what a layer's weights multiply on calibration images, in the quantized and in the float network.
+
+    `tensors` and `floats` hold the tensors of the two networks. As far as the images are few or alike, inputs
+    of any kind count too. `evidence` counts the independent images of each term.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        inputs: Sequence[Quantization],
+        shapes: Sequence[Shape],
+        tensors: Sequence[Array],
+        floats: Sequence[Array],
+    ) -> None:
+        self._rows = rows
+        self._delivered = rows.windows(tensors, [1.0] * len(inputs), [q.zero_point for q in inputs])
+        self._meant = rows.windows(floats, [q.scale for q in inputs], [0] * len(inputs))
+        sources = rows.layer.sources
+        self.evidence = tuple(evidence(tensors[0], tensors[source]) for source in sources)
+        self._positions = [windows.shape[1] / len(tensors[0]) for windows in self._delivered]
+        self._variances = rows.spread([uniform_variance(q) for q in inputs], shapes)
+        middles = rows.spread([middle(q) for q in inputs], shapes)
+        # Images of any brightness are in range. Activations are taken about the mean that the bias relies on.
+        known = [
+            trust_in_mean(images) if source else trust(images)
+            for source, images in zip(sources, self.evidence, strict=True)
+        ]
+        self._apart = [
+            (windows.mean(axis=1) - centre) * np.sqrt(1 - share)
+            for windows, centre, share in zip(self._delivered, middles, known, strict=True)
+        ]
+
+    def of_row(self, row: Row, read: Array) -> tuple[Array, Array]:
+        """Return two covariances (n, n): of quantized inputs, and of these with the float inputs.
+
+        Only the inputs of the weights in the mask `read` count.
+        """
+        taps = int(read.sum())
+        shares = [
+            np.full(variance.shape, trust(images, taps / positions))
+            for variance, images, positions in zip(
+                self._variances, self.evidence, self._positions, strict=True
+            )
+        ]
+        variance, apart, share = (
+            self._rows.of_weights(row, values)[read] for values in (self._variances, self._apart, shares)
+        )
+        both = np.ix_(read, read)
+        moment, cross = (
+            mixed_covariance(self._rows.covariance(row, self._delivered, other)[both], variance, apart, share)
+            for other in (self._delivered, self._meant)
+        )
+        return moment, cross
