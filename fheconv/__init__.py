@@ -11,6 +11,8 @@ from fheconv.basics.errors import (
     ArtifactError,
     CalibrationError,
     CompilationError,
+    CostError,
+    CostWarning,
     ExecutionError,
     FheConvError,
     InputRangeError,
@@ -25,6 +27,7 @@ from fheconv.basics.errors import (
 if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares with this
     from fheconv.analysis import failures, plots
     from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
+    from fheconv.analysis.forecast import Forecast, LayerForecast
     from fheconv.arithmetic import (
         ConvGeometry,
         conv,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
 # The home of each name that is loaded when it is first used.
 _HOMES = {
     "analysis.budget_report": ("BudgetReport", "ChannelBudget", "LayerBudget"),
+    "analysis.forecast": ("Forecast", "LayerForecast"),
     "arithmetic": (
         "ConvGeometry",
         "conv",
@@ -111,13 +115,17 @@ __all__ = [
     "Conv",
     "ConvGeometry",
     "Cost",
+    "CostError",
+    "CostWarning",
     "EvaluationKeys",
     "ExecutionError",
     "FheCircuit",
     "FheConvError",
+    "Forecast",
     "InputRangeError",
     "InvalidArgumentError",
     "LayerBudget",
+    "LayerForecast",
     "Manifest",
     "Mismatch",
     "MissingExtraError",

@@ -7,7 +7,9 @@ import numpy as np
 
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
+from fheconv.analysis.forecast import Forecast, forecast
 from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError
 from fheconv.capture.model import capture, single_convolution
@@ -30,7 +32,7 @@ Model: TypeAlias = "Module | ExportedProgram | Conv | ArrayLike"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedNetwork(IntegerNetwork):
-    """Adds to an integer network what users need: the budget report and a torch module.
+    """Adds to an integer network what users need: the budget report, the forecast and a torch module.
 
     `fheconv.quantize` and `fheconv.finetune` return it.
 
@@ -46,6 +48,10 @@ class QuantizedNetwork(IntegerNetwork):
         Raises `InvalidArgumentError` for a limit that is not a positive integer.
         """
         return report(self, accumulator_bits)
+
+    def forecast(self, config: CompileConfig | None = None) -> Forecast:
+        """Return what one encrypted image costs when compiled with `config`. Nothing is compiled."""
+        return forecast(self, config)
 
     def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
         """Return a torch module that computes the same except for rounding. Its weights can be trained."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
-from fheconv.analysis.prices import lookup_price
+from fheconv.analysis.forecast import forecast
 from fheconv.analysis.remedy import remedy_for
 from fheconv.basics.checks import check_integer
 from fheconv.lowering.lower import LoweredLayer, lower
@@ -24,10 +24,10 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
         check_integer("accumulator_bits", limit, 1)
         limit = int(limit)
     lowered = lower(network).layers
-    prices = [layer.lookups * lookup_price(layer.lookup_bits) for layer in lowered]
+    shares = [layer.share for layer in forecast(network).layers]
     layers = tuple(
-        _layer(network, number, low, price / (sum(prices) or 1.0))
-        for number, (low, price) in enumerate(zip(lowered, prices, strict=True))
+        _layer(network, number, low, share)
+        for number, (low, share) in enumerate(zip(lowered, shares, strict=True))
     )
     over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
     remedy = (

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from fheconv.analysis.affordability import check_cost
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
@@ -281,8 +282,10 @@ class FheCircuit(KeyOwner):
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
     """Compile a quantized network to an FHE circuit. No key is made yet.
 
-    Raises `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if
-    Concrete cannot compile the network.
+    Warns (`CostWarning`) of a circuit that takes over a minute an image, or has over 2 GB of keys. Raises
+    `CostError` before Concrete starts for a circuit that costs more than `config` allows, or for which there
+    are no parameters; both say what brings the cost down. Raises `AccumulatorOverflowError` for accumulators
+    wider than Concrete can hold, `CompilationError` if Concrete cannot compile the network.
 
     Example:
         >>> import numpy as np
@@ -297,7 +300,10 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
         raise InvalidArgumentError(
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
-    return FheCircuit(network, CompileConfig() if config is None else config)
+    config = CompileConfig() if config is None else config
+    if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
+        check_cost(network, config)
+    return FheCircuit(network, config)
 
 
 def _lanes(one: Lowered, config: CompileConfig) -> int:
