@@ -15,7 +15,7 @@ FheConvError
 ├── RemoteError               a server that cannot be reached, is busy or full, or refuses the token
 └── MissingExtraError         a package of an optional extra that is not installed
 
-CostWarning is no exception by itself: it warns of a circuit that takes long or has large keys.
+Two are warnings. CostWarning: a circuit takes long or has large keys. InputRangeWarning: images were clipped.
 
 A message says what was wrong, the value, the limit and the next step.
 """
@@ -124,6 +124,19 @@ class CostError(CompilationError):
 
 class CostWarning(UserWarning):
     """A circuit takes over a minute an image, or has over 2 GB of keys."""
+
+
+class InputRangeWarning(UserWarning):
+    """Images lie a little outside the range of the network, and are clipped to it (`QuantConfig.slack`).
+
+    Example:
+        >>> import fheconv, numpy as np, warnings
+        >>> network = fheconv.quantize([[1, 2]], np.linspace(0, 1, 16).reshape(1, 4, 4))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     clipped = network(np.full((1, 4, 4), 1.04))
+        >>> caught[0].category is InputRangeWarning, (clipped == network(np.ones((1, 4, 4)))).all()
+        (True, True)
+    """
 
 
 class ExecutionError(FheConvError):

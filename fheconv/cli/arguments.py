@@ -36,6 +36,13 @@ def print_error(message: str) -> None:
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def print_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """Print a warning in yellow on standard error, without the line of code that gave it."""
+    err.print(
+        f"{category.__name__}: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
+
+
 def check_output(
     output: Path, endings: Collection[str] = (), option: str = "--output", *, overwrite: bool = False
 ) -> None:

@@ -8,6 +8,7 @@ error inside fheconv, printed with its traceback. 130 means that the user interr
 import json
 import math
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -18,7 +19,7 @@ import typer
 from fheconv.arithmetic.geometry import PaddingMode
 from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import FheConvError, InvalidArgumentError
+from fheconv.basics.errors import CostWarning, FheConvError, InputRangeWarning, InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
 from fheconv.cli.arguments import (
     check_output,
@@ -26,6 +27,7 @@ from fheconv.cli.arguments import (
     load_image,
     out,
     print_error,
+    print_warning,
     save_array,
     token_of_environment,
 )
@@ -329,7 +331,11 @@ def serve(
 def main() -> None:
     """Run the command. An error of fheconv is printed as one line on standard error, with exit status 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", CostWarning)
+            warnings.simplefilter("always", InputRangeWarning)
+            warnings.showwarning = print_warning
+            app()
     except FheConvError as error:
         _fail(f"{type(error).__name__}: {error}", 2)
     except MemoryError as error:

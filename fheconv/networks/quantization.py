@@ -1,11 +1,12 @@
 """Maps the integers of a tensor to real numbers, and back."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
 from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
-from fheconv.basics.errors import InputRangeError, InvalidArgumentError
+from fheconv.basics.errors import InputRangeError, InputRangeWarning, InvalidArgumentError
 
 
 def twos_complement_bits(minimum: int, maximum: int) -> int:
@@ -30,7 +31,8 @@ class Quantization:
     """Maps integers to real numbers: real = scale · (integer − zero_point).
 
     Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real numbers
-    are the integers themselves; a fraction among them is then an error.
+    are the integers themselves; a fraction among them is then an error. Of images, `slack` is the share of
+    the range by which they may lie outside: they are then clipped.
     """
 
     scale: float
@@ -38,6 +40,7 @@ class Quantization:
     minimum: int
     maximum: int
     integral: bool = False
+    slack: float = 0.0
 
     @property
     def bits(self) -> int:
@@ -62,8 +65,9 @@ class Quantization:
     def integers(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`.
 
-        Raises `InputRangeError` naming the first value that is not finite, is more than half a step
-        outside the range, or has a fraction although `integral` is set.
+        Numbers outside the range are clipped within `slack`, with an `InputRangeWarning` that counts them.
+        Raises `InputRangeError` naming the first value that is not finite, is further outside the range, or
+        has a fraction although `integral` is set.
         """
         finite = np.isfinite(x)
         if not finite.all():
@@ -73,15 +77,22 @@ class Quantization:
             )
         steps = x.astype(np.float64) / self.scale + self.zero_point
         # The zero-point is rounded, so an end of the calibrated range can lie half a step outside.
-        slack = 0.0 if self.integral else 0.5 + 1e-6
-        outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
-        if outside.any():
-            where = first_position(outside)
-            low, high = self.real_range
+        rounding = 0.0 if self.integral else 0.5 + 1e-6
+        beyond = np.maximum(self.minimum - steps, steps - self.maximum)
+        (low, high), most = self.real_range, self.slack * (self.maximum - self.minimum)
+        if (beyond > max(rounding, most)).any():
+            where = first_position(beyond > max(rounding, most))
             raise InputRangeError(
-                f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}]; clip the "
-                "images to it, or quantize again with calibration images (or QuantConfig.input_range) that "
-                "cover it."
+                f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}] by more "
+                f"than {self.slack:.0%} of it (QuantConfig.slack); clip the images to it, or quantize again "
+                "with calibration images (or QuantConfig.input_range) that cover it."
+            )
+        if outside := int((beyond > rounding).sum()):
+            warnings.warn(
+                f"{outside:,} of {x.size:,} values are outside the input range [{low:g}, {high:g}] by up to "
+                f"{beyond.max() * self.scale:.2g}, and are clipped to it.",
+                InputRangeWarning,
+                stacklevel=2,
             )
         nearest = np.rint(steps)
         if self.integral and (nearest != steps).any():
