@@ -1,8 +1,11 @@
 """Prints messages, and reads the arguments and files of the commands."""
 
 import io
+import math
 import os
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,12 @@ import numpy as np
 from rich.console import Console
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
+from fheconv.basics.errors import CostWarning, InputRangeWarning, InvalidArgumentError, MissingExtraError
 from fheconv.basics.files import write_file
+from fheconv.networks.floats import Conv
+
+# The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
+MOST_VALUES = 2**27
 
 out = Console()
 err = Console(stderr=True)
@@ -36,11 +43,19 @@ def print_error(message: str) -> None:
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """Print a warning in yellow on standard error, without the line of code that gave it."""
-    err.print(
-        f"{category.__name__}: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
-    )
+@contextmanager
+def printed_warnings() -> Iterator[None]:
+    """Print fheconv's own warnings, each as one line on standard error, and no line of code with them."""
+
+    def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+        text = f"{category.__name__}: {message}"
+        err.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        for category in (CostWarning, InputRangeWarning):
+            warnings.simplefilter("always", category)
+        warnings.showwarning = show
+        yield
 
 
 def check_output(
@@ -120,3 +135,17 @@ def save_array(path: Path, array: Array) -> None:
 
 def _unreadable(path: Path, option: str, error: Exception) -> InvalidArgumentError:
     return InvalidArgumentError(f"{option}={path} cannot be read: {str(error) or repr(error)}.")
+
+
+def check_size(source: Conv, shape: list[int]) -> None:
+    """Raise `InvalidArgumentError` for images so large that checking them would exhaust the memory."""
+    sizes = {"the image": math.prod(shape)}
+    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses other shapes
+        sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
+        sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
+    what = max(sizes, key=lambda name: sizes[name])
+    if sizes[what] > MOST_VALUES:
+        raise InvalidArgumentError(
+            f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
+            f"most {MOST_VALUES:,} are checked; check a smaller image."
+        )

@@ -6,9 +6,7 @@ error inside fheconv, printed with its traceback. 130 means that the user interr
 """
 
 import json
-import math
 import traceback
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -19,22 +17,20 @@ import typer
 from fheconv.arithmetic.geometry import PaddingMode
 from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import CostWarning, FheConvError, InputRangeWarning, InvalidArgumentError
+from fheconv.basics.errors import FheConvError, InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
 from fheconv.cli.arguments import (
     check_output,
+    check_size,
     integers,
     load_image,
     out,
     print_error,
-    print_warning,
+    printed_warnings,
     save_array,
     token_of_environment,
 )
 from fheconv.networks.floats import Conv
-
-# The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
-MOST_VALUES = 2**27
 
 app = typer.Typer(
     help="Trained convolutions on encrypted images.",
@@ -74,20 +70,6 @@ def _load_layer(
         words = ("same", "valid") if name == "padding" else ()
         options[name] = integers(text, f"--{name.replace('_', '-')}", words)
     return load_layer(model, layer, groups=groups, transposed=transposed, **options)
-
-
-def _check_size(source: Conv, shape: list[int]) -> None:
-    """Raise `InvalidArgumentError` for images so large that checking them would exhaust the memory."""
-    sizes = {"the image": math.prod(shape)}
-    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses other shapes
-        sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
-        sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
-    what = max(sizes, key=lambda name: sizes[name])
-    if sizes[what] > MOST_VALUES:
-        raise InvalidArgumentError(
-            f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
-            f"most {MOST_VALUES:,} are checked; check a smaller image."
-        )
 
 
 @app.command()
@@ -141,7 +123,7 @@ def check(
         transposed=transposed,
         output_padding=output_padding,
     )
-    _check_size(source, shape)
+    check_size(source, shape)
     # Widths do not depend on the images, so no real images are needed for calibration.
     config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
     network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=(None,))
@@ -331,10 +313,7 @@ def serve(
 def main() -> None:
     """Run the command. An error of fheconv is printed as one line on standard error, with exit status 2."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", CostWarning)
-            warnings.simplefilter("always", InputRangeWarning)
-            warnings.showwarning = print_warning
+        with printed_warnings():
             app()
     except FheConvError as error:
         _fail(f"{type(error).__name__}: {error}", 2)
