@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from rich.filesize import decimal
 
-from fheconv.analysis.forecast import Forecast, forecast
+from fheconv.analysis.forecast import Forecast, forecast_of
 from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import CostError, CostWarning
+from fheconv.lowering.lower import Lowered, lower
+from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
 
 # Above these, a user is warned.
@@ -29,18 +31,19 @@ def check_cost(network: IntegerNetwork, config: CompileConfig) -> None:
     """
     if config.configuration is not None:
         return
-    expected = forecast(network, config)
+    lowered = lower(network, config.engine)
+    expected = forecast_of(lowered, config)
     if not expected.possible and not expected.lookups:
         return
     if expected.possible and _within(expected, config):
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
             warnings.warn(
-                f"This circuit will take {_costs(expected)}. {_advice(network, config)[0]}",
+                f"This circuit will take {_costs(expected)}. {_advice(lowered, config)[0]}",
                 CostWarning,
                 stacklevel=3,
             )
         return
-    advice, remedy = _advice(network, config)
+    advice, remedy = _advice(lowered, config)
     if not expected.possible:
         widest = max(expected.layers, key=lambda layer: layer.looked_up)
         raise CostError(
@@ -70,15 +73,15 @@ def _costs(expected: Forecast) -> str:
     return f"{seconds:.2g} {unit} an image and {decimal(int(expected.key_bytes))} of keys"
 
 
-def _advice(network: IntegerNetwork, config: CompileConfig) -> tuple[str, str | None]:
+def _advice(lowered: Lowered, config: CompileConfig) -> tuple[str, str | None]:
     """Return a sentence with the least change that makes the circuit cheap, and that change alone.
 
     Each change is tried: its cost is forecast for this network with its lookups rounded.
     """
     best: tuple[Forecast, str] | None = None
-    for bits, p_error in _changes(network, config):
+    for bits, p_error in _changes(lowered.network, config):
         changed = config if p_error is None else replace(config, p_error=p_error, global_p_error=None)
-        tried = forecast(network if bits is None else _rounded(network, bits), changed)
+        tried = forecast_of(lowered if bits is None else _rounded(lowered, bits), changed)
         if not tried.possible:
             continue
         words = [] if bits is None else [f'quantize with overflow="defined" and rounding_bits={bits}']
@@ -87,7 +90,7 @@ def _advice(network: IntegerNetwork, config: CompileConfig) -> tuple[str, str | 
             best = tried, " and ".join(words)
         if tried.seconds <= LONG_SECONDS and tried.key_bytes <= LARGE_KEYS:
             break
-    if best is None or best[0].seconds >= forecast(network, config).seconds:
+    if best is None or best[0].seconds >= forecast_of(lowered, config).seconds:
         return "Give the network fewer channels or smaller images.", None
     tried, remedy = best
     advice = f"{remedy[0].upper()}{remedy[1:]}: then it is forecast to take {_costs(tried)}."
@@ -113,10 +116,10 @@ def _table(layer: object) -> Lookup | None:
     return layer.lookup if isinstance(layer, QuantizedLayer) else None
 
 
-def _rounded(network: IntegerNetwork, bits: int) -> IntegerNetwork:
-    """Return the network with its accumulators rounded to `bits` bits before lookups, to tell its cost."""
+def _rounded(lowered: Lowered, bits: int) -> Lowered:
+    """Return the circuit with its accumulators rounded to `bits` bits before lookups, to tell its cost."""
     layers = []
-    for layer in network.layers:
+    for layer in lowered.network.layers:
         table = _table(layer)
         if isinstance(layer, QuantizedLayer) and table is not None and table.column_bits > bits:
             more = table.column_bits - bits
@@ -127,4 +130,9 @@ def _rounded(network: IntegerNetwork, bits: int) -> IntegerNetwork:
             )
             layer = replace(layer, lookup=rounded)
         layers.append(layer)
-    return replace(network, layers=tuple(layers))
+    described = (
+        low if isinstance(layer, Maximum) else replace(low, lookup_bits=min(low.lookup_bits, bits))
+        for layer, low in zip(layers, lowered.layers, strict=True)
+    )
+    network = replace(lowered.network, layers=tuple(layers))
+    return replace(lowered, network=network, layers=tuple(described))

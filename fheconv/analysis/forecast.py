@@ -1,7 +1,7 @@
 """Tells what a circuit will cost from the integer network alone, before anything is compiled."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,10 +13,10 @@ from fheconv.analysis.parameters import IMAGE, Parameters, choose, linear_dimens
 from fheconv.analysis.seconds import USUAL, read_times, seconds_of
 from fheconv.analysis.sums import Sums, sums_of
 from fheconv.analysis.wide import WIDE_DIMENSION, wide_lookup
-from fheconv.basics.compile_config import GLOBAL_P_ERROR, LINEAR_P_ERROR, CompileConfig
+from fheconv.basics.compile_config import GLOBAL_P_ERROR, LINEAR_P_ERROR, ROUNDED_P_ERROR, CompileConfig
 from fheconv.basics.report import Report
-from fheconv.lowering.lower import lower
-from fheconv.networks.integers import IntegerNetwork
+from fheconv.lowering.lower import Lowered, lower
+from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 
 # Microseconds of a multiply-add in a circuit without lookups (`fheconv.lowering.engines`).
 MULTIPLY_ADD = 1.2
@@ -106,7 +106,12 @@ class Forecast(Report):
 def forecast(network: IntegerNetwork, config: CompileConfig | None = None) -> Forecast:
     """Return the forecast of a network compiled with `config`. `config.configuration` is not looked at."""
     config = CompileConfig() if config is None else config
-    lowered = lower(network, config.engine)
+    return forecast_of(lower(network, config.engine), config)
+
+
+def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
+    """Return the forecast of a circuit's function, as `forecast` does."""
+    network, config = lowered.network, completed(lowered.network, config)
     sums = sums_of(lowered)
     p_error = _p_error(sums.lookups, config)
     price = (_price if sums.lookups else _linear_price)(sums, p_error, config)
@@ -136,6 +141,16 @@ def forecast(network: IntegerNetwork, config: CompileConfig | None = None) -> Fo
         p_error=p_error,
         possible=price.possible,
     )
+
+
+def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
+    """Return `config` with the failure probability of rounded lookups, if it leaves that open."""
+    chosen = (config.p_error, config.global_p_error, config.configuration)
+    tables = (layer.lookup for layer in network.layers if isinstance(layer, QuantizedLayer))
+    rounds = any(table is not None and table.dropped_bits for table in tables)
+    if rounds and all(one is None for one in chosen):
+        return replace(config, p_error=ROUNDED_P_ERROR)
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)

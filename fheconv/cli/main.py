@@ -30,6 +30,7 @@ from fheconv.cli.arguments import (
     save_array,
     token_of_environment,
 )
+from fheconv.cli.lock import lock
 from fheconv.networks.floats import Conv
 
 app = typer.Typer(
@@ -238,6 +239,7 @@ def run(
 app.command()(cli_circuits.decrypt)
 app.command()(cli_circuits.inspect)
 app.command()(cli_circuits.bench)
+app.command()(lock)
 
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
