@@ -60,6 +60,11 @@ class QuantizedNetwork(IntegerNetwork):
         return TrainableNetwork(self)
 
 
+# What `quantize` takes for a network with lookups if no options are given: what somebody with experience
+# would begin with. Lookups of 5 bits are the widest that are cheap.
+WITH_LOOKUPS = QuantConfig(overflow="defined", rounding_bits=5)
+
+
 def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
@@ -68,6 +73,10 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     single convolution. It fixes the image size and the scales. Integer images that fit `input_bits` stay as
     they are, with scale 1 and the whole range of the data type. Other images, integers that do not fit among
     them, are scaled so that the integers cover their range and 0: small differences are lost.
+
+    Without `config`, a network with lookups has windows where its values are, which are rounded to 5 bits
+    (`QuantConfig(overflow="defined", rounding_bits=5)`), and a network without lookups is exact
+    (`QuantConfig()`).
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. Numbers that
@@ -83,12 +92,13 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
     for images that do not fit the model.
     """
-    config = QuantConfig() if config is None else config
-    if not isinstance(config, QuantConfig):
+    if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
     images = _calibration_images(calibration, conv)
     network = capture(module if conv is None else conv, images.shape[1:])
+    if config is None:
+        config = QuantConfig() if len(network.layers) == 1 else WITH_LOOKUPS
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()),

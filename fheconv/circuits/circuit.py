@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from fheconv.analysis.affordability import check_cost
+from fheconv.analysis.forecast import completed
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
@@ -69,7 +70,7 @@ class FheCircuit(KeyOwner):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
         super().__init__()
         self.network = network
-        self.config = config
+        self.config = config = completed(network, config)
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine)
         self._lanes = images_together(one, config)
