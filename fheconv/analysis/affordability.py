@@ -76,31 +76,33 @@ def _costs(expected: Forecast) -> str:
 def _advice(lowered: Lowered, config: CompileConfig) -> tuple[str, str | None]:
     """Return a sentence with the least change that makes the circuit cheap, and that change alone.
 
-    Each change is tried: its cost is forecast for this network with its lookups rounded.
+    Each change is tried: its cost is forecast for this network with its lookups rounded. If none makes it
+    cheap, take the one that helps most, if it halves the cost.
     """
-    best: tuple[Forecast, str] | None = None
+    as_it_is = best = forecast_of(lowered, config)
+    seconds = min(LONG_SECONDS, config.most_seconds or LONG_SECONDS)
+    keys = min(LARGE_KEYS, config.most_key_bytes or LARGE_KEYS)
+    remedy = None
     for bits, p_error in _changes(lowered.network, config):
         changed = config if p_error is None else replace(config, p_error=p_error, global_p_error=None)
         tried = forecast_of(lowered if bits is None else _rounded(lowered, bits), changed)
-        if not tried.possible:
-            continue
-        words = [] if bits is None else [f'quantize with overflow="defined" and rounding_bits={bits}']
-        words += [] if p_error is None else [f"compile with p_error={p_error:g}"]
-        if best is None or tried.seconds < best[0].seconds:
-            best = tried, " and ".join(words)
-        if tried.seconds <= LONG_SECONDS and tried.key_bytes <= LARGE_KEYS:
+        cheap = tried.seconds <= seconds and tried.key_bytes <= keys
+        if cheap or tried.seconds < min(best.seconds, as_it_is.seconds / 2):
+            words = [] if bits is None else [f'quantize with overflow="defined" and rounding_bits={bits}']
+            words += [] if p_error is None else [f"compile with p_error={p_error:g}"]
+            best, remedy = tried, " and ".join(words)
+        if cheap:
             break
-    if best is None or best[0].seconds >= forecast_of(lowered, config).seconds:
-        return "Give the network fewer channels or smaller images.", None
-    tried, remedy = best
-    advice = f"{remedy[0].upper()}{remedy[1:]}: then it is forecast to take {_costs(tried)}."
-    if tried.seconds > LONG_SECONDS:
-        layer = max(tried.layers, key=lambda layer: layer.complexity)
-        advice += (
-            f" Most of this is layer {layer.name!r} with {layer.lookups:,} of the {tried.lookups:,} lookups; "
-            "fewer channels or smaller images bring it down further."
+    sentences = []
+    if remedy is not None:
+        sentences.append(f"{remedy[0].upper()}{remedy[1:]}: then it is forecast to take {_costs(best)}.")
+    if best.seconds > seconds:
+        layer = max(best.layers, key=lambda layer: layer.lookups)
+        sentences.append(
+            f"Of its {best.lookups:,} lookups, {layer.lookups:,} are in layer {layer.name!r}: fewer "
+            "channels, a stride or smaller images there bring it down."
         )
-    return advice, remedy
+    return " ".join(sentences), remedy
 
 
 def _changes(network: IntegerNetwork, config: CompileConfig) -> Iterator[tuple[int | None, float | None]]:

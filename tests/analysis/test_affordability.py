@@ -52,6 +52,17 @@ def test_a_dear_circuit_is_refused_at_once_with_a_remedy_that_holds(net, wide, n
     assert changed.forecast(config).seconds < 20
 
 
+def test_what_no_change_of_bits_makes_cheap_is_told_where_its_lookups_are(net, no_concrete):
+    module, images = net
+    cheap = quantize(module, images, overflow="defined", rounding_bits=3)
+    config = fheconv.CompileConfig(p_error=0.05, most_seconds=1e-3)
+    with pytest.raises(fheconv.CostError) as refused:
+        fheconv.compile(cheap, config)
+    assert refused.value.remedy is None
+    layer = max(cheap.budget().layers, key=lambda layer: layer.lookups)
+    assert f"{layer.lookups:,} are in layer {layer.name!r}" in str(refused.value)
+
+
 def test_a_limit_of_keys_is_kept(wide, no_concrete):
     with pytest.raises(fheconv.CostError, match="most_key_bytes"):
         fheconv.compile(wide, fheconv.CompileConfig(most_seconds=None, most_key_bytes=10**6))
