@@ -48,7 +48,7 @@ class Sums:
 def sums_of(lowered: Lowered) -> Sums:
     """Return the sums of a circuit, with the partitions that Concrete makes of its lookups."""
     layers: list[AnyLayer] = [*lowered.network.layers[:-1], lowered.planes.layer]
-    block = _blocks(layers)
+    block = _blocks(lowered, layers)
     bits = _bits(lowered, layers, block)
     widened = [width - low.bits for width, low in zip(bits, lowered.layers, strict=True)]
     alive = _alive(lowered, layers)
@@ -88,11 +88,16 @@ def sums_of(lowered: Lowered) -> Sums:
     return Sums(by_layer=tuple(by_layer), conversions=conversions, bits=bits, looked_up=looked_up)
 
 
-def _blocks(layers: Sequence[AnyLayer]) -> Array:
-    """Return the block of each tensor, and of the accumulators of each layer."""
+def _blocks(lowered: Lowered, layers: Sequence[AnyLayer]) -> Array:
+    """Return the block of each tensor, and of the accumulators of each layer.
+
+    Maxima are added to what they are taken of, and constants to accumulators times 0.
+    """
     count = len(layers)
     pairs = [(source, count + 1 + n) for n, layer in enumerate(layers) for source in layer.sources]
-    pairs += [(n + 1, count + 1 + n) for n, layer in enumerate(layers) if isinstance(layer, Maximum)]
+    for n, (layer, low) in enumerate(zip(layers, lowered.layers, strict=True)):
+        if isinstance(layer, Maximum) or (n < count - 1 and not low.lookups):
+            pairs.append((n + 1, count + 1 + n))
     return connected(np.array(pairs).T, 2 * count + 1)
 
 
