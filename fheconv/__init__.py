@@ -11,6 +11,7 @@ from fheconv.basics.errors import (
     ArtifactError,
     CalibrationError,
     CompilationError,
+    CostError,
     ExecutionError,
     FheConvError,
     InputRangeError,
@@ -25,6 +26,7 @@ from fheconv.basics.errors import (
 if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares with this
     from fheconv.analysis import failures, plots
     from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
+    from fheconv.analysis.forecast import Forecast, LayerForecast
     from fheconv.arithmetic import (
         ConvGeometry,
         conv,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     )
     from fheconv.basics.compile_config import CompileConfig, ParameterRange
     from fheconv.basics.config import QuantConfig
-    from fheconv.basics.warning import InputScaleWarning
+    from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -61,6 +63,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
 # The home of each name that is loaded when it is first used.
 _HOMES = {
     "analysis.budget_report": ("BudgetReport", "ChannelBudget", "LayerBudget"),
+    "analysis.forecast": ("Forecast", "LayerForecast"),
     "arithmetic": (
         "ConvGeometry",
         "conv",
@@ -71,7 +74,7 @@ _HOMES = {
     ),
     "basics.compile_config": ("CompileConfig", "ParameterRange"),
     "basics.config": ("QuantConfig",),
-    "basics.warning": ("InputScaleWarning",),
+    "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -113,14 +116,20 @@ __all__ = [
     "Conv",
     "ConvGeometry",
     "Cost",
+    "CostError",
+    "CostWarning",
     "EvaluationKeys",
     "ExecutionError",
     "FheCircuit",
     "FheConvError",
+    "FheConvWarning",
+    "Forecast",
     "InputRangeError",
+    "InputRangeWarning",
     "InputScaleWarning",
     "InvalidArgumentError",
     "LayerBudget",
+    "LayerForecast",
     "Manifest",
     "Mismatch",
     "MissingExtraError",

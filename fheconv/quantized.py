@@ -7,7 +7,9 @@ import numpy as np
 
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
+from fheconv.analysis.forecast import Forecast, forecast
 from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError
 from fheconv.capture.model import capture, single_convolution
@@ -30,7 +32,7 @@ Model: TypeAlias = "Module | ExportedProgram | Conv | ArrayLike"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedNetwork(IntegerNetwork):
-    """Adds to an integer network what users need: the budget report and a torch module.
+    """Adds to an integer network what users need: the budget report, the forecast and a torch module.
 
     `fheconv.quantize` and `fheconv.finetune` return it.
 
@@ -47,11 +49,20 @@ class QuantizedNetwork(IntegerNetwork):
         """
         return report(self, accumulator_bits)
 
+    def forecast(self, config: CompileConfig | None = None) -> Forecast:
+        """Return what one encrypted image costs when compiled with `config`. Nothing is compiled."""
+        return forecast(self, config)
+
     def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
         """Return a torch module that computes the same except for rounding. Its weights can be trained."""
         from fheconv.training.trainable import TrainableNetwork  # imports torch, which takes seconds
 
         return TrainableNetwork(self)
+
+
+# What `quantize` takes for a network with lookups if no options are given: what somebody with experience
+# would begin with. Lookups of 5 bits are the widest that are cheap.
+WITH_LOOKUPS = QuantConfig(overflow="defined", rounding_bits=5)
 
 
 def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None = None) -> QuantizedNetwork:
@@ -66,6 +77,10 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
 
     Later images must be on the same scale. A batch that fills less than a tenth of the range causes an
     `InputScaleWarning`, and a value outside the range an `InputRangeError`.
+
+    Without `config`, a network with lookups has windows where its values are, which are rounded to 5 bits
+    (`QuantConfig(overflow="defined", rounding_bits=5)`), and a network without lookups is exact
+    (`QuantConfig()`).
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. If images are
@@ -82,12 +97,13 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
     for images that do not fit the model.
     """
-    config = QuantConfig() if config is None else config
-    if not isinstance(config, QuantConfig):
+    if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
     images = _calibration_images(calibration, conv)
     network = capture(module if conv is None else conv, images.shape[1:])
+    if config is None:
+        config = QuantConfig() if len(network.layers) == 1 else WITH_LOOKUPS
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()),

@@ -1,6 +1,11 @@
 """Tells what a network costs and how it fails, before anything is compiled.
 
-prices: gives the price of a lookup.
+seconds: tells how long lookups take on this machine.
+parameters: chooses TFHE parameters as Concrete does.
+sums: finds the encrypted sums whose noise must stay small.
+wide: gives the price of lookups that are too wide for one bootstrap.
+forecast: tells what a circuit costs before it is compiled.
+affordability: refuses circuits that cost too much, with a change that helps.
 remedy: says what to change when something does not fit.
 budget: compares the widths of a network with a limit.
 budget_report: shows that comparison as a report.

@@ -5,9 +5,10 @@ import math
 import numpy as np
 
 from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
-from fheconv.analysis.prices import lookup_price
+from fheconv.analysis.forecast import forecast_of
 from fheconv.analysis.remedy import remedy_for
 from fheconv.basics.checks import check_integer
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.lowering.lower import LoweredLayer, lower
 from fheconv.networks.bounds import layer_bounds, without_bias
 from fheconv.networks.floats import Layer, Maximum
@@ -23,11 +24,11 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
     if limit is not None:
         check_integer("accumulator_bits", limit, 1)
         limit = int(limit)
-    lowered = lower(network).layers
-    prices = [layer.lookups * lookup_price(layer.lookup_bits) for layer in lowered]
+    lowered = lower(network)
+    shares = [layer.share for layer in forecast_of(lowered, CompileConfig()).layers]
     layers = tuple(
-        _layer(network, number, low, price / (sum(prices) or 1.0))
-        for number, (low, price) in enumerate(zip(lowered, prices, strict=True))
+        _layer(network, number, low, share)
+        for number, (low, share) in enumerate(zip(lowered.layers, shares, strict=True))
     )
     over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
     remedy = (

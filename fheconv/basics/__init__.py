@@ -5,6 +5,7 @@ arrays: turns what users pass into numpy arrays.
 checks: checks of numbers and words.
 config: what users choose: how to quantize.
 compile_config: what users choose: how to compile.
+security: how much noise an encryption needs.
 report: reports as tables in terminals and notebooks.
 progress: spinners and bars.
 files: writes files whole or not at all, and reads regular files of a bounded size.

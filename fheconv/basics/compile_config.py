@@ -13,6 +13,13 @@ Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
 
 SECURITY_LEVELS = (128, 132)
+# Unless asked for: the probability that anything goes wrong in an image, Concrete's default, and that a
+# result goes wrong in a network without lookups.
+GLOBAL_P_ERROR = 1e-5
+LINEAR_P_ERROR = 2.0**-64
+# The same of a lookup whose accumulators are rounded, which may be off by a step anyway. With it the
+# simulated accuracy of TinyCNN and RESCNN is that of the clear integers. Less makes lookups dearer.
+ROUNDED_P_ERROR = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +59,12 @@ class CompileConfig:
     engine: "conv" (Concrete's convolution), "separable" (two passes, for filters of rank one), "shifts" (the
         sum of shifted images, without zero weights), "matrix" (the dense product x·B), or "auto": the one
         with the lowest predicted cost.
-    p_error: the probability that a lookup goes wrong, or a result in a network without lookups. None: with
-        lookups, `global_p_error` decides; without, 2^−64, and ciphertexts are some 4 % larger than with
-        Concrete's own default.
+    p_error: the probability that a lookup goes wrong, or a result in a network without lookups. None, and no
+        global_p_error: 0.03 if accumulators are rounded before lookups, which may be off by one step anyway;
+        2^−64 without lookups, where ciphertexts are some 4 % larger than with Concrete's own default.
     global_p_error: the probability that anything goes wrong in one image. None, and no p_error: 10^−5,
-        Concrete's default. A greater number makes lookups cheaper. A failed lookup mostly returns a
-        neighbouring entry.
+        Concrete's default, with lookups that are all exact. A greater number makes lookups cheaper. A failed
+        lookup mostly returns a neighbouring entry.
     security_level: bits, 128 or 132.
     compress_input: smaller ciphertexts for the images (bytes instead of kilobytes a pixel). None: only in
         networks with lookups; a network without lookups runs slower with it.
@@ -74,9 +81,13 @@ class CompileConfig:
         beyond what it has after its imports. Checked every 20 ms, on Linux only. If other circuits have
         filled the process to the limit before the call, a new process starts.
 
-    A call that exceeds a limit ends with `CompilationError` or `ExecutionError`; the circuit stays usable.
-    Raises `InvalidArgumentError`, also for limits together with `in_process`: there, nothing could enforce
-    them.
+    most_seconds: the seconds that an encrypted image may take by the forecast. Above, `fheconv.compile`
+        raises `CostError` before Concrete starts. None: no limit.
+    most_key_bytes: in the same way, the bytes of evaluation keys in memory.
+
+    A call that exceeds `time_limit` or `memory_limit` ends with `CompilationError` or `ExecutionError`; the
+    circuit stays usable. Raises `InvalidArgumentError`, also for these two together with `in_process`: there,
+    nothing could enforce them.
 
     Example:
         >>> config = CompileConfig(engine="shifts", p_error=1e-6)
@@ -96,6 +107,8 @@ class CompileConfig:
     in_process: bool = False
     time_limit: float | None = None
     memory_limit: int | None = None
+    most_seconds: float | None = 3600.0
+    most_key_bytes: int | None = 16 * 10**9
 
     def __post_init__(self) -> None:
         for name in ("compress_input", "compress_evaluation_keys", "in_process"):
@@ -136,6 +149,12 @@ class CompileConfig:
                 object.__setattr__(self, name, float(value))
         if self.time_limit is not None and not (_is_number(self.time_limit) and 0 < self.time_limit < np.inf):
             raise InvalidArgumentError(f"time_limit={self.time_limit!r} must be a number of seconds above 0.")
+        if self.most_seconds is not None and not (_is_number(self.most_seconds) and self.most_seconds > 0):
+            raise InvalidArgumentError(
+                f"most_seconds={self.most_seconds!r} must be a number above 0, or None."
+            )
+        if self.most_key_bytes is not None:
+            check_integer("most_key_bytes", self.most_key_bytes, 1)
         if self.memory_limit is not None:
             check_integer("memory_limit", self.memory_limit, 1)
             if sys.platform != "linux":

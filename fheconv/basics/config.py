@@ -50,6 +50,8 @@ class QuantConfig:
     input_signed: image integers lie in [−2^(bits−1), 2^(bits−1) − 1] with zero-point 0. Otherwise they lie in
         [0, 2^bits − 1], and calibration gives the zero-point.
     input_range: the (smallest, greatest) image value. None: calibration decides.
+    slack: 0 to 1. Image values outside the range by at most this share of it are clipped, and counted in an
+        `InputRangeWarning`. Values further outside are refused. 0: nothing is clipped.
 
     A setting of layers is one number for all of them, or a dict from layer names to numbers, such as
     {"conv1": 3}. Layers without a name in the dict get the default.
@@ -82,6 +84,7 @@ class QuantConfig:
     per_channel: bool = True
     input_signed: bool = False
     input_range: tuple[float, float] | None = None
+    slack: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("per_channel", "input_signed"):
@@ -96,6 +99,9 @@ class QuantConfig:
                 )
         if self.margin is not None and not (_is_number(self.margin) and 0 <= self.margin < np.inf):
             raise InvalidArgumentError(f"margin={self.margin!r} must be a number of at least 0, or None.")
+        if not (_is_number(self.slack) and 0 <= self.slack <= 1):
+            raise InvalidArgumentError(f"slack={self.slack!r} must be a number from 0 to 1.")
+        object.__setattr__(self, "slack", float(self.slack))
         for name, (least, greatest) in _LAYER_NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):

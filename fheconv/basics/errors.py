@@ -7,6 +7,7 @@ FheConvError
 ├── AccumulatorOverflowError  a proved range that does not fit the accumulator
 ├── InputRangeError           an image of the wrong shape, type or range
 ├── CompilationError          Concrete cannot compile the circuit
+│   └── CostError             it is known beforehand that the circuit costs too much, or has no parameters
 ├── ExecutionError            key generation, encryption, evaluation or decryption failed
 ├── NotCompiledError          calls in the wrong order
 ├── TuningError               no circuit that was tried meets the requirements
@@ -101,6 +102,22 @@ class InputRangeError(FheConvError, ValueError):
 
 class CompilationError(FheConvError):
     """Concrete cannot compile the circuit."""
+
+
+class CostError(CompilationError):
+    """A circuit would cost more than `CompileConfig` allows, or Concrete has no parameters for it.
+
+    It is raised before Concrete starts. `remedy` is a change that brings the cost down, None if none was
+    found that does.
+
+    Example:
+        >>> CostError("Too slow.", remedy="rounding_bits=5").remedy
+        'rounding_bits=5'
+    """
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class ExecutionError(FheConvError):

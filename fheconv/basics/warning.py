@@ -4,7 +4,29 @@ import sys
 import warnings
 
 
-class InputScaleWarning(UserWarning):
+class FheConvWarning(UserWarning):
+    """The root: filter it to filter every warning of fheconv."""
+
+
+class CostWarning(FheConvWarning):
+    """A circuit takes over a minute an image, or has over 2 GB of keys."""
+
+
+class InputRangeWarning(FheConvWarning):
+    """Images lie a little outside the range of the network, and are clipped to it (`QuantConfig.slack`).
+
+    Example:
+        >>> import fheconv, numpy as np, warnings
+        >>> network = fheconv.quantize([[1, 2]], np.linspace(0, 1, 16).reshape(1, 4, 4))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = network(np.full((1, 4, 4), 1.04))
+        >>> caught[0].category.__name__, bool((result == network(np.ones((1, 4, 4)))).all())
+        ('InputRangeWarning', True)
+    """
+
+
+class InputScaleWarning(FheConvWarning):
     """All images of a batch fill a sliver of the input range. They are probably on another scale.
 
     Example:

@@ -8,6 +8,7 @@ ciphertext: holds encrypted images and results.
 keys: holds evaluation keys, and writes and reads key files.
 owner: holds the keys, encrypts and decrypts.
 verification: compares encrypted results with clear ones.
+together: decides how many images share a ciphertext.
 circuit: the entry: compiles a circuit with both sides at once.
 client: the side with the keys.
 server: the side without secret keys.

@@ -1,6 +1,5 @@
 """Compiles circuits, makes keys, encrypts, runs, decrypts, and compares results with the clear integers."""
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,11 +8,12 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from fheconv.analysis.affordability import check_cost
+from fheconv.analysis.forecast import completed
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
-    AccumulatorOverflowError,
     ArtifactError,
     InputRangeError,
     InvalidArgumentError,
@@ -27,20 +27,13 @@ from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.verification import VerifyReport, compare
+from fheconv.circuits.together import images_together
+from fheconv.circuits.verification import VerifyReport, compare, share_right
 from fheconv.lowering.lower import Lowered, lower
-from fheconv.networks.bounds import norm_bits
 from fheconv.quantized import QuantizedNetwork
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
 
-# A circuit without lookups compiles while width + log2‖w‖₂ stays under about 57 bits, depending on p_error.
-# A little above that, Concrete finds no parameters. Far above it, Concrete aborts its process.
-LINEAR_LIMIT = 58.0
-# Up to this limit Concrete finds parameters for every engine and p_error.
-SAFE_LIMIT = 54.0
-# With more lanes the ciphertexts grow as fast as the images they carry.
-MOST_LANES = 4
 # At least this many images are simulated to find how often approximate rounding makes a difference.
 SIMULATED = 40
 
@@ -77,10 +70,10 @@ class FheCircuit(KeyOwner):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
         super().__init__()
         self.network = network
-        self.config = config
+        self.config = config = completed(network, config)
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine)
-        self._lanes = _lanes(one, config)
+        self._lanes = images_together(one, config)
         self._one: _LoweredHandle = self._compile(one)
         self._many: _LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
@@ -210,11 +203,20 @@ class FheCircuit(KeyOwner):
         """Return float outputs for float images, in torch's shape.
 
         fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
-        simulation. "execute" encrypts, runs and decrypts. Raises like `encrypt`.
+        simulation. "execute" encrypts, runs and decrypts. A `Client` and a `RemoteCircuit`, which do not
+        have the network, only know "execute". Raises like `encrypt`.
         """
         q, batched = self.network.quantize_input(x)
         y = self.network.dequantize(self.accumulate(q, fhe))
         return y if batched else y[0]
+
+    def score(self, x: ArrayLike, y: ArrayLike, fhe: Fhe = "disable") -> float:
+        """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
+
+        `fhe` is as for `predict`. Raises like `predict`, and `InvalidArgumentError` if there is not a class
+        for each image, or not a score for each class.
+        """
+        return share_right(self.predict(x, fhe), y)
 
     def accumulate(self, q: Array, fhe: Fhe = "disable") -> Array:
         """Return the integer outputs (N, K, *Out) for integer images, by the mode `fhe` (see `predict`).
@@ -281,8 +283,10 @@ class FheCircuit(KeyOwner):
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
     """Compile a quantized network to an FHE circuit. No key is made yet.
 
-    Raises `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if
-    Concrete cannot compile the network.
+    Warns (`CostWarning`) of a circuit that takes over a minute an image, or has over 2 GB of keys. Raises
+    `CostError` before Concrete starts for a circuit that costs more than `config` allows, or for which there
+    are no parameters; both say what brings the cost down. Raises `AccumulatorOverflowError` for accumulators
+    wider than Concrete can hold, `CompilationError` if Concrete cannot compile the network.
 
     Example:
         >>> import numpy as np
@@ -297,42 +301,7 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
         raise InvalidArgumentError(
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
-    return FheCircuit(network, CompileConfig() if config is None else config)
-
-
-def _lanes(one: Lowered, config: CompileConfig) -> int:
-    """Return the number of images that share a ciphertext.
-
-    Raises `AccumulatorOverflowError` for widths on which the native compiler aborts.
-    """
-    if not one.takes_lanes:
-        if config.lanes not in ("auto", 1):
-            raise InvalidArgumentError(
-                f"lanes={config.lanes}; images share a ciphertext only in networks without lookups. Use 1."
-            )
-        return 1
-    layer = one.network.last
-    norms = norm_bits(layer, one.network.shapes)
-    channel = int(np.argmax(norms))
-    width = max(one.bits, one.network.input.bits) + float(norms[channel])
-
-    def all_lanes(lanes: int) -> float:
-        return width + (lanes - 1) * one.interface.lanes.bits
-
-    if config.lanes == "auto":
-        lanes = max((n for n in range(1, MOST_LANES + 1) if all_lanes(n) <= SAFE_LIMIT), default=1)
-    else:
-        lanes = config.lanes
-    if all_lanes(lanes) > LINEAR_LIMIT:
-        remedy = "use fewer weight_bits or input_bits" + (", or fewer lanes" if lanes > 1 else "")
-        raise AccumulatorOverflowError(
-            f"Layer {layer.name!r} needs {one.bits} accumulator bits for each of {lanes} images in a "
-            f"ciphertext, and with weights of Euclidean norm 2^{norms[channel]:.1f} in channel {channel} "
-            f"that is {all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
-            layer=layer.name,
-            channel=channel,
-            value=math.ceil(all_lanes(lanes)),
-            limit=int(LINEAR_LIMIT),
-            remedy=remedy,
-        )
-    return lanes
+    config = CompileConfig() if config is None else config
+    if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
+        check_cost(network, config)
+    return FheCircuit(network, config)

@@ -1,14 +1,18 @@
 """Makes keys, encrypts images and decrypts results: the side that owns the keys."""
 
 from pathlib import Path
+from typing import Protocol
 
 from fheconv.basics.arrays import Array, ArrayLike
+from fheconv.basics.errors import InvalidArgumentError
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
 from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.keys import EvaluationKeys
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
+from fheconv.circuits.verification import share_right
 from fheconv.lowering.interface import Interface
 
 
@@ -29,6 +33,8 @@ class Client(KeyOwner):
         >>> client.decrypt(server.run(client.encrypt(image), client.evaluation_keys))
         array([[[ 5.,  7.],
                 [11., 13.]]])
+        >>> (client.predict(image, server=server) == circuit.predict(image)).all()
+        True
     """
 
     def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
@@ -66,6 +72,45 @@ class Client(KeyOwner):
             accumulators = self._one.decrypt(ciphertext)
         y = self._one.interface.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
+
+    def predict(self, x: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
+        """Return float outputs for float images, in torch's shape.
+
+        Images are encrypted here, run at `server` (such as `fheconv.load_server` returns), and decrypted
+        here. Raises like `encrypt` and `Server.run`, and `InvalidArgumentError` without a server, or for
+        another `fhe` than "execute": the network in clear is not here.
+        """
+        if fhe != "execute":
+            raise InvalidArgumentError(
+                f'fhe={fhe!r}; a client knows "execute" only, because the network in clear is not here. Use '
+                "the circuit that was compiled from it."
+            )
+        return self.decrypt(self._run_at(server, self.encrypt(x)))
+
+    def score(
+        self, x: ArrayLike, y: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None
+    ) -> float:
+        """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
+
+        Raises like `predict`, and `InvalidArgumentError` if there is not a class for each image, or not a
+        score for each class.
+        """
+        return share_right(self.predict(x, fhe, server=server), y)
+
+    def _run_at(self, server: "Evaluator | None", ciphertext: Ciphertext) -> Ciphertext:
+        if server is None:
+            raise InvalidArgumentError(
+                "A client does not compute: give server=, such as fheconv.load_server returns, or use a "
+                "fheconv.RemoteCircuit."
+            )
+        return server.run(ciphertext, self.evaluation_keys)
+
+
+class Evaluator(Protocol):
+    """Evaluates a circuit on encrypted images, such as `fheconv.Server`."""
+
+    def run(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys, /) -> Ciphertext:
+        """Return the encrypted results."""
 
 
 def load_client(file: str | Path | bytes) -> Client:

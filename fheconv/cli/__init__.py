@@ -5,6 +5,7 @@ kinds: tells which kind of file a file is.
 outcome: turns errors into messages and exit statuses.
 circuits: the commands for saved circuits.
 inspection: tells what a file is.
+lock: writes what a model needs, and fails when it needs more.
 bench: times the steps of a circuit.
 demo: runs the demo.
 main: the commands.

@@ -1,6 +1,7 @@
 """Prints messages, and reads the arguments and files of the commands."""
 
 import io
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +14,10 @@ from rich.console import Console
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
 from fheconv.basics.files import check_regular, write_file
+from fheconv.networks.floats import Conv
+
+# The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
+MOST_VALUES = 2**27
 
 # Text from files may look like rich's markup. It is printed as it is.
 out = Console(markup=False, emoji=False)
@@ -162,3 +167,17 @@ def save_array(path: Path, array: Array) -> None:
 
 def _unreadable(path: Path, option: str, error: Exception) -> InvalidArgumentError:
     return InvalidArgumentError(f"{option}={path} cannot be read: {str(error) or repr(error)}.")
+
+
+def check_size(source: Conv, shape: list[int]) -> None:
+    """Raise `InvalidArgumentError` for images so large that checking them would exhaust the memory."""
+    sizes = {"the image": math.prod(shape)}
+    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses other shapes
+        sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
+        sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
+    what = max(sizes, key=lambda name: sizes[name])
+    if sizes[what] > MOST_VALUES:
+        raise InvalidArgumentError(
+            f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
+            f"most {MOST_VALUES:,} are checked; check a smaller image."
+        )

@@ -59,11 +59,17 @@ def compile_model(
         str | None, typer.Option(help="1 to 16, or auto: the width to keep to. Default: what is needed.")
     ] = None,
     rounding_bits: Annotated[
-        int | None, typer.Option(help="2 to 8: round what enters a lookup to it. Default: not at all.")
+        int | None,
+        typer.Option(
+            help="2 to 8: round what enters a lookup to it. Default: 5, or not at all with other options."
+        ),
     ] = None,
     input_bits: Annotated[str | None, typer.Option(help="1 to 16, or auto. Default: 4.")] = None,
     p_error: Annotated[
-        float | None, typer.Option(help="Probability that a lookup fails. Default: 1e-5 for all of an image.")
+        float | None,
+        typer.Option(
+            help="Probability that a lookup fails. Default: 0.03 if rounded, else 1e-5 for all of an image."
+        ),
     ] = None,
     class_names: Annotated[
         str | None, typer.Option(help="What the results stand for, with commas between.")
@@ -90,9 +96,8 @@ def compile_model(
         "input_bits": input_bits,
     }
     chosen = {name: integers(text, f"--{name.replace('_', '-')}", ("auto",)) for name, text in bits.items()}
-    config = QuantConfig(
-        rounding_bits=rounding_bits, **{name: value for name, value in chosen.items() if value is not None}
-    )
+    given = {name: value for name, value in {**chosen, "rounding_bits": rounding_bits}.items() if value}
+    config = QuantConfig(**given) if given else None
     compile_config = CompileConfig(p_error=p_error)
     for name in ("client.zip", "server.zip"):
         if (output / name).exists() and not force:

@@ -1,7 +1,6 @@
 """Defines the `fheconv` command."""
 
 import json
-import math
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from fheconv.cli import circuits as cli_circuits
 from fheconv.cli.arguments import (
     Force,
     check_output,
+    check_size,
     integers,
     load_image,
     out,
@@ -25,11 +25,9 @@ from fheconv.cli.arguments import (
     token_of_environment,
 )
 from fheconv.cli.kinds import check_kind
+from fheconv.cli.lock import lock
 from fheconv.cli.outcome import run_to_status
 from fheconv.networks.floats import Conv
-
-# The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
-MOST_VALUES = 2**27
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,20 +83,6 @@ def _load_layer(
     return load_layer(model, layer, groups=groups, transposed=transposed, **options)
 
 
-def _check_size(source: Conv, shape: list[int]) -> None:
-    """Raise `InvalidArgumentError` for images so large that checking them would exhaust the memory."""
-    sizes = {"the image": math.prod(shape)}
-    if len(shape) == len(source.geometry.kernel) + 1:  # `quantize` refuses other shapes
-        sizes["the padded image"] = shape[0] * math.prod(source.geometry.expanded_size(shape[1:]))
-        sizes["the result"] = len(source.weight) * math.prod(source.geometry.output_size(shape[1:]))
-    what = max(sizes, key=lambda name: sizes[name])
-    if sizes[what] > MOST_VALUES:
-        raise InvalidArgumentError(
-            f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
-            f"most {MOST_VALUES:,} are checked; check a smaller image."
-        )
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("fheconv-demo.png"),
@@ -150,7 +134,7 @@ def check(
         transposed=transposed,
         output_padding=output_padding,
     )
-    _check_size(source, shape)
+    check_size(source, shape)
     # Widths do not depend on the images, so no real images are needed for calibration.
     config = QuantConfig(weight_bits=weight_bits, input_bits=input_bits)
     network = replace(quantize(source, np.zeros(shape, np.int64), config), observed=(None,))
@@ -272,6 +256,7 @@ def run(
 app.command()(cli_circuits.decrypt)
 app.command()(cli_circuits.inspect)
 app.command()(cli_circuits.bench)
+app.command()(lock)
 
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
@@ -347,3 +332,7 @@ def serve(
 def main() -> None:
     """Run the command."""
     run_to_status(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 from fheconv.basics.errors import FheConvError
-from fheconv.basics.warning import InputScaleWarning
+from fheconv.basics.warning import FheConvWarning
 from fheconv.cli.arguments import print_error, print_warning
 
 
@@ -58,8 +58,8 @@ def _shown(usual: Callable[..., None]) -> Callable[..., None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, InputScaleWarning):
-            print_warning(f"Warning: {message}")
+        if issubclass(category, FheConvWarning):
+            print_warning(f"{category.__name__}: {message}")
         else:
             usual(message, category, filename, lineno, file, line)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
-from fheconv.basics.warning import InputScaleWarning, warn
+from fheconv.basics.warning import InputRangeWarning, InputScaleWarning, warn
 
 # A batch that stays within this share of the input range is suspicious. Values 0..1 where 0..255 or 0..16
 # were calibrated do so, and values divided by 16. A dark photograph hardly ever does: one bright pixel is
@@ -36,7 +36,8 @@ class Quantization:
     """Maps integers to real numbers: real = scale · (integer − zero_point).
 
     Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real numbers
-    are the integers themselves; a fraction among them is then an error.
+    are the integers themselves; a fraction among them is then an error. Of images, `slack` is the share of
+    the range by which they may lie outside: they are then clipped.
     """
 
     scale: float
@@ -44,6 +45,7 @@ class Quantization:
     minimum: int
     maximum: int
     integral: bool = False
+    slack: float = 0.0
 
     @property
     def bits(self) -> int:
@@ -68,12 +70,13 @@ class Quantization:
     def integers(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`.
 
+        Numbers outside the range are clipped within `slack`, with an `InputRangeWarning` that counts them.
         Warns with `InputScaleWarning` if no value is farther from 0 than `SLIVER` times the farthest end of
         the range, and not all are 0. It does not warn where integers are asked: their range is that of the
         data type, and images may need a small part of it.
 
-        Raises `InputRangeError` naming the first value that is not finite, is more than half a step
-        outside the range, or has a fraction although `integral` is set.
+        Raises `InputRangeError` naming the first value that is not finite, is further outside the range, or
+        has a fraction although `integral` is set.
         """
         finite = np.isfinite(x)
         if not finite.all():
@@ -84,15 +87,21 @@ class Quantization:
         with np.errstate(over="ignore"):  # infinity is outside the range
             steps = x.astype(np.float64) / self.scale + self.zero_point
         # The zero-point is rounded, so an end of the calibrated range can lie half a step outside.
-        slack = 0.0 if self.integral else 0.5 + 1e-6
-        outside = (steps < self.minimum - slack) | (steps > self.maximum + slack)
-        if outside.any():
-            where = first_position(outside)
-            low, high = self.real_range
+        rounding = 0.0 if self.integral else 0.5 + 1e-6
+        beyond = np.maximum(self.minimum - steps, steps - self.maximum)
+        (low, high), most = self.real_range, self.slack * (self.maximum - self.minimum)
+        if (beyond > max(rounding, most)).any():
+            where = first_position(beyond > max(rounding, most))
             raise InputRangeError(
-                f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}]; clip the "
-                "images to it, or quantize again with calibration images (or QuantConfig.input_range) that "
-                "cover it."
+                f"The value {x[where]:g} at {where} is outside the input range [{low:g}, {high:g}] by more "
+                f"than {self.slack:.0%} of it (QuantConfig.slack); clip the images to it, or quantize again "
+                "with calibration images (or QuantConfig.input_range) that cover it."
+            )
+        if outside := int((beyond > rounding).sum()):
+            warn(
+                f"{outside:,} of {x.size:,} values are outside the input range [{low:g}, {high:g}] by up to "
+                f"{beyond.max() * self.scale:.2g}, and are clipped to it.",
+                InputRangeWarning,
             )
         nearest = np.rint(steps)
         if self.integral and (nearest != steps).any():

@@ -35,7 +35,12 @@ def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantiza
         if config.input_range is not None:
             least, greatest = int(np.ceil(low)), int(np.floor(high))
         return Quantization(
-            scale=1.0, zero_point=0, minimum=min(least, 0), maximum=max(greatest, 0), integral=True
+            scale=1.0,
+            zero_point=0,
+            minimum=min(least, 0),
+            maximum=max(greatest, 0),
+            integral=True,
+            slack=config.slack,
         )
     # 0 must have its own integer, because images are padded with it (Jacob et al. 2018).
     low, high = min(low, 0.0), max(high, 0.0)
@@ -49,7 +54,9 @@ def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantiza
             f"No input scale can be chosen from images between {low:g} and {high:g}; calibrate on images "
             "that are not all zero, or set QuantConfig.input_range."
         )
-    return Quantization(scale=scale, zero_point=zero_point, minimum=least, maximum=greatest)
+    return Quantization(
+        scale=scale, zero_point=zero_point, minimum=least, maximum=greatest, slack=config.slack
+    )
 
 
 def activation_quantizations(

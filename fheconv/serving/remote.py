@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.checks import check_integer, check_number, check_token
 from fheconv.basics.errors import (
     ArtifactError,
@@ -21,7 +20,7 @@ from fheconv.basics.errors import (
 )
 from fheconv.basics.progress import track, track_bytes
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
-from fheconv.circuits.client import Client, load_client
+from fheconv.circuits.client import Client, Evaluator, load_client
 from fheconv.circuits.files.archive import MOST_BYTES
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.files.plain import read_json
@@ -133,18 +132,10 @@ class RemoteCircuit(Client):
             results += self._run(replace(ciphertext, images=len(part), values=part))
         return ciphertext.with_results(results)
 
-    def predict(self, x: ArrayLike, fhe: str = "execute") -> Array:
-        """Return float outputs for float images, in torch's shape.
-
-        Images are encrypted here, run at the server, and decrypted here. Raises like `encrypt` and `run`, and
-        `InvalidArgumentError` for another `fhe` than "execute".
-        """
-        if fhe != "execute":
-            raise InvalidArgumentError(
-                f'fhe={fhe!r}; a remote circuit knows "execute" only, because the network in clear is not '
-                "here. Use the circuit that was compiled from it."
-            )
-        return self.decrypt(self.run(self.encrypt(x)))
+    def _run_at(self, server: Evaluator | None, ciphertext: Ciphertext) -> Ciphertext:
+        if server is not None:
+            raise InvalidArgumentError(f"server={server!r:.100}; images run at the URL, so leave it out.")
+        return self.run(ciphertext)
 
     def _circuit(self) -> tuple[Manifest, int]:
         """Return the manifest of the server's circuit, and how many images the server takes at a time."""

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from fheconv.analysis import seconds
 from fheconv.circuits.native import lookup_times
 
 
@@ -39,8 +40,8 @@ def not_allowed(*arguments, **options):
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (lookup_times.platformdirs, "user_cache_dir", no_home),
-        (lookup_times, "version", no_version),
+        (seconds.platformdirs, "user_cache_dir", no_home),
+        (seconds, "version", no_version),
         (pathlib.Path, "mkdir", not_allowed),
         (pathlib.Path, "write_text", not_allowed),
         (pathlib.Path, "read_text", not_allowed),

@@ -17,6 +17,7 @@ def specs_of(network, **options):
     return fheconv.compile(network, fheconv.CompileConfig(**options)).exported().specs
 
 
+@pytest.mark.filterwarnings("ignore::fheconv.CostWarning")  # no keys are made
 @pytest.mark.parametrize("security_level", [128, 132])
 @pytest.mark.parametrize("p_error", [0.3, 1e-2, 1e-5, 1e-9])
 @pytest.mark.parametrize("bits", [4, 6, 8])

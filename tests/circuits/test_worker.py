@@ -54,7 +54,7 @@ def test_an_abort_in_compile_is_a_compilation_error_with_the_librarys_last_words
 @pytest.mark.parametrize("bits", [50, 59, 62])
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts"])
 def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too(monkeypatch, bits, engine):
-    monkeypatch.setattr("fheconv.circuits.circuit.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.circuits.together.LINEAR_LIMIT", 1000)
     network = fheconv.quantize(
         np.ones((1, 1, 1, 1)), np.array([[[0, 1], [1, 0]]]), fheconv.QuantConfig(input_bits=1)
     )
@@ -64,7 +64,7 @@ def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too
 
 def test_a_failure_in_compile_leaves_other_networks_to_compile(monkeypatch):
     network, _, _ = random_network(7)
-    monkeypatch.setattr("fheconv.circuits.circuit.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.circuits.together.LINEAR_LIMIT", 1000)
     with pytest.raises(fheconv.CompilationError):
         fheconv.compile(with_weight(network, 2**52))
     fresh = fheconv.compile(network)

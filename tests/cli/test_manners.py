@@ -186,6 +186,6 @@ def test_images_on_another_scale_are_warned_of_in_one_line(made, tmp_path):
     np.save(tmp_path / "x.npy", np.load(tmp_path / "x.npy") / 255)
     done = shell.command(tmp_path, *shell.ENCRYPT, "--force")
     assert done.returncode == 0
-    assert done.stderr.startswith("Warning: No value of these images")
+    assert done.stderr.startswith("InputScaleWarning: No value of these images")
     assert done.stderr.count("\n") == 1
     assert "x.ct" in done.stdout

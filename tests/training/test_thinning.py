@@ -199,7 +199,7 @@ def test_a_circuit_takes_as_many_lookups():
     budget = lookups(given.source) * 3 // 4
     fewer = thinned(given.source, images, budget)
     network = quantize_network(fewer, images, given.calibrated, given.config)
-    circuit = fheconv.compile(fheconv.QuantizedNetwork.of(network))
+    circuit = fheconv.FheCircuit(fheconv.QuantizedNetwork.of(network), fheconv.CompileConfig())
     assert circuit.cost.lookups == lookups(fewer) <= budget
 
 

@@ -34,7 +34,8 @@ def interface_to_dict(interface: Interface) -> dict[str, Any]:
     """Return everything but the lanes as plain data, ready for JSON. `interface_from_dict` reads it."""
     finish = interface.finish
     return {
-        "input": asdict(interface.input),
+        # Files of versions that clipped nothing have no slack.
+        "input": {name: one for name, one in asdict(interface.input).items() if one or name != "slack"},
         "input_shape": list(interface.input_shape),
         "inputs": _plain(interface.inputs),
         "shape": list(interface.shape),
@@ -117,6 +118,8 @@ def _quantization(data: Any) -> Quantization:
     _require(type(data["scale"]) in (int, float), "the scale is a number")
     quantization = Quantization(**{**data, "scale": float(data["scale"])})  # numpy has no large integers
     _require(0 < quantization.scale < math.inf, "the scale is above 0")
+    slack = data.get("slack", 0)
+    _require(type(slack) in (int, float) and 0 <= slack <= 1, "the slack is from 0 to 1")
     _require(quantization.minimum <= quantization.maximum, "integers have a range")
     return quantization
 

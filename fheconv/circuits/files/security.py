@@ -18,17 +18,10 @@ import json
 import math
 
 from fheconv.basics.errors import ArtifactError
+from fheconv.basics.security import FLOOR, LEAST_DIMENSION, LINES
 from fheconv.circuits.files.plain import read_json
 from fheconv.circuits.files.specs import Specs
 
-# Slope and bias for each security level in bits: those of Concrete 2.11, for 64-bit words and binary secrets.
-LINES = {
-    128: (-0.025696778711484593, 2.675931372549016),
-    132: (-0.024891456582633045, 2.65734593837534),
-}
-FLOOR = -62.0
-# The lines were fitted to longer secrets. Below this Concrete has no parameters.
-LEAST_DIMENSION = 450
 # The logarithm of a variance that Concrete computed from these numbers differs by less.
 TOLERANCE = 1e-7
 # Parameters take some kilobytes.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.compile_config import SECURITY_LEVELS, CompileConfig, ParameterRange
+from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of
 from fheconv.circuits.keys import StoredKeys
@@ -29,9 +29,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
     from concrete import fhe
     from concrete.compiler import RangeRestriction
-
-
-LINEAR_P_ERROR = 2.0**-64
 
 
 class NativeCircuits:

@@ -1,0 +1,241 @@
+"""Tells what a circuit will cost from the integer network alone, before anything is compiled."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from fheconv.analysis.parameters import IMAGE, Parameters, choose, linear_dimension
+from fheconv.analysis.seconds import USUAL, read_times, seconds_of
+from fheconv.analysis.sums import Sums, sums_of
+from fheconv.analysis.wide import WIDE_DIMENSION, wide_lookup
+from fheconv.basics.compile_config import GLOBAL_P_ERROR, LINEAR_P_ERROR, ROUNDED_P_ERROR, CompileConfig
+from fheconv.basics.report import Report
+from fheconv.lowering.lower import Lowered, lower
+from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
+
+# Microseconds of a multiply-add in a circuit without lookups (`fheconv.lowering.engines`).
+MULTIPLY_ADD = 1.2
+# The bytes of a ciphertext of each bit of its key.
+WORD = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForecast:
+    """The forecast of one layer: its `lookups` of `looked_up` bits, and what they cost.
+
+    `bits` is the width that Concrete gives its accumulators, `share` the layer's share of the complexity.
+    """
+
+    name: str
+    lookups: int
+    bits: int
+    looked_up: int
+    complexity: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Forecast(Report):
+    """The cost of one encrypted image, before compiling. Made by `QuantizedNetwork.forecast`.
+
+    `complexity` and `key_bytes` are what `compile` will say. `seconds` are those of this machine if lookups
+    were timed on it, otherwise those of two usual cores. `memory` is about what the server's process needs:
+    keys and encrypted values. `p_error` is the failure probability of a lookup, or of a result without
+    lookups. If `possible` is False, Concrete has no parameters for the network, and all costs are infinite.
+
+    Example:
+        >>> import numpy as np
+        >>> from fheconv import quantize
+        >>> forecast = quantize([[1, -2, 1]], np.arange(16).reshape(1, 4, 4)).forecast()
+        >>> forecast.possible, forecast.lookups, forecast.key_bytes
+        (True, 0, 0)
+    """
+
+    layers: tuple[LayerForecast, ...]
+    lookups: int
+    complexity: float
+    seconds: float
+    key_bytes: float
+    memory: float
+    p_error: float
+    possible: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data, ready for JSON. Infinite costs are None."""
+        return _plain(asdict(self))
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title="Forecast of one encrypted image", title_justify="left", show_header=False)
+        if self.possible:
+            rows = {
+                "lookups": f"{self.lookups:,}",
+                "complexity": f"{self.complexity:,.0f}",
+                "expected time": f"{self.seconds:.2g} s",
+                "evaluation keys": decimal(int(self.key_bytes)),
+                "memory": decimal(int(self.memory)),
+                "failure probability": f"{self.p_error:.1e} for each "
+                + ("lookup" if self.lookups else "result"),
+            }
+        else:
+            rows = {
+                "lookups": f"{self.lookups:,}",
+                "possible": "no: Concrete has no parameters for these widths at "
+                f"a failure probability of {self.p_error:.1e}",
+            }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return Group(table, self._layer_table())
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Layer by layer", title_justify="left")
+        for heading in ("layer", "bits", "looked up", "lookups", "cost"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for layer in self.layers:
+            looked_up = f"{layer.looked_up} bits" if layer.looked_up else "–"
+            table.add_row(
+                Text(layer.name), str(layer.bits), looked_up, f"{layer.lookups:,}", f"{layer.share:.0%}"
+            )
+        return table
+
+
+def forecast(network: IntegerNetwork, config: CompileConfig | None = None) -> Forecast:
+    """Return the forecast of a network compiled with `config`. `config.configuration` is not looked at."""
+    config = CompileConfig() if config is None else config
+    return forecast_of(lower(network, config.engine), config)
+
+
+def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
+    """Return the forecast of a circuit's function, as `forecast` does."""
+    network, config = lowered.network, completed(lowered.network, config)
+    sums = sums_of(lowered)
+    p_error = _p_error(sums.lookups, config)
+    price = (_price if sums.lookups else _linear_price)(sums, p_error, config)
+    if sums.lookups and price.possible:
+        seconds = seconds_of(read_times() or USUAL, sums.lookups, price.complexity)
+    else:
+        seconds = sum(low.multiply_adds for low in lowered.layers) * MULTIPLY_ADD / 10**6
+    values = sum(math.prod(shape) for shape in network.shapes)
+    layers = zip(lowered.layers, sums.bits, sums.looked_up, price.layers, strict=True)
+    return Forecast(
+        layers=tuple(
+            LayerForecast(
+                name=low.name,
+                lookups=low.lookups if looked_up else 0,
+                bits=bits,
+                looked_up=looked_up,
+                complexity=complexity,
+                share=complexity / (sum(price.layers) or 1.0) if price.possible else 0.0,
+            )
+            for low, bits, looked_up, complexity in layers
+        ),
+        lookups=sums.lookups,
+        complexity=price.complexity,
+        seconds=seconds if price.possible else math.inf,
+        key_bytes=price.key_bytes,
+        memory=2 * price.key_bytes + values * (price.dimension + 1) * WORD,
+        p_error=p_error,
+        possible=price.possible,
+    )
+
+
+def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
+    """Return `config` with the failure probability of rounded lookups, if it leaves that open."""
+    chosen = (config.p_error, config.global_p_error, config.configuration)
+    tables = (layer.lookup for layer in network.layers if isinstance(layer, QuantizedLayer))
+    rounds = any(table is not None and table.dropped_bits for table in tables)
+    if rounds and all(one is None for one in chosen):
+        return replace(config, p_error=ROUNDED_P_ERROR)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Price:
+    """Holds what a circuit costs: the complexity of each layer, its keys and their greatest dimension."""
+
+    layers: tuple[float, ...]
+    complexity: float
+    key_bytes: float
+    dimension: int
+
+    @property
+    def possible(self) -> bool:
+        return self.complexity < math.inf
+
+
+def _impossible(sums: Sums) -> _Price:
+    layers = tuple(math.inf if bits else 0.0 for bits in sums.looked_up)
+    return _Price(layers=layers, complexity=math.inf, key_bytes=math.inf, dimension=0)
+
+
+def _linear_price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
+    """Return the price of a circuit without lookups. Its complexity is the dimension of its key."""
+    (result,) = sums.by_layer[-1]
+    dimension = linear_dimension(result.bits, result.noise.get(IMAGE, 0.0), p_error, config.security_level)
+    if dimension is None:
+        return _impossible(sums)
+    layers = (0.0,) * len(sums.bits)
+    return _Price(layers=layers, complexity=float(dimension), key_bytes=0, dimension=dimension)
+
+
+def _price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
+    """Return the price of a circuit with lookups. If they are too wide for one bootstrap each, see `wide`."""
+    every = [one for layer in sums.by_layer for one in layer]
+    chosen = choose(every, sums.conversions, p_error, config.security_level, config.parameters)
+    if chosen is not None:
+        costs = _costs(sums, chosen)
+        return _Price(
+            layers=tuple(costs),
+            complexity=sum(costs),
+            key_bytes=chosen.key_bytes,
+            dimension=max(one.big for one in chosen.partitions),
+        )
+    greatest = max(sum(one.noise.values()) for one in every)
+    found = wide_lookup(max(sums.looked_up), greatest, p_error)
+    if found is None:
+        return _impossible(sums)
+    each, keys = found
+    counts = [sum(one.count for one in layer if one.lookup is not None) for layer in sums.by_layer]
+    return _Price(
+        layers=tuple(count * each for count in counts),
+        complexity=sum(counts) * each,
+        key_bytes=keys,
+        dimension=WIDE_DIMENSION,
+    )
+
+
+def _p_error(lookups: int, config: CompileConfig) -> float:
+    """Return the failure probability of one lookup, or of one result without lookups."""
+    if config.p_error is not None and config.global_p_error is None:
+        return config.p_error
+    if not lookups:
+        return config.global_p_error or LINEAR_P_ERROR
+    whole = config.global_p_error or GLOBAL_P_ERROR
+    each = -math.expm1(math.log1p(-whole) / lookups)
+    return min(each, config.p_error or 1.0)
+
+
+def _costs(sums: Sums, parameters: Parameters) -> list[float]:
+    """Return the complexity of each layer, the conversions of its results included."""
+    costs = [
+        sum(one.count * parameters.price(one.home, one.lookup) for one in layer if one.lookup is not None)
+        for layer in sums.by_layer
+    ]
+    for pair, count in sums.conversions.items():
+        layers = [n for n, layer in enumerate(sums.by_layer) if any(one.lookup == pair[0] for one in layer)]
+        for number in layers:
+            costs[number] += count * parameters.conversion_price(pair) / len(layers)
+    return costs
+
+
+def _plain(value: Any) -> Any:
+    """Return plain data with None for what is infinite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if value == math.inf else value

@@ -1,0 +1,64 @@
+"""Tells how long lookups take, from those that were timed on this machine, or on a usual one.
+
+The optimiser's complexity counts operations. But the time of a lookup is limited by the memory from which its
+bootstrapping key is streamed, and depends on the machine. So some lookups of different complexities are
+timed, and times between them are interpolated. `fheconv.circuits.native.lookup_times` times them, and keeps
+the measurement in the user's cache folder.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import platformdirs
+
+# The complexity and the seconds of one lookup, by complexity.
+Times: TypeAlias = list[tuple[float, float]]
+
+# Widths of the lookups that are timed.
+BITS = (2, 4, 5, 6)
+# Measured on two cores of an x86-64 machine, many lookups at once.
+USUAL: Times = [(27.3e6, 0.0055), (46.2e6, 0.0057), (66.1e6, 0.0065), (112e6, 0.0095)]
+# The cache folder may not exist (there is no home: RuntimeError), and files may be damaged or impossible to
+# open. With no file descriptor left, a version is not found either (ImportError). An estimate needs no file.
+_NO_CACHE = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+
+
+def seconds_of(times: Sequence[tuple[float, float]], lookups: int, complexity: float) -> float:
+    """Return the estimated seconds of `lookups` lookups, whose `complexity` together is known."""
+    known, seconds = np.log(np.array(times)).T
+    each = math.log(complexity / lookups)
+    slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+    beyond = max(each - known[-1], 0.0) * max(slope, 1.0)
+    return lookups * math.exp(float(np.interp(each, known, seconds)) + beyond)
+
+
+def read_times() -> Times:
+    """Return what an earlier process measured, or an empty list if it is missing or damaged."""
+    try:
+        pairs = [
+            (float(complexity), float(seconds)) for complexity, seconds in json.loads(_file().read_text())
+        ]
+    except _NO_CACHE:
+        return []
+    sound = len(pairs) == len(BITS) and all(0 < number < math.inf for pair in pairs for number in pair)
+    return pairs if sound and pairs == sorted(pairs) else []
+
+
+def keep_times(times: Times) -> None:
+    """Keep a measurement for later processes, if that is possible."""
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        _file().write_text(json.dumps(times))
+    except _NO_CACHE:
+        pass  # the next process will measure again
+
+
+def _file() -> Path:
+    name = f"lookups-{version('concrete-python')}-{os.cpu_count()}.json"
+    return Path(platformdirs.user_cache_dir("fheconv")) / name

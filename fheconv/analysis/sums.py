@@ -1,0 +1,192 @@
+"""Finds the encrypted sums of a circuit whose noise must stay small: what enters lookups, and the results.
+
+What is added or multiplied together forms a block: some tensors, the weights of the layers that read them,
+and the accumulators of these layers. Concrete gives a block one width, so that a narrow accumulator in the
+block of a wide one becomes wider. And it gives a block one key, that of lookups of one width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fheconv.analysis.parameters import IMAGE, Noise, Pair, Sum
+from fheconv.basics.arrays import Array
+from fheconv.lowering.lower import Lowered
+from fheconv.networks.floats import Maximum
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
+from fheconv.networks.linear import Kernel, Term
+from fheconv.networks.quantization import twos_complement_bits
+from fheconv.quantizer.components import connected
+
+# Concrete does not widen a lookup of at most so many bits.
+SHIFTED = 8
+# Networks of more multiply-adds are not evaluated on an image.
+MOST_EVALUATED = 10**8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Holds the sums of a circuit for each layer, and the conversions of lookups' results to other keys.
+
+    `bits` is the width that Concrete gives the sums of each layer, `looked_up` that of its lookups (0: none).
+    Layers of maxima have several sums. Other layers have one, or none if they only have constants.
+    """
+
+    by_layer: tuple[tuple[Sum, ...], ...]
+    conversions: Mapping[Pair, int]
+    bits: tuple[int, ...]
+    looked_up: tuple[int, ...]
+
+    @property
+    def lookups(self) -> int:
+        """The number of lookups."""
+        return sum(one.count for sums in self.by_layer for one in sums if one.lookup is not None)
+
+
+def sums_of(lowered: Lowered) -> Sums:
+    """Return the sums of a circuit, with the partitions that Concrete makes of its lookups."""
+    layers: list[AnyLayer] = [*lowered.network.layers[:-1], lowered.planes.layer]
+    block = _blocks(lowered, layers)
+    bits = _bits(lowered, layers, block)
+    widened = [width - low.bits for width, low in zip(bits, lowered.layers, strict=True)]
+    alive = _alive(lowered, layers)
+    looked_up = tuple(
+        (low.lookup_bits + (more if low.lookup_bits > SHIFTED else 0)) * (low.lookups > 0 and lives)
+        for low, more, lives in zip(lowered.layers, widened, alive, strict=True)
+    )
+    partitions = {one: place for place, one in enumerate(sorted({*looked_up} - {0}))}
+    keys = [partitions.get(one) for one in looked_up]
+    homes = _homes(block, keys)
+    noises: list[Noise] = [{IMAGE: 1.0}]
+    conversions: dict[Pair, int] = {}
+    by_layer = []
+    for number, (layer, low, key) in enumerate(zip(layers, lowered.layers, keys, strict=True)):
+        home, after = homes[len(layers) + 1 + number], homes[number + 1]
+        # A narrow value in a wide block is multiplied before its lookup, instead of a wider lookup.
+        shift = 4.0 ** widened[number] if key is not None and low.lookup_bits <= SHIFTED else 1.0
+        result: Noise = {} if key is None else {key: 1.0}
+        if key is not None and key != after:
+            result[key, after] = 1.0
+            conversions[key, after] = conversions.get((key, after), 0) + low.lookups
+        if isinstance(layer, Maximum):
+            source, others = noises[layer.source], len(layer.index) - 1
+            entering = [_sum([(source, 2 * shift), (result, before * shift)]) for before in range(others)]
+            noises.append(_sum([(source, 1.0), (result, float(others))]))
+        else:
+            growths = [_growth(term, low.engine, lowered.network) for term in layer.terms]
+            entering = [
+                _sum([(noises[t.source], shift * g) for t, g in zip(layer.terms, growths, strict=True)])
+            ]
+            noises.append(result)
+        last = number == len(layers) - 1
+        width = bits[number] if last else looked_up[number]
+        count = math.prod(layer.shape) if last else low.lookups // max(len(entering), 1)
+        sums = (Sum(bits=width, noise=noise, home=home, lookup=key, count=count) for noise in entering)
+        by_layer.append(tuple(sums) if last or key is not None else ())
+    return Sums(by_layer=tuple(by_layer), conversions=conversions, bits=bits, looked_up=looked_up)
+
+
+def _blocks(lowered: Lowered, layers: Sequence[AnyLayer]) -> Array:
+    """Return the block of each tensor, and of the accumulators of each layer.
+
+    Maxima are added to what they are taken of, and constants to accumulators times 0.
+    """
+    count = len(layers)
+    pairs = [(source, count + 1 + n) for n, layer in enumerate(layers) for source in layer.sources]
+    for n, (layer, low) in enumerate(zip(layers, lowered.layers, strict=True)):
+        if isinstance(layer, Maximum) or (n < count - 1 and not low.lookups):
+            pairs.append((n + 1, count + 1 + n))
+    return connected(np.array(pairs).T, 2 * count + 1)
+
+
+def _alive(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[bool]:
+    """Return for each layer whether results depend on it. Concrete leaves out what only constants read."""
+    alive = [False] * len(layers) + [True]
+    for number in reversed(range(len(layers))):
+        constant = number < len(layers) - 1 and not lowered.layers[number].lookups
+        if alive[number + 1] and not constant:
+            for source in layers[number].sources:
+                alive[source] = True
+    return alive[1:]
+
+
+def _bits(lowered: Lowered, layers: Sequence[AnyLayer], block: Array) -> tuple[int, ...]:
+    """Return the width of each layer's accumulators: that of the widest value in their block."""
+    count, image = len(layers), lowered.interface.lanes.width(lowered.network.input.integer_bits)
+    partial = _partial_bits(lowered, layers)
+    wide = np.zeros(block.max() + 1, int)
+    wide[block[0]] = image
+    for number, (layer, low) in enumerate(zip(layers, lowered.layers, strict=True)):
+        own = [low.plane_bits, partial[number], image if number == count - 1 else 0]
+        if isinstance(layer, QuantizedLayer):
+            kernels = [step for term in layer.terms for step in term.steps if isinstance(step, Kernel)]
+            own += [
+                twos_complement_bits(int(kernel.weight.min()), int(kernel.weight.max())) for kernel in kernels
+            ]
+            start = lowered.planes.bounds.channel_minimum if layer.lookup is None else layer.lookup.minimum
+            own.append(twos_complement_bits(int(-start.max()), int(-start.min())))
+            if (table := layer.lookup) is not None:
+                entries = table.tables - table.centers[:, None]
+                signed = twos_complement_bits(int(entries.min()), int(np.abs(entries).max()))
+                after = block[number + 1]
+                wide[after] = max(wide[after], signed, table.output.integer_bits)
+        at = block[count + 1 + number]
+        wide[at] = max(wide[at], *own)
+    return tuple(wide[block[count + 1 :]].tolist())
+
+
+def _partial_bits(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[int]:
+    """Return the widths of sums that are not in offset form yet, in each layer.
+
+    Only the last of several summands can include the offset, and a matrix product cannot. Concrete gives such
+    sums the width that they have on the image that it sees at compilation.
+    """
+    if sum(low.multiply_adds for low in lowered.layers) > MOST_EVALUATED:
+        return [0] * len(layers)
+    network = lowered.network
+    tensors, found = [blank_image(network.input, network.input_shape)], []
+    for layer, low in zip(layers, lowered.layers, strict=True):
+        bits = [0]
+        if isinstance(layer, QuantizedLayer) and (len(layer.terms) > 1 or "matrix" in low.engine):
+            total: Array | int = 0
+            for term, quantization in zip(layer.terms, layer.inputs, strict=True):
+                total = total + term.apply(tensors[term.source], quantization.zero_point)
+                bits.append(twos_complement_bits(int(total.min()), int(total.max())))
+        found.append(max(bits))
+        tensors.append(layer.output(tensors))
+    return found
+
+
+def _homes(block: Array, keys: Sequence[int | None]) -> list[int]:
+    """Return the partition whose key each block has, for each place of `block`.
+
+    It is that of the lookups whose results are in the block. If there are none, it is that of the lookups
+    that the block enters. If these have several partitions, it is the first.
+    """
+    count = len(keys)
+    homes = {}
+    for one in np.unique(block).tolist():
+        made = {key for n, key in enumerate(keys) if key is not None and block[n + 1] == one}
+        entered = {key for n, key in enumerate(keys) if key is not None and block[count + 1 + n] == one}
+        homes[one] = min(made) if made else entered.pop() if len(entered) == 1 else 0
+    return [homes[one] for one in block.tolist()]
+
+
+def _growth(term: Term, engine: str, network: IntegerNetwork) -> float:
+    """Return the factor by which a term multiplies variance: its greatest sum of squared weights."""
+    if "matrix" in engine:
+        matrix = term.matrix(network.shapes[term.source]).astype(np.float64)
+        return float(matrix.power(2).sum(axis=0).max())
+    kernels = [step.weight.astype(np.float64) for step in term.steps if isinstance(step, Kernel)]
+    return math.prod(float((w**2).reshape(len(w), -1).sum(axis=1).max()) for w in kernels)
+
+
+def _sum(parts: Sequence[tuple[Noise, float]]) -> Noise:
+    """Return the noise of a sum, whose parts have their noise multiplied by a factor."""
+    total: dict[int | Pair, float] = {}
+    for noise, factor in parts:
+        for source, times in noise.items():
+            total[source] = total.get(source, 0.0) + factor * times
+    return {source: times for source, times in total.items() if times}

@@ -1,0 +1,126 @@
+"""The lock file: what a model needs, and what a retrained one may not need more of."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fheconv.cli.main import main
+
+CARD = [
+    {"name": "c", "kind": "Conv2d"},
+    {"kind": "ReLU"},
+    {"kind": "Flatten"},
+    {"name": "fc", "kind": "Linear"},
+]
+LOCK = ("lock", "m.safetensors", "--calibration", "x.npy", "--evaluation", "x.npy", "--labels", "y.npy")
+NARROW = ("--weight-bits", "3", "--activation-bits", "2", "--input-bits", "3")
+
+
+def save_model(seed=1, filters=2):
+    rng = np.random.default_rng(seed)
+    save_file(
+        {
+            "c.weight": torch.tensor(rng.normal(size=(filters, 1, 2, 2))),
+            "c.bias": torch.tensor(rng.normal(size=filters)),
+            "fc.weight": torch.tensor(rng.normal(size=(3, 4 * filters))),
+            "fc.bias": torch.tensor(rng.normal(size=3)),
+        },
+        "m.safetensors",
+    )
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command in a folder with a model and data: its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    save_model()
+    (tmp_path / "m.json").write_text(json.dumps({"architecture": CARD}))
+    np.save("y.npy", np.zeros(30, int))
+    np.save("x.npy", np.random.default_rng(0).random((30, 1, 3, 3)))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out + printed.err
+
+    return run
+
+
+def locked():
+    return tomllib.loads(Path("fheconv.lock").read_text())
+
+
+def test_the_same_model_passes(command):
+    assert command(*LOCK)[0] == 0
+    found = locked()
+    assert found["circuit"]["lookups"] == 8
+    assert found["layers"][0]["looked_up"] == 5
+    assert 0 <= found["circuit"]["accuracy"] <= 1
+    status, printed = command("lock", "--check")
+    assert status == 0
+    assert "as in" in printed
+
+
+def test_more_lookups_fail(command):
+    command(*LOCK, *NARROW)
+    save_model(filters=3)
+    status, printed = command("lock", "--check")
+    assert status == 1
+    (line,) = (line for line in printed.splitlines() if " lookups " in line and "layer" not in line)
+    assert "FAILS" in line
+    assert " 8 " in line
+    assert " 12 " in line
+
+
+def test_a_wider_layer_fails_and_a_narrower_one_does_not(command):
+    command(*LOCK, *NARROW)
+    text, found = Path("fheconv.lock").read_text(), locked()
+    bits = found["layers"][0]["bits"]
+    for stored, status in ((bits - 1, 1), (bits + 1, 0)):
+        Path("fheconv.lock").write_text(text.replace(f"\nbits = {bits}\n", f"\nbits = {stored}\n", 1))
+        ended, printed = command("lock", "--check")
+        assert ended == status
+        assert "bits of layer c" in printed
+
+
+def test_lost_accuracy_fails(command):
+    rng = np.random.default_rng(3)
+    command(*LOCK)
+    accuracy = locked()["circuit"]["accuracy"]
+    tensors = load_file("m.safetensors")
+    for _ in range(100):
+        tensors["fc.bias"] = torch.tensor(rng.normal(size=3) * 5)
+        save_file(tensors, "m.safetensors")
+        status, printed = command("lock", "--check")
+        if "accuracy" in printed and float(printed.split("accuracy")[1].split("│")[2]) < accuracy - 0.01:
+            break
+    else:
+        pytest.fail("no model became worse")
+    assert status == 1
+    assert "sha256 of model" in printed
+
+
+def test_other_test_images_fail(command):
+    command(*LOCK)
+    np.save("y.npy", np.ones(30, int))
+    assert command("lock", "--check")[0] == 1
+
+
+def test_arguments_that_do_not_go_together(command):
+    assert command("lock", "m.safetensors")[0] == 2
+    assert command(*LOCK[:-2])[0] == 2
+    assert command(*LOCK, "--check")[0] == 2
+    status, printed = command("lock", "--check")
+    assert status == 2
+    assert "cannot be read as a lock file" in printed
+    Path("fheconv.lock").write_text("format = 2\n")
+    assert command("lock", "--check")[0] == 2
