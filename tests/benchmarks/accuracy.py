@@ -56,13 +56,8 @@ ROWS = {
         rounding_bits=5, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED
     ),
     "8-rounded-to-5": Row(accumulator_bits=8, rounding_bits=5, p_error=ROUNDED),
-    **{str(bits): Row(accumulator_bits=bits) for bits in (7, 6, 5, 4)},
-    "fine-tuned-8-rounded-to-5": Row(accumulator_bits=8, rounding_bits=5, finetuned=True, p_error=ROUNDED),
-    **{f"fine-tuned-{bits}": Row(accumulator_bits=bits, finetuned=True) for bits in (6, 5)},
-    f"{LOOKUPS}-lookups-8-rounded-to-5": Row(
-        accumulator_bits=8, rounding_bits=5, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED
-    ),
-    f"{LOOKUPS}-lookups-6": Row(accumulator_bits=6, finetuned=True, lookup_budget=LOOKUPS, p_error=ROUNDED),
+    "6": Row(accumulator_bits=6),
+    "fine-tuned-6": Row(accumulator_bits=6, finetuned=True),
 }
 
 
