@@ -26,21 +26,28 @@ Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
 class Setting:
     """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned.
 
+    Without `accumulator_bits`, the windows of lookups lie where calibration leads.
+
     Example:
         >>> print(Setting(accumulator_bits=8, rounding_bits=5, fine_tuned=True))
         8 bits, rounded to 5, fine-tuned
+        >>> print(Setting(rounding_bits=5))
+        windows of 5 bits
     """
 
-    accumulator_bits: int
+    accumulator_bits: int | None = None
     rounding_bits: int | None = None
     lookup_budget: int | None = None
     fine_tuned: bool = False
 
     def __str__(self) -> str:
-        kept = "" if self.rounding_bits is None else f", rounded to {self.rounding_bits}"
+        widths = f"windows of {self.rounding_bits} bits"
+        if self.accumulator_bits is not None:
+            kept = "" if self.rounding_bits is None else f", rounded to {self.rounding_bits}"
+            widths = f"{self.accumulator_bits} bits{kept}"
         fewer = "" if self.lookup_budget is None else f", {self.lookup_budget} lookups at most"
         trained = ", fine-tuned" if self.fine_tuned else ""
-        return f"{self.accumulator_bits} bits{kept}{fewer}{trained}"
+        return f"{widths}{fewer}{trained}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,16 +23,16 @@ from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
 from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
 
-# Widths of accumulators, each with the width after rounding (None: not rounded), the most generous first.
-# Exact lookups of 7 bits cost four times as much as those of 6 bits, and 9 bits rounded to 6 are as good.
-WIDTHS: tuple[tuple[int, int | None], ...] = (
-    (9, 6), (8, 5), (7, 4), (6, None), (5, None), (4, None), (3, None)
-)  # fmt: skip
+# Widths of accumulators, each with the width after rounding, the most generous first. Windows that lie where
+# calibration leads (None) are as cheap as proved ones of 8 bits, and lose less.
+WIDTHS: tuple[tuple[int | None, int | None], ...] = ((None, 6), (None, 5), (None, 4), (None, 3))
 # Failure probabilities of a lookup. Greater ones make keys larger and nothing faster.
 P_ERRORS = (1e-3, 1e-2, 3e-2, 5e-2, 0.1)
 # Bits of the weights before lookups, which the width of accumulators limits anyway, and of the last layer's
 # weights, whose width costs little (see `fheconv.lowering.planes`).
 WEIGHT_BITS, LAST_WEIGHT_BITS = 4, 6
+# Bits of the image, where windows are not proved. More bits cost nothing there.
+INPUT_BITS = 6
 # The number of times that the evaluation images go through the failure model.
 DRAWS = 8
 # A setting that loses this much more accuracy than allowed is not followed to narrower widths.
@@ -51,7 +51,7 @@ def tune(
     augment: Augment | None = None,
     epochs: int = 200,
     lookup_budgets: Sequence[int] = (),
-    widths: Sequence[tuple[int, int | None]] = WIDTHS,
+    widths: Sequence[tuple[int | None, int | None]] = WIDTHS,
     p_errors: Sequence[float] = P_ERRORS,
     max_drop: float = 0.05,
     measure: bool = False,
@@ -71,7 +71,8 @@ def tune(
         setting takes about as long as a training. Without it, networks are only quantized.
     lookup_budgets: numbers of lookups to try too, by fine-tuning a network with fewer channels.
     widths: pairs to try: the width of accumulators, and the width after rounding (None: not rounded). The
-        most generous come first.
+        most generous come first. A width of None stands for windows that lie where calibration leads
+        (`overflow="defined"`), others are proved.
     p_errors: failure probabilities of a lookup to try, the least first.
     max_drop: a circuit that loses more accuracy than this is not a point of the result.
     measure: time encrypted runs of at most four points of the front, with the optimiser's parameters and with
@@ -82,9 +83,10 @@ def tune(
         the bits of weights, layer by layer. That takes longer, and gains little with narrow accumulators.
     previous: an earlier result for the same model and data, whose networks are used again.
 
-    Once a width loses too much accuracy, narrower widths are left out. The bits of images and activations are
-    chosen by held-out calibration loss, layer by layer ("auto" in `QuantConfig`). Weights have 4 bits, and 6
-    bits in the last layer. All lookups of a circuit have one width, so Concrete's strategies for parameters
+    Once a width loses too much accuracy, narrower widths are left out. Where widths are proved, the bits of
+    images and activations are chosen by held-out calibration loss, layer by layer ("auto" in `QuantConfig`).
+    That takes minutes; windows that are not proved take seconds. Weights have 4 bits, and 6 bits in the last
+    layer. All lookups of a circuit have one width, so Concrete's strategies for parameters
     of several widths give the same result. Accuracy comes from the integer network and the failure model of
     lookups (`fheconv.failures`), cost from compiling without keys. After an interruption, the points found so
     far are returned.
@@ -156,7 +158,7 @@ def _settings(
     objective: str,
     training: tuple[ArrayLike, ArrayLike] | None,
     lookup_budgets: Sequence[int],
-    widths: Sequence[tuple[int, int | None]],
+    widths: Sequence[tuple[int | None, int | None]],
 ) -> list[Setting]:
     """Return the settings to try, in order.
 
@@ -170,6 +172,8 @@ def _settings(
         raise InvalidArgumentError("lookup_budgets need training data: without, too much accuracy is lost.")
     for budget in lookup_budgets:
         check_integer("lookup_budgets", budget, 1)
+    if (None, None) in widths:
+        raise InvalidArgumentError("widths has (None, None); windows need a width after rounding.")
     return [
         Setting(
             accumulator_bits=bits,
@@ -203,9 +207,10 @@ class _Search:
 
     def points(self, settings: Sequence[Setting], least: float) -> Iterator[TunePoint]:
         """Yield the points of the settings. Skip settings narrower than one below the `least` accuracy."""
-        hopeless: set[tuple[int | None, bool]] = set()
+        hopeless: set[tuple[int | None, bool, bool]] = set()
         for setting in track(settings, "Tuning…"):
-            family = setting.lookup_budget, setting.rounding_bits is None
+            kind = setting.rounding_bits is None, setting.accumulator_bits is None
+            family = (setting.lookup_budget, *kind)
             if family in hopeless:
                 continue
             try:
@@ -238,18 +243,31 @@ class _Search:
             seed=self.seed,
         )
 
-    def _quantized(self, bits: int, kept: int | None) -> QuantizedNetwork:
+    def _quantized(self, bits: int | None, kept: int | None) -> QuantizedNetwork:
         config = replace(
             self.config,
             method="auto",
-            accumulator_bits=dict.fromkeys(self.layers, bits),
             rounding_bits=None if kept is None else dict.fromkeys(self.layers, kept),
             weight_bits="auto"
             if self.config.asks("weight_bits")
             else dict.fromkeys(self.layers, WEIGHT_BITS) | {self.last: LAST_WEIGHT_BITS},
-            activation_bits="auto",
-            input_bits="auto",
         )
+        if bits is None:
+            config = replace(
+                config,
+                overflow="defined",
+                accumulator_bits=None,
+                activation_bits=None,
+                input_bits=INPUT_BITS,
+            )
+        else:
+            config = replace(
+                config,
+                overflow="proved",
+                accumulator_bits=dict.fromkeys(self.layers, bits),
+                activation_bits="auto",
+                input_bits="auto",
+            )
         return quantize(self.model, self.calibration, config)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:

@@ -62,6 +62,26 @@ def test_widths_are_proved_and_kept(result):
                 assert layer.lookup_bits <= (point.setting.rounding_bits or point.setting.accumulator_bits)
 
 
+def test_without_widths_windows_lie_where_calibration_leads():
+    """No width of bits is searched: what the search sets is what was asked."""
+    some = tuned(widths=tuner.WIDTHS[1:2], p_errors=P_ERRORS[:1])
+    (point,) = some.points
+    assert str(point.setting) == "windows of 5 bits"
+    config = point.network.config
+    assert (config.overflow, config.accumulator_bits, config.input_bits) == (
+        "defined",
+        None,
+        tuner.INPUT_BITS,
+    )
+    assert [layer.lookup_bits for layer in point.network.budget().layers if layer.lookups] == [5]
+    assert str(point.setting) in str(some)
+
+
+def test_windows_without_a_width_are_refused():
+    with pytest.raises(fheconv.InvalidArgumentError, match="need a width after rounding"):
+        tuned(widths=[(None, None)])
+
+
 def test_a_point_compiles_as_it_is(result):
     for point in result.front:
         cost = point.compile().cost
