@@ -26,6 +26,7 @@ def run_to_status(app: Callable[[], Any]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack characters, such as ×
     with warnings.catch_warnings():
+        warnings.simplefilter("default", FheConvWarning)  # whatever PYTHONWARNINGS says
         warnings.showwarning = _shown(warnings.showwarning)
         try:
             try:

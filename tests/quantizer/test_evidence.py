@@ -97,6 +97,7 @@ def test_the_covariance_is_that_of_a_mixture():
 def test_the_report_says_which_layers_saw_few_images():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    nn.init.constant_(module[0].bias, 0.5)  # so that its activations are not zero for all images
     rich = np.random.default_rng(0).uniform(0, 1, (60, *SHAPE))
     assert "Calibration was poor" not in str(fheconv.quantize(module, rich).budget())
     report = fheconv.quantize(module, rich[:2]).budget()

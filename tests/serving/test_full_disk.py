@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import time
 
@@ -34,6 +35,8 @@ def send(store, some):
 def files_of_at_most(size):
     """Let the kernel refuse to write more than this into a file, as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores this signal, and another library may have asked for it, which would end the process.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
