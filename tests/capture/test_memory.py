@@ -27,6 +27,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("model", "shape", "entries"),
     [
