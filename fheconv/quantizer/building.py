@@ -29,8 +29,7 @@ class Building:
     """Builds an integer network: layers are added in order, each on the results of those before it.
 
     `quantizations` says how each tensor becomes integers (None: the last). `tensors` holds the integer
-    tensors of the layers added so far, for the images (N, C, *S). `most_cut` is the greatest share of a
-    channel's accumulators that a window leaves outside to keep its width.
+    tensors of the layers added so far, for the images (N, C, *S).
     """
 
     def __init__(
@@ -40,12 +39,10 @@ class Building:
         quantizations: Sequence[Quantization | None],
         calibrated: CalibratedInput,
         images: Array,
-        *,
-        most_cut: float = MOST_CUT,
     ) -> None:
         if quantizations[0] is None:
             raise TypeError("The first tensor is the image, which must have a quantization.")
-        self.source, self.config, self.calibrated, self.most_cut = source, config, calibrated, most_cut
+        self.source, self.config, self.calibrated = source, config, calibrated
         self.quantizations = quantizations
         self.image = quantizations[0]
         self.tensors = [self.image.integers(images)]
@@ -235,7 +232,7 @@ class Building:
             top = np.minimum(greatest, narrow + budget.steps)
             by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)
             cut = (by_channel < narrow[:, None]) | (by_channel > top[:, None])
-            if cut.mean(axis=1).max(initial=0) <= self.most_cut:
+            if cut.mean(axis=1).max() <= MOST_CUT:
                 least, greatest = narrow, top
         return least, greatest - least
 

@@ -109,10 +109,7 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
     def _building(self, images: Array) -> Building:
         network = self.network
         quantizations = [*network.quantizations, None]
-        # Windows keep their widths. What lies outside is mirrored, and training learns to avoid that.
-        return Building(
-            network.source, network.config, quantizations, network.calibrated, images, most_cut=1.0
-        )
+        return Building(network.source, network.config, quantizations, network.calibrated, images)
 
 
 class _Layer(nn.Module):
@@ -130,7 +127,6 @@ class _Layer(nn.Module):
     of_value: Tensor
     scale: Tensor
     bias: Tensor
-    budget: Tensor
     period: Tensor
     start: Tensor
     step_of_rounding: Tensor
@@ -162,15 +158,8 @@ class _Layer(nn.Module):
         self._buffer("alive", alive[index].astype(np.float32))
         own = (self._by_row().detach().abs().long() * self.prices).sum(dim=1)
         limit = building.budget(source)
-        budget: Tensor = torch.full_like(own, limit.steps) if limit is not None and limit.proved else own
-        if layer.lookup is None or layer.lookup.proved:
-            # If no width has to be proved, no filter may have a larger span than the widest filter has.
-            budget = budget.amax().expand(budget.shape)
-        else:  # what a filter reaches fills its window with the gain, and must go on to fit
-            gain = np.ones(len(rows.rows), np.int64)
-            gain[rows.of_value] = layer.gain
-            budget = budget * torch.tensor(gain)
-        self.register_buffer("budget", budget[:, None], persistent=False)
+        # If no width has to be proved, no filter may have a larger span than the widest filter has.
+        self.budget = limit.steps if limit is not None and limit.proved else int(own.max())
         self._buffer("of_value", rows.of_value)
         self._buffer("scale", np.broadcast_to(layer.scale, layer.shape).astype(np.float32))
         self.growth = nn.Parameter(torch.zeros(len(rows.rows)))
@@ -196,8 +185,8 @@ class _Layer(nn.Module):
         without gain, counted from `zero`. A period of infinity says that the window is proved.
         """
         gain, period, start = layer.gain, np.inf, np.zeros(layer.gain.shape)
-        if (table := layer.lookup) is not None:
-            period = np.inf if table.proved else 2.0**table.bits
+        if (table := layer.lookup) is not None and not table.proved:
+            period = 2.0**table.bits
             start = along_channels(table.minimum, len(layer.shape)) - zero - 0.5 * (1 << table.dropped_bits)
         self._buffer("period", np.broadcast_to(period / gain, gain.shape).astype(np.float32))
         self._buffer("start", (start / gain).astype(np.float32))
@@ -219,10 +208,8 @@ class _Layer(nn.Module):
                 x = step(x, integers + (latent - latent.detach())) if place == at else step(x)
             sums = sums + x
         if self.training and self.dropped and isinstance(sums, Tensor):
-            # The values are those of the columns, and the gradient is that of the sums.
-            column = (sums.detach() - self.start) / self.step_of_rounding
-            column = (column + ROUNDING_NOISE * torch.randn_like(column)).floor() + 0.5
-            sums = sums + (self.start + column * self.step_of_rounding - sums).detach()
+            noise = torch.rand_like(sums) - 0.5 + ROUNDING_NOISE * torch.randn_like(sums)
+            sums = sums + noise * self.step_of_rounding
         turns = torch.zeros(())
         if bool(self.period.isfinite().all()) and isinstance(sums, Tensor):
             turns = ((sums.detach() - self.start) / self.period).floor()

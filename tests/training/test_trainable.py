@@ -176,7 +176,7 @@ def test_integers_within_the_budget_stay(seed):
         (latent,) = layer.weights
         latent.clamp_(least, greatest)
         latent.mul_((layer.alive > 0).reshape(latent.shape))
-        while (over := latent.abs().flatten(1).sum(1) * price > layer.budget[:, 0]).any():
+        while (over := latent.abs().flatten(1).sum(1) * price > layer.budget).any():
             latent[over] -= latent[over].sign()
         before = latent.clone()
         np.testing.assert_array_equal(layer.integers()[0], before)
@@ -219,9 +219,8 @@ def test_rows_of_several_terms_are_rounded_by_the_same_rule(seed, block):
             ]
             for parts in (layer.weights, layer.integers())
         )
-        rows = zip(latent, integers, layer.prices, layer.alive, layer.budget, strict=True)
-        for row, values, prices, alive, budget in rows:
-            expected = greedy((row * alive.numpy()).tolist(), prices.tolist(), -7, 7, int(budget))
+        for row, values, prices, alive in zip(latent, integers, layer.prices, layer.alive, strict=True):
+            expected = greedy((row * alive.numpy()).tolist(), prices.tolist(), -7, 7, layer.budget)
             np.testing.assert_array_equal(values, expected)
 
 
@@ -241,7 +240,7 @@ def test_drawing_in_is_the_projection_on_the_ball(seed):
     module.draw_in()
     x, prices = latent.detach().numpy().reshape(alive.shape), layer.prices.numpy()
     assert not x[alive == 0].any()
-    radius, used = BALL * layer.budget[:, 0].numpy(), (prices * np.abs(x)).sum(axis=1)
+    radius, used = BALL * layer.budget, (prices * np.abs(x)).sum(axis=1)
     assert (used <= radius * (1 + 1e-9)).all()
     corner = radius * (np.abs(v - x) / prices).max(axis=1)
     assert (corner - ((v - x) * x).sum(axis=1) <= 1e-9 * (1 + radius * np.abs(v).max())).all()
