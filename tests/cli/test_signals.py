@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import shell
 
+# Whoever starts pytest in the background has it ignore interruptions, and so do its children.
+HEEDING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 # Let an import last until the signal comes, and swallow it as packages do that are optional to others.
 IMPORTING = """
 import sys, time
@@ -34,7 +36,7 @@ main()
 @pytest.mark.parametrize("name", ["numpy", "typer", "rich"])
 def test_a_signal_in_the_middle_of_the_imports(tmp_path, name, number, status):
     child = subprocess.Popen(
-        [sys.executable, "-c", IMPORTING.format(name=name)],
+        [sys.executable, "-c", HEEDING + IMPORTING.format(name=name)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -67,7 +69,7 @@ main()
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_of_the_work_cleans_up(tmp_path, number, status):
     child = subprocess.Popen(
-        [sys.executable, "-c", WORKING],
+        [sys.executable, "-c", HEEDING + WORKING],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
