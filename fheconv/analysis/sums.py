@@ -58,7 +58,7 @@ def sums_of(lowered: Lowered) -> Sums:
     )
     partitions = {one: place for place, one in enumerate(sorted({*looked_up} - {0}))}
     keys = [partitions.get(one) for one in looked_up]
-    homes = _homes(block, keys)
+    homes = _homes(_key_blocks(lowered, layers, bits), keys)
     noises: list[Noise] = [{IMAGE: 1.0}]
     conversions: dict[Pair, int] = {}
     by_layer = []
@@ -89,24 +89,55 @@ def sums_of(lowered: Lowered) -> Sums:
 
 
 def _blocks(lowered: Lowered, layers: Sequence[AnyLayer]) -> Array:
-    """Return the block of each tensor, and of the accumulators of each layer.
+    """Return the block of each tensor, and of the accumulators of each layer, in which widths are shared.
 
     Maxima are added to what they are taken of, and constants to accumulators times 0.
     """
     count = len(layers)
     pairs = [(source, count + 1 + n) for n, layer in enumerate(layers) for source in layer.sources]
-    for n, (layer, low) in enumerate(zip(layers, lowered.layers, strict=True)):
-        if isinstance(layer, Maximum) or (n < count - 1 and not low.lookups):
+    for n, layer in enumerate(layers):
+        if isinstance(layer, Maximum) or _constant(lowered, n):
             pairs.append((n + 1, count + 1 + n))
     return connected(np.array(pairs).T, 2 * count + 1)
+
+
+def _key_blocks(lowered: Lowered, layers: Sequence[AnyLayer], bits: Sequence[int]) -> Array:
+    """Return the blocks of `_blocks` in which keys are shared, which Concrete makes after widths are known.
+
+    It has folded products with 0, so constants are no longer in the block of what they are made of. And all
+    paddings of one width are the same encrypted zero, which connects the blocks that read it. It also stands
+    for the constants of a table in which others are looked up.
+    """
+    count, zeros = len(layers), dict[int, int]()
+    pairs = []
+    for n, layer in enumerate(layers):
+        at = count + 1 + n
+        if isinstance(layer, Maximum) or _constant(lowered, n):
+            pairs.append((n + 1, at))
+        if not _constant(lowered, n):
+            pairs += [(source, at) for source in layer.sources]
+        if lowered.padded[n] or any(_partly_constant(lowered, source - 1) for source in layer.sources):
+            pairs.append((zeros.setdefault(bits[n], at), at))
+    return connected(np.array(pairs).T, 2 * count + 1)
+
+
+def _constant(lowered: Lowered, number: int) -> bool:
+    """Return whether a layer delivers constants only: it is not the last, and has no lookups."""
+    return number < len(lowered.layers) - 1 and not lowered.layers[number].lookups
+
+
+def _partly_constant(lowered: Lowered, number: int) -> bool:
+    """Return whether some values of a layer are looked up, and others are constants. The image is not."""
+    layer = lowered.network.layers[number] if number >= 0 else None
+    table = layer.lookup if isinstance(layer, QuantizedLayer) else None
+    return table is not None and bool(table.constant.any()) and not _constant(lowered, number)
 
 
 def _alive(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[bool]:
     """Return for each layer whether results depend on it. Concrete leaves out what only constants read."""
     alive = [False] * len(layers) + [True]
     for number in reversed(range(len(layers))):
-        constant = number < len(layers) - 1 and not lowered.layers[number].lookups
-        if alive[number + 1] and not constant:
+        if alive[number + 1] and not _constant(lowered, number):
             for source in layers[number].sources:
                 alive[source] = True
     return alive[1:]
@@ -175,12 +206,15 @@ def _homes(block: Array, keys: Sequence[int | None]) -> list[int]:
 
 
 def _growth(term: Term, engine: str, network: IntegerNetwork) -> float:
-    """Return the factor by which a term multiplies variance: its greatest sum of squared weights."""
+    """Return the factor by which a term multiplies variance: its greatest sum of squared weights.
+
+    Concrete's analysis of noise starts the sums of a convolution with the variance of an input, not with 0.
+    """
     if "matrix" in engine:
         matrix = term.matrix(network.shapes[term.source]).astype(np.float64)
         return float(matrix.power(2).sum(axis=0).max())
     kernels = [step.weight.astype(np.float64) for step in term.steps if isinstance(step, Kernel)]
-    return math.prod(float((w**2).reshape(len(w), -1).sum(axis=1).max()) for w in kernels)
+    return math.prod(1 + float((w**2).reshape(len(w), -1).sum(axis=1).max()) for w in kernels)
 
 
 def _sum(parts: Sequence[tuple[Noise, float]]) -> Noise:

@@ -53,12 +53,13 @@ class Lowered:
     `interface.prepare` makes the integers, and `interface.accumulators` turns the results into accumulators.
     The results are the `planes` of the last accumulators, in offset form: never negative, and at most `bits`
     wide by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends on are
-    left out, and so are constant results.
+    left out, and so are constant results. `padded` tells which layers read a padding.
     """
 
     function: Callable[[Any], Any]
     network: IntegerNetwork
     layers: tuple[LoweredLayer, ...]
+    padded: tuple[bool, ...]
     planes: Planes
     interface: Interface
 
@@ -110,7 +111,7 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
     # narrower image than it is given.
     least = twos_complement_bits(min(ends[0], 0), ends[1])
-    function, last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
+    function, last, pads = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
     image_bits = riding.width(network.input.integer_bits)
@@ -125,6 +126,7 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
         function=circuit,
         network=network,
         layers=(*(step[1] for step in steps), last),
+        padded=(*(step[2] for step in steps), pads),
         planes=planes,
         interface=Interface(
             input=network.input,
@@ -151,8 +153,8 @@ def _layer(
     bits: int,
     every: int = 1,
     least: int = 0,
-) -> tuple[Function, LoweredLayer]:
-    """Return the function of a layer, and its description.
+) -> tuple[Function, LoweredLayer, bool]:
+    """Return the function of a layer, its description, and whether it reads a padding.
 
     The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
     and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
@@ -192,7 +194,7 @@ def _layer(
         total = hint(total + offset if offset.any() else total, max(bits, least))
         return total if table is None else look_up(table, which, total)
 
-    return function, LoweredLayer(
+    description = LoweredLayer(
         name=layer.name,
         engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
         reason=plans[0].reason,
@@ -203,6 +205,7 @@ def _layer(
         planes=1,
         plane_bits=bits,
     )
+    return function, description, any(plan.pads for plan in plans)
 
 
 def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
@@ -213,8 +216,8 @@ def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
 
 def _maximum(
     layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork
-) -> tuple[Function, LoweredLayer]:
-    """Return the function that takes maxima, and its description. Each maximum of two is one lookup."""
+) -> tuple[Function, LoweredLayer, bool]:
+    """Return what `_layer` does for a layer of maxima. Each maximum of two is one lookup."""
     places = np.full(masks[layer.source].size, OUTSIDE)
     places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
     candidates = places[layer.index[:, wanted]]
@@ -232,7 +235,7 @@ def _maximum(
             y = hint(y, bits)
         return y
 
-    return function, LoweredLayer(
+    description = LoweredLayer(
         name=layer.name,
         engine="maximum",
         reason="a lookup for each comparison of two",
@@ -243,3 +246,4 @@ def _maximum(
         planes=1,
         plane_bits=table.bits,
     )
+    return function, description, bool((candidates == OUTSIDE).any())

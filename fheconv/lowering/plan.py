@@ -85,6 +85,16 @@ class Plan:
             ),
         )
 
+    @property
+    def pads(self) -> bool:
+        """True if the program reads a padding: an encrypted constant that stands beside the source's values."""
+        places = (
+            axis
+            for one in self.stages
+            for axis in ((one.index,) if isinstance(one, Select) else one[1].inputs.axes)
+        )
+        return self.engine != "matrix" and any((place == OUTSIDE).any() for place in places)
+
     def program(self) -> "TermProgram":
         """Return the program that computes the term."""
         shape = self.read.shape

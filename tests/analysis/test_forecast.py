@@ -27,13 +27,12 @@ def near(forecast, compiled):
     return forecast == pytest.approx(compiled, rel=WITHIN, abs=1)
 
 
-# Where the forecast is not yet right: in 21, 33, 54 and 95 complexity or keys are a third off, in the others
-# the failure probability is up to a fifth too small. In 119 Concrete computes lookups of constants itself.
-NOT_YET_RIGHT = (3, 15, 18, 21, 30, 33, 45, 54, 75, 78, 95)
+# In network 119 Concrete computes lookups of constants itself.
+NETWORKS = 119
 
 
 @pytest.mark.sampled(12)
-@pytest.mark.parametrize("seed", sorted(set(range(118)) - set(NOT_YET_RIGHT)))
+@pytest.mark.parametrize("seed", range(NETWORKS))
 def test_it_says_what_compiling_says(seed):
     try:
         network = quantized(seed, **OPTIONS[seed % len(OPTIONS)])
@@ -48,7 +47,9 @@ def test_it_says_what_compiling_says(seed):
     assert near(forecast.key_bytes, cost.key_bytes)
     assert forecast.lookups == cost.lookups
     if cost.lookups:
-        assert forecast.p_error >= cost.p_error
+        assert near(forecast.p_error, cost.p_error)
+        if config.p_error is not None:
+            assert forecast.p_error >= cost.p_error
         assert sum(layer.complexity for layer in forecast.layers) == pytest.approx(forecast.complexity)
         assert sum(layer.share for layer in forecast.layers) == pytest.approx(1)
 
