@@ -46,8 +46,9 @@ class Forecast(Report):
     `complexity` and `key_bytes` are what `compile` will say. `seconds` are those of this machine if lookups
     were timed on it, otherwise those of two usual cores. `memory` is about what the server's process needs:
     keys and encrypted values. `p_error` is the failure probability of a lookup, or of a result without
-    lookups. Where only that of a whole image is given (`global_p_error`), it is that of each lookup if all
-    failed equally often; those that fail most do so up to a quarter more often. If `possible` is False, Concrete has no parameters for the network, and all costs are infinite.
+    lookups. If only that of a whole image is given (`global_p_error`), it is that of each lookup if all fail
+    equally often; those that fail most do so up to a quarter more often. If `possible` is False, Concrete has
+    no parameters for the network, and all costs are infinite.
 
     Example:
         >>> import numpy as np

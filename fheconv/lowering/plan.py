@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def pads(self) -> bool:
-        """True if the program reads a padding: an encrypted constant that stands beside the source's values."""
+        """True if the program reads padding, which is an encrypted constant beside the source's values."""
         places = (
             axis
             for one in self.stages
