@@ -6,7 +6,9 @@ weights are all 1. Operations that only move values (padding, slicing, reshaping
 are selections.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -50,6 +52,8 @@ class Kernel:
 
     def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
         """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""
+        if not self.geometry.kernel and self.geometry.groups == 1:  # a linear layer
+            return scipy.sparse.csr_array(self.weight.T)
         return csr_filter_matrix(self.weight, self.geometry, shape[1:], self.output_shape(shape)[1:])
 
     def meeting(self, inputs: Array) -> Array:
@@ -148,10 +152,11 @@ class Term:
 
     def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
         """Return B, where `x.reshape(N, -1) @ B` applies the steps to a batch, padded with 0."""
-        product = scipy.sparse.eye_array(math.prod(shape), dtype=np.int64, format="csr")
-        for step, before in zip(self.steps, self.shapes(shape)[:-1], strict=True):
-            product = product @ step.matrix(before)
-        return product
+        if not self.steps:
+            return scipy.sparse.eye_array(math.prod(shape), dtype=np.int64, format="csr")
+        steps = zip(self.steps, self.shapes(shape)[:-1], strict=True)
+        product = functools.reduce(operator.matmul, (step.matrix(before) for step, before in steps))
+        return product.astype(np.promote_types(product.dtype, np.int64), copy=False)
 
     def read(self, wanted: Array, shape: Shape) -> Array:
         """Return a mask of `shape`: the values of the source that the outputs in `wanted` depend on."""
