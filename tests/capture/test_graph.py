@@ -339,7 +339,7 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 
 
 @pytest.mark.parametrize("move", [move for _, move in CASES], ids=[name for name, _ in CASES])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():
@@ -514,7 +514,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=[f"{n}-{a}" for n, a in enumerate(ACTIVATIONS)])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_activations_and_chains_of_them_are_one_layer(activation):
     check(nn.Sequential(conv(1, 2), activation), (1, 4, 3), lookups=0, layers=1)
     parts = {"a": conv(1, 2), "n": nn.BatchNorm2d(2), "f": activation, "b": conv(2, 2)}

@@ -81,6 +81,7 @@ def added_in_place(m, x):
          {"w": constants(1, 4)}, (4, 4)),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_linear_functions(function, parts, shape):
     network = check(Fn(function, **parts), shape)
     assert cost(network) == 0

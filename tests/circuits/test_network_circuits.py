@@ -28,6 +28,7 @@ def encrypted(circuit, q):
 
 @pytest.mark.filterwarnings("ignore::fheconv.CostWarning")  # they are only simulated
 @pytest.mark.parametrize("seed", [0, 1, *range(3, 10), 11, 12, 13])
+@pytest.mark.sampled(4)
 def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):
     network = quantized(seed, size=(1, 5, 5), accumulator_bits=8, activation_bits=3, input_bits=3)
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-9))

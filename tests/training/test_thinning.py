@@ -178,6 +178,7 @@ def test_it_stops_at_the_budget_or_says_what_is_needed(block):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("options", [{"accumulator_bits": 9}, {"weight_bits": 2}, {"method": "mse"}], ids=str)
+@pytest.mark.sampled(7)
 def test_what_was_taken_out_stays_out_when_quantized(block, options):
     _, images = random_net(7, block, size=SIZE)
     given = quantized(7, block, size=SIZE, **options)
