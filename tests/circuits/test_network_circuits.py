@@ -73,6 +73,7 @@ def test_encrypted_results_are_the_clear_integers_on_images_unlike_calibration(s
     assert circuit.verify(real_images(network, q[1:2])).ok
 
 
+@pytest.mark.slow
 def test_maxima_come_out_right_encrypted():
     network = dark_network(8, (1, 4, 4), accumulator_bits=5)
     assert [layer.name for layer in network.budget().layers if layer.kind.startswith("maximum")]
@@ -120,6 +121,7 @@ def defined_network(seed, size):
 
 
 @pytest.mark.parametrize(("seed", "size"), [(4, (1, 4, 4)), (3, (1, 4, 4))])
+@pytest.mark.sampled(2)
 def test_what_leaves_a_window_turns_encrypted_as_it_does_in_clear(seed, size):
     """A lookup outside its window gives what the torus gives: an entry with the opposite sign."""
     network = defined_network(seed, size)

@@ -153,6 +153,7 @@ def test_keys_that_an_interrupted_keygen_had_made_are_not_used(circuit, monkeypa
     np.testing.assert_array_equal(circuit.decrypt(circuit.run(encrypted)), circuit.network(x))
 
 
+@pytest.mark.slow
 def test_threads_that_find_the_worker_dead_all_get_the_keys_back(circuit):
     x = unlike_calibration(circuit.network, 6, 8)
     expected = circuit.network(x)

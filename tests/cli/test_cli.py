@@ -184,6 +184,7 @@ def test_check_knows_every_option_of_a_layer(tmp_path):
     assert len(channels("--input-shape", "3,3,3", "--padding", "valid")) == 2
 
 
+@pytest.mark.slow
 def test_run_filters_a_transposed_layer(tmp_path):
     weight = np.random.default_rng(1).normal(size=(1, 2, 2, 2)).astype(np.float32)
     save_file({"c.weight": weight}, tmp_path / "m.safetensors")

@@ -111,7 +111,7 @@ def test_every_engine_computes_the_network(seed, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 def test_every_engine_computes_every_block(block, engine):
     check_engine(quantized(5, block, accumulator_bits=9, activation_bits=3), engine, 5)
 

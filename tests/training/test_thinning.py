@@ -159,6 +159,7 @@ def test_a_channel_that_never_changes_costs_nothing():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.sampled(3)
 def test_it_stops_at_the_budget_or_says_what_is_needed(block):
     _, images = random_net(7, block, size=SIZE)
     network = quantized(7, block, size=SIZE).source
