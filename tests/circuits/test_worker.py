@@ -124,7 +124,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("step", ["run", "keygen"])
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_ctrl_c_in_a_script_leaves_it_its_circuit_its_keys_and_its_exit_status(step):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, step], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
