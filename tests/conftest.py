@@ -31,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Leave out the tests that are marked slow, unless `--run-slow` asks for them.
 
-    Of the cases of a test that is marked `sampled(n)`, each n-th is quick, and the others are slow.
+    Of the cases of a test that is marked `sampled(n)`, each n-th is quick, and the others are slow. Where a
+    test has several parameters, n shares no factor with the number of values of any: each value is quick.
     """
     cases: Counter[str] = Counter()
     for item in items:

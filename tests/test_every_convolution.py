@@ -124,7 +124,7 @@ def test_floats_come_close_to_torchs_with_many_bits(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", COMPILED)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(11)
 def test_concrete_assigns_at_least_the_proved_width(kind, seed):
     network, _, _ = random_network(seed, kind)
     cost = fheconv.compile(network).cost
@@ -136,7 +136,7 @@ def test_concrete_assigns_at_least_the_proved_width(kind, seed):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ["auto", "conv", "matrix"])
 @pytest.mark.parametrize("seed", ENCRYPTED)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_encrypted_results_are_the_clear_integers(kind, engine, seed):
     network, _, _ = random_network(seed, kind)
     try:

@@ -232,6 +232,7 @@ def test_results_are_onnxs(name, product):
 
 
 @pytest.mark.parametrize("name", PASS)
+@pytest.mark.sampled(3)
 def test_encrypted_results_are_onnxs_on_integers(name):
     case = CASES[name]
     values = inputs_of(case)

@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 import digits
 import fheconv
 from fheconv.analysis.failures import accuracies
+from tables import markdown, spread
 from train_tinycnn_digits import RECIPE, shipped
 
 LOOKED_UP = ("conv1", "conv2", "conv3")  # the widths of the last layer are free
@@ -139,23 +139,9 @@ def measure(network: fheconv.QuantizedNetwork, p_error: float) -> Figures:
     )
 
 
-def spread(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """Write the mean, and the range if there is one."""
-    mean, low, high = text(sum(values) / len(values)), text(min(values)), text(max(values))
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
 def table(found: dict[str, list[Figures]], right: Sequence[float]) -> Table:
-    # Markdown, as the README holds it.
-    result = Table(
-        title=f"TinyCNN on digits, {len(right)} splits; in float {spread(right, TEXT['clear'])} are right",
-        title_justify="left",
-        box=MARKDOWN,
-    )
-    result.add_column("bits of looked-up layers")
-    result.add_column("p_error", justify="right")
-    for key in TEXT:
-        result.add_column(key, justify="right")
+    title = f"TinyCNN on digits, {len(right)} splits; in float {spread(right, TEXT['clear'])} are right"
+    result = markdown(title, "bits of looked-up layers", "p_error", *TEXT)
     for name, figures in found.items():
         cells = (spread([getattr(one, key) for one in figures], text) for key, text in TEXT.items())
         result.add_row(name, f"{ROWS[name].p_error:g}", *cells)

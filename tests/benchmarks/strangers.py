@@ -28,9 +28,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from PIL import Image
-from rich.box import MARKDOWN
 from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -42,6 +40,7 @@ import digits
 import fheconv
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import comparison
+from tables import markdown, spread
 from train_tinycnn_digits import shipped
 
 SEEDS = (0, 1, 2)
@@ -379,12 +378,6 @@ def measure(trial: Trial, part: Part, config: fheconv.QuantConfig) -> Figures:
     )
 
 
-def spread(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """Write the mean, and the range if there is one."""
-    mean, low, high = text(sum(values) / len(values)), text(min(values)), text(max(values))
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
 def written(figures: Sequence[Figures], name: str) -> str:
     values = [one.values[name] for one in figures if name in one.values]
     return spread(values, TEXT[name]) if values else ""
@@ -413,10 +406,9 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no model {sorted(unknown)[0]!r}; the models are {', '.join(MODELS)}")
 
-    table = Table(title=f"on the images to {'choose on' if options.part == 'validation' else 'measure on'}",
-                  title_justify="left", box=MARKDOWN)  # fmt: skip
-    for column in ("model", "bits", "weights", "image", *TEXT, "lookups", "bits of maxima", "s to quantize"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    title = f"on the images to {'choose on' if options.part == 'validation' else 'measure on'}"
+    columns = ("bits", "weights", "image", *TEXT, "lookups", "bits of maxima", "s to quantize")
+    table = markdown(title, "model", *columns)
     for name in options.models or MODELS:
         try:
             trials = [MODELS[name](seed) for seed in options.seeds]

@@ -32,6 +32,7 @@ def conv(i, o, k=3, **options):
         ([nn.Conv3d(1, 1, 2), nn.Conv3d(1, 1, 2)], (1, 5, 5, 5), (1, 1, 3, 3, 3)),
     ],
 )
+@pytest.mark.sampled(3)
 def test_convolutions_with_nothing_in_between_are_one(layers, shape, filter_):
     network = check(nn.Sequential(*layers), shape)
     (layer,) = network.layers

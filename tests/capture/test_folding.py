@@ -97,6 +97,7 @@ SLOPES = nn.Parameter(torch.tensor([0.1, 0.5]))
         (offset, {"a": conv(1, 2), "p": SLOPES}, (3, 4, 4)),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_folded_and_unfolded(function, parts, shape):
     check(Fn(function, **parts), shape)
 

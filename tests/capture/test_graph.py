@@ -141,6 +141,7 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS, ids=lambda v: str(v)[:60])
+@pytest.mark.sampled(2)
 def test_every_kind_of_convolution(module, shape):
     check(module, shape, lookups=0, layers=1)
     network = check(nn.Sequential(nn.ReLU(), module, nn.Tanh()), shape, lookups=math.prod(shape), layers=2)
@@ -339,7 +340,7 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 
 
 @pytest.mark.parametrize("move", [move for _, move in CASES], ids=[name for name, _ in CASES])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(13)
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():
@@ -457,17 +458,20 @@ def test_minima():
     check(Fn(lambda m, x: -F.max_pool2d(-m.c(x), 3), c=conv(1, 2)), (1, 4, 4))
 
 
-def test_maximum_and_minimum_of_two_tensors():
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.max, torch.min])
+@pytest.mark.sampled(3)
+def test_maximum_and_minimum_of_two_tensors(function):
     a, b = conv(1, 2), conv(1, 2)
-    for function in (torch.maximum, torch.minimum, torch.max, torch.min):
-        check(Fn(lambda m, x, f=function: f(m.a(x), m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
-        check(Fn(lambda m, x, f=function: f(m.a(x), torch.tensor(0.5)), a=a), (1, 4, 4), lookups=0)
-        check(Fn(lambda m, x, f=function: f(torch.ones(2, 1, 1), m.a(x)), a=a), (1, 4, 4), lookups=0)
-        check(
-            Fn(lambda m, x, f=function: f(m.a(x), torch.arange(16.0).view(4, 4)), a=a), (1, 4, 4), lookups=32
-        )
-        check(Fn(lambda m, x, f=function: f(m.a(x), -m.a(x)), a=a), (1, 4, 4))
-        check(Fn(lambda m, x, f=function: f(m.a(x)[:, :1], m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
+    check(Fn(lambda m, x: function(m.a(x), m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
+    check(Fn(lambda m, x: function(m.a(x), torch.tensor(0.5)), a=a), (1, 4, 4), lookups=0)
+    check(Fn(lambda m, x: function(torch.ones(2, 1, 1), m.a(x)), a=a), (1, 4, 4), lookups=0)
+    check(Fn(lambda m, x: function(m.a(x), torch.arange(16.0).view(4, 4)), a=a), (1, 4, 4), lookups=32)
+    check(Fn(lambda m, x: function(m.a(x), -m.a(x)), a=a), (1, 4, 4))
+    check(Fn(lambda m, x: function(m.a(x)[:, :1], m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)
+
+
+def test_a_maximum_with_a_pooling_of_the_same_tensor():
+    a = conv(1, 2)
     check(Fn(lambda m, x: torch.maximum(m.a(x), F.max_pool2d(m.a(x), 3, 1, 1)), a=a), (1, 4, 4))
 
 
@@ -514,7 +518,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=[f"{n}-{a}" for n, a in enumerate(ACTIVATIONS)])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_activations_and_chains_of_them_are_one_layer(activation):
     check(nn.Sequential(conv(1, 2), activation), (1, 4, 3), lookups=0, layers=1)
     parts = {"a": conv(1, 2), "n": nn.BatchNorm2d(2), "f": activation, "b": conv(2, 2)}
@@ -595,6 +599,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.sampled(3)
 def test_what_the_client_computes_costs_no_lookup(end):
     maximum = 0 if end is not ENDS["softmax of a maximum"] else 48
     check(Fn(lambda m, x: end(m.c(x)), c=conv(1, 3)), (1, 4, 4), lookups=maximum)

@@ -81,6 +81,7 @@ def added_in_place(m, x):
          {"w": constants(1, 4)}, (4, 4)),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(4)
 def test_linear_functions(function, parts, shape):
     network = check(Fn(function, **parts), shape)
     assert cost(network) == 0
@@ -101,6 +102,7 @@ def test_linear_functions(function, parts, shape):
         (nn.Fold((4, 4), 2, stride=2), (8, 4)),
     ],
 )
+@pytest.mark.sampled(2)
 def test_layers_with_windows_that_differ(layer, shape):
     check(layer, shape)
     check(nn.Sequential(nn.ReLU(), layer, nn.Sigmoid()), shape)

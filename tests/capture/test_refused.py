@@ -137,6 +137,7 @@ def refused(function, operators, words=""):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.sampled(3)
 def test_refused_by_the_operator(name):
     refused(*REFUSED[name])
 

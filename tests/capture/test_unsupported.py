@@ -151,7 +151,7 @@ def test_attention_and_recurrence():
         (lambda m, x: m.missing(x), "missing"),
     ],
 )
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(9)
 def test_what_has_no_circuit(function, words):
     message = refused(Fn(function, a=conv(2, 2), b=conv(2, 2)))
     assert re.search(words, message), message

@@ -50,6 +50,7 @@ def test_data_and_inference_in_forward(function):
 
 
 @pytest.mark.parametrize("kind", [F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout])
+@pytest.mark.sampled(3)
 def test_dropout_as_a_function(kind):
     model = Fn(lambda m, x: kind(F.relu(m.a(x)), 0.5, m.training), a=nn.Conv2d(1, 2, 3))
     check(model, (1, 5, 5))

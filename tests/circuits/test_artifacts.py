@@ -129,6 +129,7 @@ def test_keys_in_a_file_or_in_bytes_serve_alike(
         np.testing.assert_array_equal(client.decrypt(beside.run(client.encrypt(x), one)), network(x))
 
 
+@pytest.mark.slow
 def test_a_server_keeps_a_few_key_sets_and_takes_others_up_again(network, folder, session):
     server = fheconv.load_server(folder / "server.zip").beside(session, keys_in_memory=1)
     x = images(network, 1)

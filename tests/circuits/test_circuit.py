@@ -30,6 +30,7 @@ def circuit(network):
 
 @pytest.mark.parametrize("engine", ["conv", "matrix"])
 @pytest.mark.parametrize("seed", range(100, 124))
+@pytest.mark.sampled(5)
 def test_encrypted_results_are_the_clear_integers(engine, seed):
     network, images, _ = random_network(seed)
     circuit = fheconv.compile(network, fheconv.CompileConfig(engine=engine))

@@ -39,7 +39,7 @@ def outside(network, q):
     return max(shares)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(35)
 @pytest.mark.parametrize("seed", range(300))
 def test_exact_lookups_compute_the_clear_integers_when_simulated(seed):
     network, q = narrow_network(seed)
@@ -52,6 +52,7 @@ def test_exact_lookups_compute_the_clear_integers_when_simulated(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.sampled(3)
 def test_exact_lookups_compute_the_clear_integers_encrypted(seed):
     network, q = narrow_network(seed, weight_bits=2, activation_bits=2, input_bits=2)
     images = real_images(network, q)
@@ -78,6 +79,7 @@ def one_lookup(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("fhe", ["simulate", "execute"])
+@pytest.mark.sampled(5)
 def test_rounded_lookups_are_at_most_one_step_off_also_outside_the_window(seed, fhe):
     network, q = one_lookup(seed)
     layer, last = network.layers

@@ -40,6 +40,7 @@ def limited(limits):
     )
 
 
+@pytest.mark.slow
 def test_a_compilation_over_its_time_is_ended():
     start = time.monotonic()
     with pytest.raises(
@@ -66,7 +67,7 @@ def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
 
 @pytest.mark.parametrize("images", [1, 400])
 @pytest.mark.parametrize("step", ["keygen", "encrypt"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_a_worker_that_never_answers_is_ended(step, images):
     """Whether the caller waits for the reply or, with a large request, still for it to be taken."""
     network, _, _ = random_network(7)
@@ -119,6 +120,7 @@ def test_an_encryption_over_its_memory_is_ended_and_fewer_images_go_through():
     np.testing.assert_array_equal(circuit.decrypt(circuit.run(before)), circuit.network(one))
 
 
+@pytest.mark.slow
 def test_a_worker_that_other_circuits_filled_is_replaced(slow):
     """A limit is for the circuit that has it, not for what others left in the process."""
     slow.verify(unlike_calibration(slow.network, 5))

@@ -142,6 +142,7 @@ def written(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(3)
 def test_all_that_concrete_writes_is_taken_and_secure(kind):
     text = written(kind)
     specs = check_security(text)

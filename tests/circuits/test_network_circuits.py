@@ -28,6 +28,7 @@ def encrypted(circuit, q):
 
 @pytest.mark.filterwarnings("ignore::fheconv.CostWarning")  # they are only simulated
 @pytest.mark.parametrize("seed", [0, 1, *range(3, 10), 11, 12, 13])
+@pytest.mark.sampled(5)
 def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):
     network = quantized(seed, size=(1, 5, 5), accumulator_bits=8, activation_bits=3, input_bits=3)
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-9))
@@ -72,6 +73,7 @@ def test_encrypted_results_are_the_clear_integers_on_images_unlike_calibration(s
     assert circuit.verify(real_images(network, q[1:2])).ok
 
 
+@pytest.mark.slow
 def test_maxima_come_out_right_encrypted():
     network = dark_network(8, (1, 4, 4), accumulator_bits=5)
     assert [layer.name for layer in network.budget().layers if layer.kind.startswith("maximum")]
@@ -81,6 +83,7 @@ def test_maxima_come_out_right_encrypted():
     np.testing.assert_array_equal(encrypted(circuit, q), network.accumulate(q))
 
 
+@pytest.mark.slow
 def test_rounded_lookups_are_at_most_some_steps_off_encrypted():
     """Rounding is approximate: near a boundary between two columns, either may be looked up."""
     network = dark_network(11, (1, 5, 5), accumulator_bits=8, rounding_bits=4, activation_bits=3)
@@ -119,6 +122,7 @@ def defined_network(seed, size):
 
 
 @pytest.mark.parametrize(("seed", "size"), [(4, (1, 4, 4)), (3, (1, 4, 4))])
+@pytest.mark.slow
 def test_what_leaves_a_window_turns_encrypted_as_it_does_in_clear(seed, size):
     """A lookup outside its window gives what the torus gives: an entry with the opposite sign."""
     network = defined_network(seed, size)

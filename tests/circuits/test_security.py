@@ -21,6 +21,7 @@ def specs_of(network, **options):
 @pytest.mark.parametrize("security_level", [128, 132])
 @pytest.mark.parametrize("p_error", [0.3, 1e-2, 1e-5, 1e-9])
 @pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.sampled(5)
 def test_all_that_concrete_chooses_is_secure(bits, p_error, security_level):
     network = quantized(3, depth=1, size=(1, 4, 4), accumulator_bits=bits)
     check_security(specs_of(network, p_error=p_error, security_level=security_level))

@@ -18,6 +18,7 @@ def larger_image(network, seed, sizes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(400, 412))
+@pytest.mark.sampled(5)
 def test_tiles_give_the_untiled_result_for_every_option(kind, seed):
     """In clear, through the very function that is compiled; images of another size than calibration's."""
     network, _, _ = random_network(seed, kind)

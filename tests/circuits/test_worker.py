@@ -124,7 +124,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("step", ["run", "keygen"])
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_ctrl_c_in_a_script_leaves_it_its_circuit_its_keys_and_its_exit_status(step):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, step], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -153,6 +153,7 @@ def test_keys_that_an_interrupted_keygen_had_made_are_not_used(circuit, monkeypa
     np.testing.assert_array_equal(circuit.decrypt(circuit.run(encrypted)), circuit.network(x))
 
 
+@pytest.mark.slow
 def test_threads_that_find_the_worker_dead_all_get_the_keys_back(circuit):
     x = unlike_calibration(circuit.network, 6, 8)
     expected = circuit.network(x)

@@ -86,6 +86,7 @@ def test_a_death_amid_a_reply_is_an_error_of_fheconv_and_the_next_call_works(cir
 
 
 @pytest.mark.parametrize("error", [OSError("got end of file during message"), ConnectionResetError, EOFError])
+@pytest.mark.sampled(3)
 def test_however_the_pipe_fails_the_error_is_typed(circuit, monkeypatch, error):
     def broken(self, *request):
         self.kill()
@@ -407,6 +408,7 @@ else:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
 @pytest.mark.parametrize("mode", ["simulate", "execute"])
 @pytest.mark.parametrize("limit", [2, 3, 4])
+@pytest.mark.sampled(5)
 def test_a_run_without_the_addresses_it_needs_is_refused_and_does_not_hang(mode, limit):
     done = run(ADDRESSES, str(limit), str(limit), mode)
     assert done.stdout.startswith("ExecutionError"), done

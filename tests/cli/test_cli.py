@@ -184,6 +184,7 @@ def test_check_knows_every_option_of_a_layer(tmp_path):
     assert len(channels("--input-shape", "3,3,3", "--padding", "valid")) == 2
 
 
+@pytest.mark.slow
 def test_run_filters_a_transposed_layer(tmp_path):
     weight = np.random.default_rng(1).normal(size=(1, 2, 2, 2)).astype(np.float32)
     save_file({"c.weight": weight}, tmp_path / "m.safetensors")
@@ -197,6 +198,7 @@ def test_run_filters_a_transposed_layer(tmp_path):
     assert np.load(tmp_path / "y.npy").shape == (2, 7, 7)
 
 
+@pytest.mark.slow
 def test_run_takes_one_signal_as_one_channel(tmp_path):
     save_file({"c.weight": np.ones((2, 1, 3), np.float32)}, tmp_path / "m.safetensors")
     np.save(tmp_path / "x.npy", np.arange(9))
@@ -283,6 +285,7 @@ def test_a_damaged_card_is_named(tmp_path):
     assert "m.json" in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_runs_encrypted_and_writes_the_picture(tmp_path):
     done = fheconv_command("demo", "--size", "24", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Saved circuits from the shell: files in, files out, exit statuses, and secrets that stay where they are."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import fheconv
 from fheconv.capture.checkpoint import load_model
 from fheconv.cli.bench import Measurement
-from fheconv.cli.main import main
+from fheconv.cli.main import app, main
+from tests.support import shell
 from tests.support.files import secret_rows
 
 CONFIG = fheconv.QuantConfig(accumulator_bits=4)
@@ -51,19 +54,22 @@ def write_model(folder: Path) -> None:
     np.save(folder / "one.npy", x[0])
 
 
+COMPILE_CLASSES = (*COMPILE, "--p-error", "1e-5", "--class-names", "cat,dog,[red]")
+STEPS = (COMPILE_CLASSES, KEYGEN, ENCRYPT, RUN, (*DECRYPT, "--json"))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder in which every step was taken in a process of its own, and what they printed."""
+    """A folder in which every step was taken, and what they printed."""
     folder = tmp_path_factory.mktemp("shell")
     write_model(folder)
     printed = []
-    compiled = (*COMPILE, "--p-error", "1e-5", "--class-names", "cat,dog,[red]")
-    for arguments in (compiled, KEYGEN, ENCRYPT, RUN, (*DECRYPT, "--json")):
-        command = [sys.executable, "-m", "fheconv", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        printed.append(done.stdout)
+    with contextlib.chdir(folder):
+        for arguments in STEPS:
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 0, done.output
+            assert done.stderr == ""
+            printed.append(done.stdout)
     for name in ("out/client.zip", "keys.eval", "keys.secret", "y.ct"):
         data = (folder / name).read_bytes()
         (folder / f"half{Path(name).suffix}").write_bytes(data[: len(data) // 2])
@@ -98,9 +104,15 @@ def files() -> dict[Path, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_the_whole_path_gives_the_right_class(made):
-    folder, printed = made
-    y = expected(folder)[0]
+def test_the_whole_path_gives_the_right_class(tmp_path):
+    """Each step is taken in a process of its own."""
+    write_model(tmp_path)
+    printed = []
+    for arguments in STEPS:
+        done = shell.command(tmp_path, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        printed.append(done.stdout)
+    y = expected(tmp_path)[0]
     answer = json.loads(printed[-1])
     np.testing.assert_array_equal(answer["results"], y)
     assert answer["class_names"] == ["cat", "dog", "[red]"]

@@ -32,16 +32,21 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", ["numpy", "typer", "rich"])
-def test_a_signal_in_the_middle_of_the_imports(tmp_path, name, number, status):
-    child = subprocess.Popen(
-        [sys.executable, "-c", HEEDING + IMPORTING.format(name=name)],
-        cwd=tmp_path,
+def started(folder, code):
+    """Start a process that heeds signals."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HEEDING + code],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", ["numpy", "typer", "rich"])
+def test_a_signal_in_the_middle_of_the_imports(tmp_path, name, number, status):
+    child = started(tmp_path, IMPORTING.format(name=name))
     assert child.stdout.readline() == "importing\n"
     child.send_signal(number)
     _, said = child.communicate(timeout=60)
@@ -68,13 +73,7 @@ main()
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_of_the_work_cleans_up(tmp_path, number, status):
-    child = subprocess.Popen(
-        [sys.executable, "-c", HEEDING + WORKING],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = started(tmp_path, WORKING)
     assert child.stdout.readline() == "working\n"
     child.send_signal(number)
     printed, said = child.communicate(timeout=60)

@@ -43,6 +43,7 @@ def verified(network, x, **options):
 @pytest.mark.parametrize(
     ("zeros", "engine"), [("a", "auto"), ("b", "auto"), ("ab", "auto"), ("a", "conv"), ("b", "conv")]
 )
+@pytest.mark.sampled(3)
 def test_a_term_of_zeros(signs, zeros, engine):
     network, x = quantized(Two(zeros), (1, 4, 4), signs)
     lowered = lower(network, engine)
@@ -56,6 +57,7 @@ def test_a_term_of_zeros(signs, zeros, engine):
 
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.sampled(3)
 def test_a_layer_of_zeros(signs, lanes):
     conv = nn.Conv2d(1, 2, 2)
     nn.init.zeros_(conv.weight)
@@ -76,6 +78,7 @@ def test_results_narrower_than_images(lanes):
 
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.sampled(3)
 def test_a_layer_of_zeros_beside_lookups(signs, place):
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 2))
     nn.init.zeros_(model[place].weight)

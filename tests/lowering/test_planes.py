@@ -106,6 +106,7 @@ def test_as_few_planes_as_do():
 
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts", "auto"])
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.sampled(5)
 def test_networks_in_planes_compute_their_integers(seed, engine):
     quantized = network(seed)
     lowered = lower(quantized, engine)

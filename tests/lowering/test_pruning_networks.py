@@ -102,6 +102,7 @@ def test_everything_demanded_is_read_by_some_weight(seed):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.sampled(5)
 def test_every_engine_computes_the_network(seed, engine):
     for options in ({"accumulator_bits": 9, "activation_bits": 3}, {"rounding_bits": 4}):
         network = quantized(seed, **options)
@@ -110,6 +111,7 @@ def test_every_engine_computes_the_network(seed, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.sampled(7)
 def test_every_engine_computes_every_block(block, engine):
     check_engine(quantized(5, block, accumulator_bits=9, activation_bits=3), engine, 5)
 

@@ -162,6 +162,7 @@ def test_every_image_in_the_calibrated_range_is_represented_within_half_a_step(l
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.sampled(2)
 def test_more_activation_bits_represent_activations_better(seed):
     module, images = random_net(seed)
     _, tensors, coarse = chosen(module, images, activation_bits=2)

@@ -78,6 +78,7 @@ def test_the_error_is_that_of_the_outputs_on_the_held_out_images():
 
 
 @pytest.mark.parametrize(("seed", "rounding_bits"), [(0, None), (1, 4)])
+@pytest.mark.sampled(2)
 def test_more_bits_never_give_a_greater_error(seed, rounding_bits):
     widths = (1, 2, 4, 5)
     found = [allocation(seed, accumulator_bits=bits, rounding_bits=rounding_bits) for bits in widths]
@@ -88,6 +89,7 @@ def test_more_bits_never_give_a_greater_error(seed, rounding_bits):
 
 
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.sampled(2)
 def test_no_single_rung_would_have_been_better(seed):
     found = allocation(seed, accumulator_bits=5)
     assert trial(seed).error(found.config) == found.error
@@ -116,6 +118,7 @@ def test_chosen_numbers_are_no_worse_than_half_of_the_width_for_all(seed, bits):
 
 
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.sampled(2)
 def test_the_network_has_the_numbers_that_were_chosen_and_keeps_to_its_widths(seed):
     network = quantize(seed, accumulator_bits=5, weight_bits="auto", **AUTO)
     config = network.config

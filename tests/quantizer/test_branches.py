@@ -78,6 +78,7 @@ def error(module, **options):
 @pytest.mark.parametrize("ratio", [1, 10, 100, 1e4, 1e-4])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("joined", [Concatenated, Padded])
+@pytest.mark.sampled(7)
 def test_branches_side_by_side_are_as_accurate_as_summed_ones(joined, kernel, ratio, method):
     expected = error(Summed(ratio, kernel), method=method)
     assert error(joined(ratio, kernel), method=method) == pytest.approx(expected, rel=1e-3)
@@ -112,6 +113,7 @@ class DeadPooled(Dead):
 
 @pytest.mark.parametrize("method", ["auto", "mse", "minmax", "gptq"])
 @pytest.mark.parametrize("module", [DeadConcatenated, DeadSummed, DeadPooled])
+@pytest.mark.sampled(5)
 def test_a_branch_of_zeros_does_not_swamp_the_live_one(module, method):
     dead = module(1)
     alone = module(1)

@@ -53,6 +53,7 @@ def evaluate(network, q):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("options", [{}, {"accumulator_bits": 9}, {"rounding_bits": 3}], ids=str)
+@pytest.mark.sampled(2)
 def test_the_integer_network_equals_a_slow_evaluation(seed, options):
     network = quantized(seed, **options)
     q = integer_images(network, seed, 4)
@@ -60,6 +61,7 @@ def test_the_integer_network_equals_a_slow_evaluation(seed, options):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.sampled(3)
 def test_many_bits_come_near_to_torch(block):
     module, images = random_net(7, block, size=(1, 5, 6))
     network = quantized(
@@ -99,6 +101,7 @@ def test_bits_are_given_layer_by_layer():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("levels", [2, 3, 5, 11])
+@pytest.mark.sampled(3)
 def test_no_table_holds_more_integers_than_levels_ask_for(seed, levels):
     network = quantized(seed, activation_levels=levels, input_levels=levels, accumulator_bits=8)
     assert network.budget(8).fits
@@ -150,6 +153,7 @@ def test_one_width_for_all(bits, method):
 @pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rounding_bits", [None, 4])
+@pytest.mark.sampled(3)
 def test_images_unlike_calibration_stay_in_the_proved_bounds(seed, rounding_bits):
     """Calibrated on almost black images, with an input range that white ones keep to."""
     module, images = random_net(seed)
@@ -180,6 +184,7 @@ def test_images_unlike_calibration_stay_in_the_proved_bounds(seed, rounding_bits
 
 @pytest.mark.parametrize("options", [{}, {"accumulator_bits": 6}, {"rounding_bits": 4}], ids=str)
 @pytest.mark.parametrize("value", [0.5, -2.0, 1e-4])
+@pytest.mark.sampled(2)
 def test_constant_images_calibrate(value, options):
     """All that is known of each tensor is one value: still nothing warns, and that value comes out."""
     torch.manual_seed(0)

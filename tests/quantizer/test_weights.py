@@ -204,6 +204,7 @@ def quantized_or_refused(module, images, config):
 
 
 @pytest.mark.parametrize("seed", range(18))
+@pytest.mark.sampled(4)
 def test_networks_keep_to_the_width_that_was_asked_for(seed):
     """Or are refused with advice that works, for the layer that it names: a later one may need still more."""
     module, images = random_net(seed)

@@ -66,6 +66,7 @@ def looked_up(network):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("overflow", ["proved", "defined"])
+@pytest.mark.sampled(3)
 def test_gains_multiply_accumulators_and_no_real_number(seed, overflow):
     """Of two networks, one with more room in its windows: only its accumulators are multiplied."""
     module, images = random_net(seed)

@@ -180,6 +180,7 @@ def test_tiles_of_a_photograph_even_when_all_workers_are_killed(tiled, tile_file
     assert set(opened().values()) == {1}
 
 
+@pytest.mark.slow
 def test_what_kills_every_worker_is_an_error(tiled, tile_file, dask, cluster, monkeypatch):
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
     monkeypatch.setattr(distributed, "run_job", lambda job, ciphertext: os.kill(os.getpid(), signal.SIGKILL))

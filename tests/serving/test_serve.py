@@ -5,7 +5,6 @@ import json
 import logging
 import signal
 import socket
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -191,27 +190,6 @@ def test_two_clients_with_different_keys_at_once(server, client, folder, tmp_pat
             serving.check(one.decrypt(Ciphertext.from_bytes(response.content)), x)
 
         list(pool.map(ask, range(4)))
-
-
-@pytest.fixture
-def unstarted(monkeypatch):
-    """No worker starts for those who only get to where one would be asked."""
-    monkeypatch.setattr(fheconv.Server, "beside", lambda self, *_: self)
-
-
-@pytest.fixture
-def blocked(monkeypatch, unstarted):
-    """Runs that begin, and last until they are let go: (a semaphore of those begun, the event)."""
-    begun, go = threading.Semaphore(0), threading.Event()
-
-    def run_value(self, value, keys):
-        begun.release()
-        go.wait(60)
-        return b"a result"
-
-    monkeypatch.setattr(fheconv.Server, "run_value", run_value)
-    yield begun, go
-    go.set()
 
 
 def waiting(http, running, count):

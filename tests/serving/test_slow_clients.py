@@ -19,26 +19,13 @@ LONG = 60
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("circuit")
-    serving.save(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    return fheconv.load_server(folder / "server.zip")
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return serving.keyed_client(folder).evaluation_keys
+def keys(client):
+    return client.evaluation_keys
 
 
 @pytest.fixture
-def start(server, tmp_path, monkeypatch):
+def start(server, tmp_path, monkeypatch, unstarted):
     """A function that starts a server without workers, with a patience, and returns its address."""
-    monkeypatch.setattr(fheconv.Server, "beside", lambda self, *_: self)
     with contextlib.ExitStack() as stack:
 
         def started(patience=LONG):
@@ -173,18 +160,16 @@ def test_an_answer_that_is_read_slowly_arrives(start, large, monkeypatch):
             received += len(slow.recv(2**18))
 
 
-def test_a_request_that_runs_for_long_is_left_alone(start, folder, keys, monkeypatch):
+def test_a_request_that_runs_for_long_is_left_alone(start, client, keys, monkeypatch):
     def run_value(self, value, stored):
         time.sleep(2)
         return b"a result"
 
     monkeypatch.setattr(fheconv.Server, "run_value", run_value)
-    client = serving.keyed_client(folder)
-    some = client.evaluation_keys
     url = start(patience=0.5)
     with httpx.Client(base_url=url, timeout=60) as http:
-        assert http.put(f"/keys/{some.name}", content=some.to_bytes()).status_code == 200
-        answer = http.post(f"/run/{some.name}", content=client.encrypt(serving.images(1)).to_bytes())
+        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+        answer = http.post(f"/run/{keys.name}", content=client.encrypt(serving.images(1)).to_bytes())
     assert answer.status_code == 200
 
 
@@ -202,35 +187,26 @@ def test_a_flood_from_one_address_pushes_out_its_own_connections(start, monkeypa
         assert mine[0].recv(12) == b"HTTP/1.1 200"
 
 
-def test_more_requests_than_may_run_are_503_and_nobody_who_runs_is_pushed_out(start, folder, monkeypatch):
-    begun, go = threading.Semaphore(0), threading.Event()
-
-    def run_value(self, value, stored):
-        begun.release()
-        go.wait(60)
-        return b"a result"
-
-    monkeypatch.setattr(fheconv.Server, "run_value", run_value)
+def test_more_requests_than_may_run_are_503_and_nobody_who_runs_is_pushed_out(
+    start, client, keys, blocked, monkeypatch
+):
+    begun, go = blocked
     monkeypatch.setattr(connections, "CONNECTIONS", 2)
     monkeypatch.setattr("fheconv.serving.app.CONNECTIONS", 2)
     url = start()
-    client = serving.keyed_client(folder)
-    some, body = client.evaluation_keys, client.encrypt(serving.images(1)).to_bytes()
-    assert httpx.put(url.join(f"/keys/{some.name}"), content=some.to_bytes()).status_code == 200
-    head = f"POST /run/{some.name} HTTP/1.1\r\nHost: me\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    try:
-        with connected(url, head + body) as first, connected(url, head + body) as second:
-            begun.acquire()
-            while httpx.get(url.join("/health")).status_code != 503:
-                time.sleep(0.01)  # the second is not read yet
-            go.set()
-            for one in (first, second):
-                assert one.recv(12) == b"HTTP/1.1 200"
-    finally:
+    body = client.encrypt(serving.images(1)).to_bytes()
+    assert httpx.put(url.join(f"/keys/{keys.name}"), content=keys.to_bytes()).status_code == 200
+    head = f"POST /run/{keys.name} HTTP/1.1\r\nHost: me\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with connected(url, head + body) as first, connected(url, head + body) as second:
+        begun.acquire()
+        while httpx.get(url.join("/health")).status_code != 503:
+            time.sleep(0.01)  # the second is not read yet
         go.set()
+        for one in (first, second):
+            assert one.recv(12) == b"HTTP/1.1 200"
 
 
-def test_a_circuit_runs_while_others_flood(server, folder, tmp_path):
+def test_a_circuit_runs_while_others_flood(server, client, tmp_path):
     stop = threading.Event()
     with serving.serving(server, tmp_path) as url, contextlib.ExitStack() as stack:
         address = httpx.URL(url)
@@ -245,7 +221,7 @@ def test_a_circuit_runs_while_others_flood(server, folder, tmp_path):
         attacker = threading.Thread(target=flood)
         attacker.start()
         try:
-            remote = fheconv.RemoteCircuit(url, serving.keyed_client(folder))
+            remote = fheconv.RemoteCircuit(url, client)
             x = serving.images(2)
             serving.check(remote.predict(x), x)
         finally:

@@ -159,6 +159,7 @@ def test_a_channel_that_never_changes_costs_nothing():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.sampled(3)
 def test_it_stops_at_the_budget_or_says_what_is_needed(block):
     _, images = random_net(7, block, size=SIZE)
     network = quantized(7, block, size=SIZE).source
@@ -178,6 +179,7 @@ def test_it_stops_at_the_budget_or_says_what_is_needed(block):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("options", [{"accumulator_bits": 9}, {"weight_bits": 2}, {"method": "mse"}], ids=str)
+@pytest.mark.sampled(7)
 def test_what_was_taken_out_stays_out_when_quantized(block, options):
     _, images = random_net(7, block, size=SIZE)
     given = quantized(7, block, size=SIZE, **options)

@@ -45,6 +45,7 @@ def same_network(a, b):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("options", [*WIDTHS, {"rounding_bits": 4}], ids=str)
+@pytest.mark.sampled(3)
 def test_without_training_it_gives_back_the_same_integers(block, options):
     network = quantized(7, block, size=SIZE, **options)
     images = random_net(7, block, size=SIZE)[1]

@@ -17,7 +17,7 @@ from fheconv.lowering.interface import Interface
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What makes a circuit the one it is, each as a SHA-256 in hexadecimal.
+    """Says what makes a circuit the one it is, each as a SHA-256 in hexadecimal.
 
     parameters: of Concrete's parameters, on which the keys depend.
     program: of what a server computes, as Concrete's text.

@@ -47,7 +47,7 @@ class EvaluationKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """How the images or the results are encrypted: `values` of them, under the secret key number `key`.
+    """Says how the images or the results are encrypted: `values` of them, under the secret key number `key`.
 
     `variance` is that of the noise, in the torus. `seeded` says that ciphertexts are compressed. A value has
     `width` bits. `moduli` are those into which it is split, none of them if it is not.

@@ -109,7 +109,7 @@ class Process:
 
     @property
     def held(self) -> int:
-        """How many bytes the process holds beyond what it had after its imports."""
+        """The number of bytes that the process holds beyond what it had after its imports."""
         return memory(self.pid) - self._idle_memory
 
     def send(self, request: Any) -> None:
