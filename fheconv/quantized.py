@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = "Module | ExportedProgram | Conv | ArrayLike"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class QuantizedNetwork(IntegerNetwork):
     """Adds to an integer network what users need: the budget report, the forecast and a torch module.
 

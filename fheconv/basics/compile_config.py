@@ -8,6 +8,7 @@ import numpy as np
 
 from fheconv.basics.checks import _is_number, check_integer
 from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.keywords import shown_call
 
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
@@ -52,7 +53,7 @@ class ParameterRange:
 _PARAMETERS = {"log2_polynomial_sizes": (8, 18), "glwe_dimensions": (1, 6), "keyswitch_levels": (1, 64)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CompileConfig:
     """Holds the choices for compiling and running.
 
@@ -166,3 +167,7 @@ class CompileConfig:
                 "time_limit and memory_limit end the worker process, and in_process=True runs without one; "
                 "leave out one or the other."
             )
+
+    def __repr__(self) -> str:
+        """Show the call that makes this configuration, without defaults."""
+        return shown_call(self)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fheconv.analysis.affordability import check_cost
 from fheconv.analysis.forecast import completed
-from fheconv.basics.arrays import Array, ArrayLike
+from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
@@ -118,6 +118,9 @@ class FheCircuit(KeyOwner):
             return self._cost()
         seconds = expected_seconds(self._session, compiled.lookups, compiled.complexity)
         return replace(self._cost(), seconds=seconds)
+
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        return self.network.input_shape, self.network.output_shape, self._cost().rows()
 
     def _cost(self) -> Cost:
         """Return the cost without seconds. For seconds, lookups must be timed on this machine."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from fheconv.basics.arrays import Array, ArrayLike
+from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
@@ -41,6 +41,9 @@ class Client(KeyOwner):
         self.manifest = manifest
         super().__init__()
         self._one = KeyedHandle(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
+
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        return self.manifest.input_shape, self.manifest.output_shape, self.cost.rows()
 
     @property
     def cost(self) -> Cost:
