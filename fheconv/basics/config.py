@@ -8,7 +8,7 @@ import numpy as np
 
 from fheconv.basics.checks import Auto, _is_number, _number, check_integer
 from fheconv.basics.errors import InvalidArgumentError
-from fheconv.basics.keywords import shown_call
+from fheconv.basics.keywords import answers_keywords, shown_call
 
 # One number for every layer, or one number for each layer by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
@@ -17,6 +17,7 @@ Overflow: TypeAlias = Literal["proved", "defined"]
 Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
 
+@answers_keywords
 @dataclass(frozen=True, kw_only=True, repr=False)
 class QuantConfig:
     """Holds the choices for quantization.

@@ -18,6 +18,7 @@ from fheconv.basics.errors import (
     InputRangeError,
     InvalidArgumentError,
 )
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status, track
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
@@ -283,6 +284,7 @@ class FheCircuit(KeyOwner):
         return handle
 
 
+@answers_keywords
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
     """Compile a quantized network to an FHE circuit. No key is made yet.
 

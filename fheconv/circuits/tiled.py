@@ -18,6 +18,7 @@ from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
 from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext
@@ -210,6 +211,7 @@ class TiledCircuit(Brief):
         return y
 
 
+@answers_keywords
 def compile_tiled(
     network: QuantizedNetwork, tile: PerAxis = 64, config: CompileConfig | None = None
 ) -> TiledCircuit:
