@@ -13,6 +13,7 @@ from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.basics.progress import status
 from fheconv.cli.arguments import (
     Force,
     check_output,
@@ -107,7 +108,8 @@ def compile_model(
             )
     images = load_calibration(calibration)
     try:
-        network = quantize(load_model(model, layer, trusted=trusted), images, config)
+        with status("Quantizing…"):
+            network = quantize(load_model(model, layer, trusted=trusted), images, config)
         circuit = compile_circuit(network, compile_config)
     except AccumulatorOverflowError as error:
         if as_json:
