@@ -32,6 +32,7 @@ _THEIRS = {
     "use_gpu": "leave it out: everything runs on the CPU",
     "inputs_encryption_status": "leave it out: images are encrypted, weights are not",
     "reduce_sum_copy": "leave it out: nothing is needed in its place",
+    "force": "leave it out: keygen always makes new keys",
     "simulate": 'give predict or score fhe="simulate"',
     "execute": 'give predict or score fhe="execute"',
     "fhe_simulation": 'give predict or score fhe="simulate"',
@@ -88,7 +89,7 @@ def _hint(keyword: str, value: Any, own: list[str]) -> str:
     for name, others in configurations.items():
         if near := get_close_matches(keyword, others, 1, _NEARER):
             return f"the nearest is {near[0]} of fheconv.{name}"
-    return f"it takes {', '.join(own)}"
+    return f"it takes {', '.join(own) or 'none'}"
 
 
 def _configurations() -> Mapping[str, list[str]]:

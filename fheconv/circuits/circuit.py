@@ -203,6 +203,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
+    @answers_keywords
     def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
@@ -214,6 +215,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(self.accumulate(q, fhe))
         return y if batched else y[0]
 
+    @answers_keywords
     def score(self, x: ArrayLike, y: ArrayLike, fhe: Fhe = "disable") -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
@@ -243,6 +245,7 @@ class FheCircuit(KeyOwner):
         results = lowered.function(lowered.interface.prepare(q))
         return lowered.interface.accumulators(results, len(q))
 
+    @answers_keywords
     def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import ArtifactError, NotCompiledError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status
 from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
@@ -145,6 +146,7 @@ class KeyOwner(Brief):
         with self._lock:
             return self._one.evaluation_keys()
 
+    @answers_keywords
     def keygen(self) -> None:
         """Generate new keys. Ciphertexts of earlier keys can no longer be used.
 

@@ -108,3 +108,16 @@ def test_what_is_right_goes_through_as_it_was():
     assert (double(3), double(number=3, times=5), double.__doc__) == (6, 15, "Multiply.")
     with pytest.raises(TypeError, match="missing"):
         double()
+
+
+def test_methods_of_circuits_answer_too():
+    circuit = fheconv.compile(fheconv.quantize([[1, 2]], IMAGE))
+    with pytest.raises(fheconv.UnknownKeywordError, match=r'predict has no simulate=True; .*fhe="simulate"'):
+        circuit.predict(IMAGE, simulate=True)
+    with pytest.raises(fheconv.UnknownKeywordError, match="keygen has no force=True; leave it out"):
+        circuit.keygen(force=True)
+    with pytest.raises(fheconv.UnknownKeywordError, match="the nearest that it has is runs"):
+        circuit.verify(IMAGE, run=2)
+    with pytest.raises(fheconv.UnknownKeywordError, match="keygen has no zzz=1; it takes none"):
+        circuit.keygen(zzz=1)
+    assert circuit.predict(IMAGE, fhe="simulate").shape == circuit.predict(x=IMAGE).shape
