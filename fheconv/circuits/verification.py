@@ -91,7 +91,7 @@ class VerifyReport(Report):
                 else (self.wrong, f"{self.values:,} values are wrong")
             )
             lines.append(
-                f"{wrong:,} of {tried}, {verdict} expected (a share of {self.promised:.2g}); the greatest "
+                f"{wrong:,} of {tried}, {verdict} the expected share of {self.promised:.2g}; the greatest "
                 f"difference is {self.greatest}."
             )
         lines += [f"At {m.position}: expected {m.expected}, got {m.got}." for m in self.mismatches]

@@ -16,9 +16,9 @@ def changed(*places):
 @pytest.mark.parametrize(
     ("by_image", "promised", "words"),
     [
-        (True, 0.5, "2 of 6 images have a wrong value, no more than expected (a share of 0.5)"),
-        (True, 1e-9, "2 of 6 images have a wrong value, MORE than expected (a share of 1e-09)"),
-        (False, 0.5, "3 of 24 values are wrong, no more than expected (a share of 0.5)"),
+        (True, 0.5, "2 of 6 images have a wrong value, no more than the expected share of 0.5"),
+        (True, 1e-9, "2 of 6 images have a wrong value, MORE than the expected share of 1e-09"),
+        (False, 0.5, "3 of 24 values are wrong, no more than the expected share of 0.5"),
     ],
 )
 def test_what_differs_is_counted_in_what_the_promise_is_about(by_image, promised, words):
