@@ -20,6 +20,7 @@ from fheconv.basics.errors import (
     NotCompiledError,
     RemoteError,
     TuningError,
+    UnknownKeywordError,
     UnsupportedLayerError,
 )
 
@@ -147,6 +148,7 @@ __all__ = [
     "TunePoint",
     "TuneResult",
     "TuningError",
+    "UnknownKeywordError",
     "UnsupportedLayerError",
     "VerifyReport",
     "__version__",

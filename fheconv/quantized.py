@@ -12,6 +12,7 @@ from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.capture.model import capture, single_convolution
 from fheconv.networks.floats import Conv, Layer
 from fheconv.networks.integers import IntegerNetwork
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = "Module | ExportedProgram | Conv | ArrayLike"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class QuantizedNetwork(IntegerNetwork):
     """Adds to an integer network what users need: the budget report, the forecast and a torch module.
 
@@ -65,6 +66,7 @@ class QuantizedNetwork(IntegerNetwork):
 WITH_LOOKUPS = QuantConfig(overflow="defined", rounding_bits=5)
 
 
+@answers_keywords
 def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None = None) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 

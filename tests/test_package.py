@@ -3,10 +3,12 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import fheconv
 
@@ -99,3 +101,14 @@ def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="'fheconv' has no attribute 'convolve'"):
         fheconv.convolve  # noqa: B018
     assert not hasattr(fheconv, "__wrapped__")
+
+
+def test_the_metadata_names_the_pythons_that_are_supported_and_the_types():
+    file = Path(fheconv.__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(file.read_text())["project"]
+    supported = SpecifierSet(project["requires-python"])
+    start = "Programming Language :: Python :: 3."
+    named = {int(one.removeprefix(start)) for one in project["classifiers"] if one.startswith(start)}
+    assert named == {minor for minor in range(30) if f"3.{minor}" in supported}
+    assert "Typing :: Typed" in project["classifiers"]
+    assert (Path(fheconv.__file__).parent / "py.typed").exists()

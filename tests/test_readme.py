@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,29 @@ def test_the_layout_is_the_captions_in_floor_order():
 def test_there_are_exactly_two_commands_and_ci_runs_them():
     assert [block.strip() for block in blocks("sh")] == re.findall(r"^pip install .*$", README, re.MULTILINE)
     assert len(blocks("sh")) == 2
+
+
+def test_git_ignores_the_keys_and_ciphertexts_of_the_example():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    (commands,) = blocks("bash")
+    made = set(re.findall(r"[\w./]+\.(?:secret|eval|ct)\b", commands))
+    assert {"keys.secret", "keys.eval"} < made
+    for name in made:
+        pattern = f"*{Path(name).suffix}"
+        assert pattern in ignored
+        assert f"`{pattern}`" in README
+
+
+def test_what_is_said_to_install_is_here_and_not_on_an_index():
+    """Nothing is published under the name of the project."""
+    notebooks = [
+        path.read_text().replace('\\"', '"') for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    said = [
+        what for text in (README, *notebooks) for what in re.findall(r'pip install (?:-e )?"(.*?)"', text)
+    ]
+    assert len(said) >= 4
+    for what in said:
+        assert re.fullmatch(r"\.\[(\w+)\]", what)
+        assert what[2:-1] in extras

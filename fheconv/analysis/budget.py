@@ -11,9 +11,8 @@ from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.lowering.lower import LoweredLayer, lower
 from fheconv.networks.bounds import layer_bounds, without_bias
-from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork
-from fheconv.networks.linear import Kernel
 
 
 def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
@@ -65,7 +64,7 @@ def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: f
     table = layer.lookup
     return LayerBudget(
         name=layer.name,
-        kind=_kind(network.source.layers[number]),
+        kind=network.source.layers[number].kind,
         shape=layer.shape,
         multiply_adds=lowered.multiply_adds,
         lookups=lowered.lookups,
@@ -93,7 +92,7 @@ def _maximum(network: IntegerNetwork, layer: Maximum, lowered: LoweredLayer, sha
     """Return the budget of maxima, whose accumulators are differences of two values."""
     return LayerBudget(
         name=layer.name,
-        kind=f"maximum of {len(layer.index)}",
+        kind=layer.kind,
         shape=layer.shape,
         multiply_adds=0,
         lookups=lowered.lookups,
@@ -124,17 +123,3 @@ def _risk(channels: int, images: int) -> float:
     equally likely to hold the least.
     """
     return min(2 * channels / (images + 1), 1.0)
-
-
-def _kind(source: Layer | Maximum) -> str:
-    """Return a description of a layer in a few words, such as "conv 3×3, pool 2×2, relu"."""
-    words: list[str] = []
-    for term in source.terms if isinstance(source, Layer) else ():
-        for step in term.steps:
-            if isinstance(step, Kernel) and not term.is_plain():
-                size = "×".join(map(str, step.geometry.kernel))
-                words.append(f"{'pool' if step.exact else 'conv'} {size}" if size else "linear")
-        if term.is_plain():
-            words.append("skip")
-    function = getattr(source, "activation", None)
-    return ", ".join([*dict.fromkeys(words), *([] if function is None else [function.operator])])

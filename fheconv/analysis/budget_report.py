@@ -1,7 +1,7 @@
 """Shows the accumulator widths of a network in a terminal, a notebook and JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -100,7 +100,7 @@ class LayerBudget:
     planes: int
     plane_bits: int
     independent_images: float | None
-    channels: tuple[ChannelBudget, ...]
+    channels: tuple[ChannelBudget, ...] = field(repr=False)
 
     @property
     def worst(self) -> ChannelBudget:

@@ -16,6 +16,7 @@ Example:
     0.255
 """
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -37,6 +38,24 @@ def noise_deviation(p_error: float) -> float:
     if not 0 <= p_error < 1:
         raise InvalidArgumentError(f"p_error={p_error!r} must be at least 0 and less than 1.")
     return 0.0 if p_error == 0 else -0.5 / NormalDist().inv_cdf(p_error / 2)
+
+
+def failing_lookups(lookups: int, p_error: float) -> str:
+    """Return in words how many lookups of an image fail, if each does with probability `p_error`.
+
+    Example:
+        >>> failing_lookups(280, 0.05), failing_lookups(280, 1e-6)
+        ('about 14 for an image', 'one image of 3,600 has one')
+    """
+    expected = lookups * p_error
+    if expected >= 0.5:
+        count = f"{expected:,.0f}" if expected >= 10 else f"{expected:.1f}"
+        return f"about {count} for an image"
+    if expected < 1e-9:
+        return "fewer than one image of a billion has one"
+    images = 1 / expected
+    rounded = round(images, 1 - math.floor(math.log10(images)))  # an estimate does not have more digits
+    return f"one image of {rounded:,.0f} has one"
 
 
 def noisy(

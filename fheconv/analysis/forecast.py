@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fheconv.analysis.failures import failing_lookups
 from fheconv.analysis.parameters import IMAGE, Parameters, choose, linear_dimension
 from fheconv.analysis.seconds import USUAL, read_times, seconds_of
 from fheconv.analysis.sums import Sums, sums_of
@@ -83,6 +84,8 @@ class Forecast(Report):
                 "failure probability": f"{self.p_error:.1e} for each "
                 + ("lookup" if self.lookups else "result"),
             }
+            if self.lookups:
+                rows["failing lookups"] = failing_lookups(self.lookups, self.p_error)
         else:
             rows = {
                 "lookups": f"{self.lookups:,}",

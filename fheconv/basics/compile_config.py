@@ -8,6 +8,7 @@ import numpy as np
 
 from fheconv.basics.checks import _is_number, check_integer
 from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords, shown_call
 
 Engine: TypeAlias = Literal["auto", "conv", "separable", "shifts", "matrix"]
 
@@ -22,6 +23,7 @@ LINEAR_P_ERROR = 2.0**-64
 ROUNDED_P_ERROR = 0.03
 
 
+@answers_keywords
 @dataclass(frozen=True, kw_only=True)
 class ParameterRange:
     """Limits the TFHE parameters that Concrete may choose from; () allows all that it knows.
@@ -52,7 +54,8 @@ class ParameterRange:
 _PARAMETERS = {"log2_polynomial_sizes": (8, 18), "glwe_dimensions": (1, 6), "keyswitch_levels": (1, 64)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@answers_keywords
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CompileConfig:
     """Holds the choices for compiling and running.
 
@@ -166,3 +169,7 @@ class CompileConfig:
                 "time_limit and memory_limit end the worker process, and in_process=True runs without one; "
                 "leave out one or the other."
             )
+
+    def __repr__(self) -> str:
+        """Show the call that makes this configuration, without defaults."""
+        return shown_call(self)

@@ -8,6 +8,7 @@ import numpy as np
 
 from fheconv.basics.checks import Auto, _is_number, _number, check_integer
 from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords, shown_call
 
 # One number for every layer, or one number for each layer by its name.
 PerLayer: TypeAlias = int | Mapping[str, int]
@@ -16,7 +17,8 @@ Overflow: TypeAlias = Literal["proved", "defined"]
 Method: TypeAlias = Literal["auto", "minmax", "mse", "gptq", "accumulator"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@answers_keywords
+@dataclass(frozen=True, kw_only=True, repr=False)
 class QuantConfig:
     """Holds the choices for quantization.
 
@@ -195,15 +197,9 @@ class QuantConfig:
                     f"{', '.join(map(repr, layers))}."
                 )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Show the call that makes this configuration: widths always, the rest if it is not the default."""
-        always = ("weight_bits", "input_bits")
-        shown = (
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.name in always or getattr(self, field.name) != field.default
-        )
-        return f"QuantConfig({', '.join(shown)})"
+        return shown_call(self, always=("weight_bits", "input_bits"))
 
 
 # The number of bits that are rounded away from an accumulator, unless its width was chosen.

@@ -2,6 +2,7 @@
 
 FheConvError
 ├── InvalidArgumentError      an argument that has no meaning (stride 0, groups that do not divide…)
+│   └── UnknownKeywordError   a keyword that a call does not have
 ├── UnsupportedLayerError     a layer or option that fheconv cannot turn into integers
 ├── CalibrationError          calibration data or weights from which no scale can be chosen
 ├── AccumulatorOverflowError  a proved range that does not fit the accumulator
@@ -40,6 +41,17 @@ class InvalidArgumentError(FheConvError, ValueError):
         >>> fheconv.QuantConfig(weight_bits=9)
         Traceback (most recent call last):
         fheconv.basics.errors.InvalidArgumentError: weight_bits=9 must be an integer from 1 to 8.
+    """
+
+
+class UnknownKeywordError(InvalidArgumentError, TypeError):
+    """A call does not have this keyword. The message names the nearest that it has.
+
+    Example:
+        >>> import fheconv
+        >>> fheconv.QuantConfig(weights_bits=4)
+        Traceback (most recent call last):
+        fheconv.basics.errors.UnknownKeywordError: QuantConfig has no weights_bits=4; the nearest ...
     """
 
 

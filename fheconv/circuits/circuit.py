@@ -10,7 +10,7 @@ import numpy as np
 
 from fheconv.analysis.affordability import check_cost
 from fheconv.analysis.forecast import completed
-from fheconv.basics.arrays import Array, ArrayLike
+from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import (
@@ -18,6 +18,7 @@ from fheconv.basics.errors import (
     InputRangeError,
     InvalidArgumentError,
 )
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status, track
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
@@ -119,6 +120,9 @@ class FheCircuit(KeyOwner):
         seconds = expected_seconds(self._session, compiled.lookups, compiled.complexity)
         return replace(self._cost(), seconds=seconds)
 
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        return self.network.input_shape, self.network.output_shape, self._cost().rows()
+
     def _cost(self) -> Cost:
         """Return the cost without seconds. For seconds, lookups must be timed on this machine."""
         compiled, lowered = self._one.compiled, self._one.lowered
@@ -199,6 +203,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
+    @answers_keywords
     def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
@@ -210,6 +215,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(self.accumulate(q, fhe))
         return y if batched else y[0]
 
+    @answers_keywords
     def score(self, x: ArrayLike, y: ArrayLike, fhe: Fhe = "disable") -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
@@ -239,6 +245,7 @@ class FheCircuit(KeyOwner):
         results = lowered.function(lowered.interface.prepare(q))
         return lowered.interface.accumulators(results, len(q))
 
+    @answers_keywords
     def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
@@ -280,6 +287,7 @@ class FheCircuit(KeyOwner):
         return handle
 
 
+@answers_keywords
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
     """Compile a quantized network to an FHE circuit. No key is made yet.
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Protocol
 
-from fheconv.basics.arrays import Array, ArrayLike
+from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
@@ -42,6 +43,9 @@ class Client(KeyOwner):
         super().__init__()
         self._one = KeyedHandle(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
 
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        return self.manifest.input_shape, self.manifest.output_shape, self.cost.rows()
+
     @property
     def cost(self) -> Cost:
         """The cost of one encrypted image for the server."""
@@ -73,6 +77,7 @@ class Client(KeyOwner):
         y = self._one.interface.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
+    @answers_keywords
     def predict(self, x: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
         """Return float outputs for float images, in torch's shape.
 
@@ -87,6 +92,7 @@ class Client(KeyOwner):
             )
         return self.decrypt(self._run_at(server, self.encrypt(x)))
 
+    @answers_keywords
     def score(
         self, x: ArrayLike, y: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None
     ) -> float:

@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fheconv.analysis.failures import failing_lookups
 from fheconv.basics.report import Report
 from fheconv.lowering.lower import LoweredLayer
 
@@ -56,6 +57,23 @@ class Cost(Report):
         """The reason for the first layer's engine. `layers` holds the reasons for all layers."""
         return self.layers[0].reason
 
+    @property
+    def failures(self) -> str:
+        """How many lookups of an image fail, in words. A failed one mostly gives a neighbouring entry."""
+        return failing_lookups(self.lookups, self.p_error)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what matters most, as names and values."""
+        keys = f"{decimal(self.sent_key_bytes)} to send, {decimal(self.key_bytes)} in memory"
+        sizes = f"image {decimal(self.input_bytes)}, result {decimal(self.output_bytes)}"
+        lookups = f"{self.lookups:,}, failing: {self.failures}" if self.lookups else "none"
+        return [
+            ("lookups", lookups),
+            ("complexity", f"{self.complexity:,.0f}"),
+            ("evaluation keys", keys),
+            ("encrypted", sizes),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""
         return asdict(self)
@@ -72,8 +90,8 @@ class Cost(Report):
             "evaluation keys": f"{decimal(self.sent_key_bytes)} to send, {decimal(self.key_bytes)} in memory",
             "encrypted image": decimal(self.input_bytes),
             "encrypted result": decimal(self.output_bytes),
-            "failure probability": f"{self.p_error:.1e} for each "
-            + (f"lookup, {self.global_p_error:.1e} for an image" if self.lookups else "result"),
+            "failure probability": f"{self.p_error:.1e} for each {'lookup' if self.lookups else 'result'}",
+            **({"failing lookups": f"{self.failures}; {_EFFECT}"} if self.lookups else {}),
             **({} if self.seconds is None else {"expected time": f"{self.seconds:.2g} s on this machine"}),
         }
         for name, value in rows.items():
@@ -172,6 +190,8 @@ class TiledCost(Report):
         return Group(table, Text("Of this, each tile:"), self.tile)
 
 
+# What a failed lookup means.
+_EFFECT = 'circuit.score(x, y, fhe="simulate") shows the effect'
 _TOTALS = (
     "ciphertexts",
     "multiply_adds",

@@ -4,14 +4,17 @@ import os
 import secrets
 import threading
 import weakref
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import ArtifactError, NotCompiledError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status
+from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
 from fheconv.circuits.keys import EvaluationKeys, read_keys, write_keys
 from fheconv.circuits.native.handle import Handle
@@ -103,7 +106,7 @@ class KeyedHandle(Handle):
         check_ciphertext(ciphertext, kind, step, self.fingerprint, self.key_id, self.interface.lanes.count)
 
 
-class KeyOwner:
+class KeyOwner(Brief):
     """Makes, saves and loads keys. It is the base of a client, and of a circuit that is both sides."""
 
     _one: KeyedHandle
@@ -112,6 +115,16 @@ class KeyOwner:
         # Keys must not change between an encryption and the moment when its ciphertext gets their name.
         self._lock = threading.RLock()
         _owners.add(self)
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        inputs, outputs, rows = self._described()
+        keys = "none; keygen() makes them" if self._one.keys is None else f"made, {self._one.key_id:.12}"
+        title = f"{type(self).__name__} {self.fingerprint:.12}: {inputs} → {outputs}"
+        return title, [*rows, ("keys", keys)]
+
+    @abstractmethod
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        """Return the shapes of an image and of its results, and what matters most of the cost."""
 
     def __reduce__(self) -> NoReturn:
         raise ArtifactError(
@@ -133,6 +146,7 @@ class KeyOwner:
         with self._lock:
             return self._one.evaluation_keys()
 
+    @answers_keywords
     def keygen(self) -> None:
         """Generate new keys. Ciphertexts of earlier keys can no longer be used.
 

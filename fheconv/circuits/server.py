@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from fheconv.basics.errors import ArtifactError
 from fheconv.basics.progress import track
+from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import ServerParts, read_server
@@ -21,7 +22,7 @@ KEYS_IN_MEMORY = 4
 MARGIN = 2**16
 
 
-class Server:
+class Server(Brief):
     """The server side of a saved circuit. Made by `fheconv.load_server`.
 
     `manifest` describes the circuit and its cost. `config` is the configuration it was compiled with.
@@ -52,6 +53,10 @@ class Server:
         self._handle = Handle(
             worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
         )
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        about = self.manifest
+        return f"Server {self.fingerprint:.12}: {about.input_shape} → {about.output_shape}", self.cost.rows()
 
     def __reduce__(self) -> NoReturn:
         raise ArtifactError(

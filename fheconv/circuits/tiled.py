@@ -18,7 +18,9 @@ from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, InputRangeError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
+from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.circuit import Fhe, FheCircuit
 from fheconv.circuits.cost import TiledCost
@@ -28,7 +30,7 @@ from fheconv.networks.linear import Term
 from fheconv.quantized import QuantizedNetwork
 
 
-class TiledCircuit:
+class TiledCircuit(Brief):
     """Runs images of any size through a circuit for one tile.
 
     Made by `fheconv.compile_tiled`. Memory is needed only for the tiles that share one ciphertext. If a call
@@ -72,6 +74,12 @@ class TiledCircuit:
             replace(network, layers=(tile_layer,), observed=(None,), source=Network.of(conv, window)), config
         )
         self._unfinished: tuple[str, dict[int, Array]] = ("", {})
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        title, rows = self.circuit._summary()
+        count = self.tiles(self.network.input_shape[1:])
+        tiles = f"{count:,} for images {self.network.input_shape}"
+        return f"TiledCircuit, each tile a {title}", [("tiles", tiles), *rows]
 
     @property
     def cost(self) -> TiledCost:
@@ -203,6 +211,7 @@ class TiledCircuit:
         return y
 
 
+@answers_keywords
 def compile_tiled(
     network: QuantizedNetwork, tile: PerAxis = 64, config: CompileConfig | None = None
 ) -> TiledCircuit:

@@ -85,9 +85,13 @@ class VerifyReport(Report):
         ]
         if not self.ok:
             verdict = "no more than" if self.as_promised else "MORE than"
-            what = f"of {self.images} images have a wrong value" if self.by_image else "of them are wrong"
+            wrong, tried = (
+                (self.images_wrong, f"{self.images:,} images have a wrong value")
+                if self.by_image
+                else (self.wrong, f"{self.values:,} values are wrong")
+            )
             lines.append(
-                f"{self.rate:.2g} {what}, {verdict} the expected {self.promised:.2g} explains; the greatest "
+                f"{wrong:,} of {tried}, {verdict} the expected share of {self.promised:.2g}; the greatest "
                 f"difference is {self.greatest}."
             )
         lines += [f"At {m.position}: expected {m.expected}, got {m.got}." for m in self.mismatches]

@@ -41,6 +41,15 @@ def integers(text: str | None, name: str, words: Collection[str] = ()) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def bits_of(**options: str | int | None) -> dict[str, Any]:
+    """Return the numbers of bits that a command was given, by their names in `QuantConfig`."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {
+        name: value if isinstance(value, int) else integers(value, f"--{name.replace('_', '-')}", ("auto",))
+        for name, value in given.items()
+    }
+
+
 def print_error(message: str) -> None:
     """Print a message in red on standard error."""
     err.print(message, style="red", highlight=False, soft_wrap=True)
@@ -82,6 +91,16 @@ def check_output(
                 )
     if output.exists() and not force:
         raise InvalidArgumentError(f"{option}={output} exists; choose another file, or pass --force.")
+
+
+def check_circuit_folder(output: Path, *, force: bool) -> None:
+    """Raise `InvalidArgumentError` if a folder holds a circuit, unless it may be written over."""
+    for name in ("client.zip", "server.zip"):
+        if (output / name).exists() and not force:
+            raise InvalidArgumentError(
+                f"{output / name} exists, and keys may have been made for it; choose another --output, or "
+                "pass --force."
+            )
 
 
 def load_array(path: Path, option: str) -> Array:

@@ -13,10 +13,12 @@ from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
+from fheconv.basics.progress import status
 from fheconv.cli.arguments import (
     Force,
+    bits_of,
+    check_circuit_folder,
     check_output,
-    integers,
     load_calibration,
     load_image,
     out,
@@ -89,25 +91,20 @@ def compile_model(
     from fheconv.circuits.circuit import compile as compile_circuit
     from fheconv.quantized import quantize
 
-    bits = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "accumulator_bits": accumulator_bits,
-        "input_bits": input_bits,
-    }
-    chosen = {name: integers(text, f"--{name.replace('_', '-')}", ("auto",)) for name, text in bits.items()}
-    given = {name: value for name, value in {**chosen, "rounding_bits": rounding_bits}.items() if value}
+    given = bits_of(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        accumulator_bits=accumulator_bits,
+        input_bits=input_bits,
+        rounding_bits=rounding_bits,
+    )
     config = QuantConfig(**given) if given else None
     compile_config = CompileConfig(p_error=p_error)
-    for name in ("client.zip", "server.zip"):
-        if (output / name).exists() and not force:
-            raise InvalidArgumentError(
-                f"{output / name} exists, and keys may have been made for it; choose another --output, or "
-                "pass --force."
-            )
+    check_circuit_folder(output, force=force)
     images = load_calibration(calibration)
     try:
-        network = quantize(load_model(model, layer, trusted=trusted), images, config)
+        with status("Quantizing…"):
+            network = quantize(load_model(model, layer, trusted=trusted), images, config)
         circuit = compile_circuit(network, compile_config)
     except AccumulatorOverflowError as error:
         if as_json:

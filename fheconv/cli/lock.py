@@ -16,7 +16,7 @@ from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import write_file
-from fheconv.cli.arguments import integers, load_array, out
+from fheconv.cli.arguments import bits_of, load_array, out
 
 FORMAT = 1
 # Accuracy may fall by this much: a retrained model answers a few images in another way.
@@ -54,14 +54,13 @@ def lock(
     Example: fheconv lock m.safetensors --calibration x.npy --evaluation t.npy --labels y.npy
     Then in CI: fheconv lock --check
     """
-    texts = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "accumulator_bits": accumulator_bits,
-        "rounding_bits": rounding_bits,
-        "input_bits": input_bits,
-    }
-    bits = {name: integers(text, f"--{name.replace('_', '-')}", ("auto",)) for name, text in texts.items()}
+    bits = bits_of(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        accumulator_bits=accumulator_bits,
+        rounding_bits=rounding_bits,
+        input_bits=input_bits,
+    )
     paths = {"model": model, "calibration": calibration, "evaluation": evaluation, "labels": labels}
     given = {
         "files": {name: str(path) for name, path in paths.items() if path is not None},

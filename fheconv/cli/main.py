@@ -14,6 +14,7 @@ from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
+from fheconv.cli import trials
 from fheconv.cli.arguments import (
     Force,
     check_output,
@@ -257,6 +258,10 @@ app.command()(cli_circuits.decrypt)
 app.command()(cli_circuits.inspect)
 app.command()(cli_circuits.bench)
 app.command()(lock)
+app.command()(trials.simulate)
+app.command()(trials.verify)
+app.command()(trials.tune)
+app.command()(trials.finetune)
 
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:

@@ -8,13 +8,15 @@ was terminated.
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
+from fheconv.basics import progress
 from fheconv.basics.errors import FheConvError
 from fheconv.basics.warning import FheConvWarning
 from fheconv.cli.arguments import print_error, print_warning
@@ -25,7 +27,7 @@ def run_to_status(app: Callable[[], Any]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack characters, such as ×
-    with warnings.catch_warnings():
+    with _progress_lines(), warnings.catch_warnings():
         warnings.simplefilter("default", FheConvWarning)  # whatever PYTHONWARNINGS says
         warnings.showwarning = _shown(warnings.showwarning)
         try:
@@ -46,6 +48,19 @@ def run_to_status(app: Callable[[], Any]) -> None:
             traceback.print_exc()
             said = f"{type(error).__name__}: {error}"
             _fail(f"internal error: {said}, please report it with the lines above.", 3)
+
+
+@contextlib.contextmanager
+def _progress_lines() -> Iterator[None]:
+    """Show the lines of progress of long work on standard error, where no spinner shows it."""
+    handler, level = logging.StreamHandler(sys.stderr), progress.LOGGER.level
+    progress.LOGGER.addHandler(handler)
+    progress.LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        progress.LOGGER.removeHandler(handler)
+        progress.LOGGER.setLevel(level)
 
 
 def _shown(usual: Callable[..., None]) -> Callable[..., None]:

@@ -23,7 +23,7 @@ from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.quantization import twos_complement_bits
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AccumulatorBounds:
     """Holds the exact minimum and maximum of every accumulator of a layer.
 
@@ -39,6 +39,10 @@ class AccumulatorBounds:
     class_minimum: Array
     class_maximum: Array
     classes: tuple[Array, ...]
+
+    def __repr__(self) -> str:
+        least, greatest = self.class_minimum.min(), self.class_maximum.max()
+        return f"AccumulatorBounds: {len(self.class_minimum)} channels, {least} to {greatest}"
 
     @property
     def minimum(self) -> Array:

@@ -41,6 +41,17 @@ class Expression:
         shown = [*map(_shown, self.arguments), *(f"{name}={_shown(value)}" for name, value in self.options)]
         return f"{self.operator}({', '.join(shown)})"
 
+    def operators(self) -> list[str]:
+        """Return the names of what it computes, such as relu, the first applied first.
+
+        Sums and products with constants are left out, unless there is nothing else.
+        """
+        parts = [part for part in self.arguments if isinstance(part, Expression)]
+        names = [name for part in parts for name in part.operators() if name != "identity"]
+        if self.operator != "x" and (self.operator not in _SCALING or len(parts) > 1):
+            names.append(self.operator)
+        return list(dict.fromkeys(names)) or ["identity"]
+
     def arrays(self) -> list[Array]:
         """Return the constants that are arrays."""
         inner = (part.arrays() for part in self.arguments if isinstance(part, Expression))
@@ -68,6 +79,8 @@ class Expression:
 
 
 X = Expression("x")
+# These only scale and shift, if all but one of their arguments are constants.
+_SCALING = ("add", "sub", "rsub", "mul", "div", "neg")
 
 
 def _shown(part: Any) -> str:

@@ -19,7 +19,7 @@ from fheconv.networks.expression import Expression
 from fheconv.networks.linear import Kernel, Select, Term
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Conv:
     """Holds a convolution in floats: `weight` (K, C/groups, *k), `bias` (K,) or None.
 
@@ -90,6 +90,10 @@ class Conv:
             geometry=geometry,
         )
 
+    def __repr__(self) -> str:
+        bias = "no bias" if self.bias is None else "a bias"
+        return f"Conv {self.name!r}: weight {self.weight.shape}, {bias}, {self.geometry!r}"
+
     @property
     def in_channels(self) -> int:
         """The number C of channels that it reads."""
@@ -117,6 +121,20 @@ class Layer:
     def sources(self) -> tuple[int, ...]:
         """The tensors that it reads."""
         return tuple(term.source for term in self.terms)
+
+    @property
+    def kind(self) -> str:
+        """A description in a few words, such as "conv 3×3, pool 2×2, relu"."""
+        words: list[str] = []
+        for term in self.terms:
+            for step in term.steps:
+                if isinstance(step, Kernel) and not term.is_plain():
+                    size = "×".join(map(str, step.geometry.kernel))
+                    words.append(f"{'pool' if step.exact else 'conv'} {size}" if size else "linear")
+            if term.is_plain():
+                words.append("skip")
+        names = [] if self.activation is None else self.activation.operators()
+        return ", ".join([*dict.fromkeys(words), *names])
 
     def sums(self, tensors: Sequence[Array]) -> Array:
         """Return what enters the activation, (N, C, *S)."""
@@ -151,6 +169,11 @@ class Maximum:
     def sources(self) -> tuple[int, ...]:
         """The tensor that it reads."""
         return (self.source,)
+
+    @property
+    def kind(self) -> str:
+        """A description in a few words, such as "maximum of 4"."""
+        return f"maximum of {len(self.index)}"
 
     def candidates(self, x: Array) -> Array:
         """Return the values (n, N, C, *S) whose maximum over n is the output, for the tensor `x`."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
 from fheconv.basics.config import QuantConfig
+from fheconv.basics.report import Brief
 from fheconv.networks.floats import Maximum, Network, real_results
 from fheconv.networks.linear import Kernel, Term
 from fheconv.networks.quantization import CalibratedInput, Quantization, integer_images
@@ -171,8 +172,8 @@ def blank_image(quantization: Quantization, shape: Shape) -> Array:
 AnyLayer: TypeAlias = QuantizedLayer | Maximum
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class IntegerNetwork:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class IntegerNetwork(Brief):
     """Computes float results from float images, through exact integers.
 
     `observed` holds, for each layer, the per-channel (minimum, maximum) of its accumulators on the
@@ -276,6 +277,20 @@ class IntegerNetwork:
         q, batched = self.quantize_input(x)
         y = self.dequantize(self.accumulate(q))
         return y if batched else y[0]
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        rows: list[tuple[str, ...]] = []
+        for layer, source in zip(self.layers, self.source.layers, strict=True):
+            bits, looked_up = "", "decrypted"
+            if isinstance(layer, Maximum):
+                looked_up = f"lookups of {comparison(self.quantizations[layer.source]).bits} bits"
+            else:
+                bits = f"{self.config.of_layer('weight_bits', layer.name)}-bit weights"
+                if layer.lookup is not None:
+                    looked_up = f"lookups of {layer.lookup.column_bits} bits"
+            rows.append((layer.name, source.kind, "×".join(map(str, layer.shape)), bits, looked_up))
+        shapes = f"{self.input_shape} → {self.output_shape}"
+        return f"{type(self).__name__}: {shapes}, images of {self.input.bits} bits", rows
 
     @classmethod
     def of(cls, network: "IntegerNetwork") -> Self:

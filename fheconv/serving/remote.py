@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from fheconv.basics.arrays import Shape
 from fheconv.basics.checks import check_integer, check_number, check_token
 from fheconv.basics.errors import (
     ArtifactError,
@@ -113,6 +114,10 @@ class RemoteCircuit(Client):
             )
         # Both share one set of keys, no matter which of the two makes new ones.
         self.manifest, self._one, self._lock = client.manifest, client._one, client._lock
+
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        inputs, outputs, rows = super()._described()
+        return inputs, outputs, [("url", str(self._http.base_url.copy_with(userinfo=b""))), *rows]
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
         """Evaluate the circuit on encrypted images at the server. Send the evaluation keys if it lacks them.

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
 from fheconv.networks.floats import Network
 from fheconv.networks.integers import IntegerNetwork
@@ -64,6 +65,7 @@ class _Schedule(NamedTuple):
     patience: int
 
 
+@answers_keywords
 def finetune(
     network: N,
     data: Data,

@@ -66,6 +66,11 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
                 layers.append(_Layer(layer, source, network, building))
         self.layers: Any = nn.ModuleList(layers)
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        shapes = f"{self.network.input_shape} → {self.network.accumulator_shape}"
+        return f"TrainableNetwork: {shapes}, {len(self.layers)} layers, {count:,} parameters"
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the real numbers that the last accumulators stand for. Images are clipped to the range."""
         image = self.network.input

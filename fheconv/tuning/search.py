@@ -13,6 +13,7 @@ from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
 from fheconv.capture.model import capture
 from fheconv.circuits.circuit import FheCircuit
@@ -41,6 +42,7 @@ HOPELESS = 0.02
 MOST_MEASURED = 4
 
 
+@answers_keywords
 def tune(
     model: Model,
     calibration: ArrayLike,

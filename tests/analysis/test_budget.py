@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from fheconv import AccumulatorOverflowError, Conv, InvalidArgumentError, quantize
 from fheconv.networks.bounds import layer_bounds
@@ -118,3 +120,28 @@ def test_without_a_limit_everything_fits():
 def test_a_limit_from_numpy_is_json_too():
     network = quantize(np.ones((2, 2)), np.ones((1, 3, 3)))
     assert json.loads(json.dumps(network.budget(np.int64(3)).to_dict()))["limit"] == 3
+
+
+class Gated(nn.Module):
+    def forward(self, x):
+        return 2 * (x * torch.sigmoid(x) / 3 - 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.ReLU(), "relu"),
+        (nn.SiLU(), "silu"),
+        (nn.Hardtanh(), "hardtanh"),
+        (Gated(), "sigmoid, mul"),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), "relu, tanh"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_lookup_bears_the_name_of_the_activation(module, name):
+    """Channels are divided by their scale, which is no operation of the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), module, nn.Flatten(), nn.Linear(32, 3), module, nn.Linear(3, 1))
+    images = np.random.default_rng(0).uniform(0, 1, (40, 1, 6, 6))
+    kinds = [layer.kind for layer in quantize(model.eval(), images).budget().layers]
+    assert kinds == [f"conv 3×3, {name}", f"linear, {name}", "linear"]

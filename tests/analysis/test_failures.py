@@ -10,7 +10,7 @@ from torch import nn
 
 import digits
 import fheconv
-from fheconv.analysis.failures import accuracies, noise_deviation, noisy
+from fheconv.analysis.failures import accuracies, failing_lookups, noise_deviation, noisy
 from fheconv.basics.errors import InvalidArgumentError
 from tests.support import nets
 from train_tinycnn_digits import shipped
@@ -210,3 +210,31 @@ def scores():
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3, bias=False))
     images = rng.uniform(-1, 1, (12, 1, 5, 5))
     return nets.quantize(module, images, accumulator_bits=6), images
+
+
+@pytest.mark.parametrize(
+    ("lookups", "p_error", "words"),
+    [
+        (286, 0.05, "about 14 for an image"),
+        (100, 0.02, "about 2.0 for an image"),
+        (10, 0.05, "about 0.5 for an image"),
+        (4, 0.1, "one image of 2 has one"),
+        (1, 1e-5, "one image of 100,000 has one"),
+        (1, 1e-300, "fewer than one image of a billion has one"),
+        (1, 0.0, "fewer than one image of a billion has one"),
+    ],
+)
+def test_failing_lookups_are_told_by_the_image(lookups, p_error, words):
+    assert failing_lookups(lookups, p_error) == words
+
+
+def test_costs_and_forecasts_tell_failing_lookups_not_that_every_image_is_wrong():
+    network = nets.quantized(0, rounding_bits=4)
+    config = fheconv.CompileConfig(p_error=0.05)
+    cost, forecast = fheconv.compile(network, config).cost, network.forecast(config)
+    assert cost.global_p_error > cost.p_error  # whoever wants the number has it
+    assert failing_lookups(cost.lookups, cost.p_error) in str(cost)
+    assert 'score(x, y, fhe="simulate")' in str(cost)
+    assert failing_lookups(forecast.lookups, forecast.p_error) in str(forecast)
+    for shown in (str(cost), str(forecast)):
+        assert f"{cost.global_p_error:.1e}" not in shown

@@ -1,3 +1,7 @@
+import logging
+import threading
+
+import pytest
 from rich.console import Console
 
 import fheconv.basics.progress
@@ -32,3 +36,65 @@ def test_a_bar_of_bytes_goes_over_pieces_of_them(monkeypatch, capsys):
     assert shown.out == ""
     assert "Sending…" in shown.err
     assert "1.0/1.0 MB" in shown.err
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The lines of the log, which come quickly, and a function that waits for the next one."""
+    told, came = [], threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+            came.set()
+
+    def wait():
+        came.clear()
+        assert came.wait(60)
+        return told[-1]
+
+    monkeypatch.setattr("fheconv.basics.progress.SECONDS", 0.01)
+    handler, logger = Handler(), fheconv.basics.progress.LOGGER
+    logger.addHandler(handler)
+    yield told, wait
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def asked_for():
+    fheconv.basics.progress.LOGGER.setLevel(logging.INFO)
+    yield
+    fheconv.basics.progress.LOGGER.setLevel(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("asked_for")
+def test_without_a_terminal_a_line_comes_now_and_then(lines, capsys):
+    _, wait = lines
+    with fheconv.basics.progress.status("Working…"):
+        assert wait().startswith("Working… 0 s")
+    for number, item in enumerate(fheconv.basics.progress.track("abc", "Running…")):
+        assert item == "abc"[number]
+        assert wait().startswith(f"Running… {number} of 3, ")
+    wait_for = fheconv.basics.progress.track_bytes([b"12", b"345"], "Sending…")
+    assert next(wait_for) == b"12"
+    assert wait().startswith("Sending… 0 of 5 bytes, ")
+    assert list(wait_for) == [b"345"]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("asked_for")
+def test_no_line_comes_after_the_work(lines):
+    before = threading.active_count()
+    for item in fheconv.basics.progress.track([1, 2, 3], "Running…"):
+        if item == 2:
+            break
+    with pytest.raises(ZeroDivisionError), fheconv.basics.progress.status("Working…"):
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+
+
+def test_nobody_who_has_not_asked_gets_lines(lines):
+    before = threading.active_count()
+    with fheconv.basics.progress.status("Working…"):
+        assert threading.active_count() == before
+    assert lines[0] == []

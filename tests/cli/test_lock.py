@@ -1,6 +1,5 @@
 """The lock file: what a model needs, and what a retrained one may not need more of."""
 
-import json
 import sys
 import tomllib
 from pathlib import Path
@@ -11,28 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fheconv.cli.main import main
+from tests.support import shell
 
-CARD = [
-    {"name": "c", "kind": "Conv2d"},
-    {"kind": "ReLU"},
-    {"kind": "Flatten"},
-    {"name": "fc", "kind": "Linear"},
-]
 LOCK = ("lock", "m.safetensors", "--calibration", "x.npy", "--evaluation", "x.npy", "--labels", "y.npy")
 NARROW = ("--weight-bits", "3", "--activation-bits", "2", "--input-bits", "3")
-
-
-def save_model(seed=1, filters=2):
-    rng = np.random.default_rng(seed)
-    save_file(
-        {
-            "c.weight": torch.tensor(rng.normal(size=(filters, 1, 2, 2))),
-            "c.bias": torch.tensor(rng.normal(size=filters)),
-            "fc.weight": torch.tensor(rng.normal(size=(3, 4 * filters))),
-            "fc.bias": torch.tensor(rng.normal(size=3)),
-        },
-        "m.safetensors",
-    )
 
 
 @pytest.fixture
@@ -40,8 +21,7 @@ def command(tmp_path, monkeypatch, capsys):
     """Run the command in a folder with a model and data: its exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    save_model()
-    (tmp_path / "m.json").write_text(json.dumps({"architecture": CARD}))
+    shell.write_network(tmp_path)
     np.save("y.npy", np.zeros(30, int))
     np.save("x.npy", np.random.default_rng(0).random((30, 1, 3, 3)))
 
@@ -72,7 +52,7 @@ def test_the_same_model_passes(command):
 
 def test_more_lookups_fail(command):
     command(*LOCK, *NARROW)
-    save_model(filters=3)
+    shell.write_network(Path(), filters=3)
     status, printed = command("lock", "--check")
     assert status == 1
     (line,) = (line for line in printed.splitlines() if " lookups " in line and "layer" not in line)

@@ -1,13 +1,16 @@
-"""Warnings in the shell: one line on standard error, and the command goes on."""
+"""Warnings and progress in the shell: lines on standard error, and the command goes on."""
 
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fheconv.basics import progress
 from fheconv.cli import main as cli
+from fheconv.cli.outcome import run_to_status
 
 
 def test_images_a_little_outside_are_clipped_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -29,3 +32,19 @@ def test_images_a_little_outside_are_clipped_with_a_warning(tmp_path, monkeypatc
     err = run("encrypt", "out/client.zip", "--keys", "k", "--input", "one.npy", "--output", "x.ct")
     assert err.startswith("InputRangeWarning: 9 of 9 values are outside")
     assert len(err.splitlines()) == 1
+
+
+def test_long_work_shows_lines_of_progress_when_it_is_piped(monkeypatch, capsys):
+    monkeypatch.setattr("fheconv.basics.progress.SECONDS", 0.01)
+    said = []
+
+    def work():
+        print("result")
+        with progress.status("Working…"):
+            while not said or "\n" not in said[-1]:
+                time.sleep(0.01)
+                said.append(capsys.readouterr().err)
+
+    run_to_status(work)
+    assert said[-1].startswith("Working… 0 s")
+    assert not progress.LOGGER.handlers

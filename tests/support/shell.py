@@ -29,6 +29,27 @@ def write_model(folder: Path) -> None:
     np.save(folder / "x.npy", np.array([0.0, 255, 128, 64, 1, 2, 3, 250]).reshape(2, 1, 2, 2))
 
 
+CARD = [
+    {"name": "c", "kind": "Conv2d"},
+    {"kind": "ReLU"},
+    {"kind": "Flatten"},
+    {"name": "fc", "kind": "Linear"},
+]
+
+
+def write_network(folder: Path, seed: int = 1, filters: int = 2) -> None:
+    """Weights and a card of a network with lookups that tells three classes of images (1, 3, 3)."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "c.weight": torch.tensor(rng.normal(size=(filters, 1, 2, 2))),
+        "c.bias": torch.tensor(rng.normal(size=filters)),
+        "fc.weight": torch.tensor(rng.normal(size=(3, 4 * filters))),
+        "fc.bias": torch.tensor(rng.normal(size=3)),
+    }
+    save_file(weights, folder / "m.safetensors")
+    (folder / "m.json").write_text(json.dumps({"architecture": CARD}))
+
+
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder."""
     return subprocess.run(
