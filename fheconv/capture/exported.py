@@ -12,12 +12,13 @@ from torch.fx import Node
 
 from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import UnsupportedLayerError
+from fheconv.basics.samples import channel_remedy
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.probing import leaves, linear
-from fheconv.capture.tracing import dependence, traceable
+from fheconv.capture.tracing import check_channels, dependence, traceable
 from fheconv.networks.floats import Network
 
 
@@ -26,7 +27,8 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
 
     An `ExportedProgram` keeps the mode and the image size of its export.
 
-    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, and
+    `InvalidArgumentError` for images whose channel axis is missing or last.
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
@@ -46,6 +48,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
     except Exception as error:  # the user's forward can raise anything
+        check_channels(module, example)
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
             f"{_said(error)}. Calibrate on images as the model takes them; a "
@@ -54,6 +57,8 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
     finally:
         for part in training:
             part.training = True
+    if depends:
+        check_channels(module, example)
     network = network_of(program, input_shape)
     if depends:  # last, because the graph may name the operator
         raise UnsupportedLayerError(f"{kind} cannot be compiled: {depends}.")
@@ -73,11 +78,12 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
 
     If it was exported for one batch size, running another size shows whether it depends on the size.
     """
+    wanted: Any = ()
     try:
         (image,) = program.graph_signature.user_inputs
         (node,) = (node for node in program.graph.nodes if node.name == image)
         like = node.meta["val"]
-        own, *_ = like.shape
+        own, *_ = wanted = like.shape
         example = torch.zeros(own if isinstance(own, int) else BATCH, *input_shape, dtype=like.dtype)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -86,9 +92,10 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
             module.check_input_constraints = False
             module(torch.zeros(BATCH, *input_shape, dtype=like.dtype))
     except Exception as error:  # the program can raise anything
+        remedy = channel_remedy((BATCH, *input_shape), wanted[1], len(wanted) - 1) if len(wanted) > 2 else ""
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
-            f"{_said(error)}. Export a model of one argument, a batch of any "
+            f"{_said(error)}.{remedy} Export a model of one argument, a batch of any "
             'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
             "that it was exported for."
         ) from error

@@ -1,5 +1,6 @@
 """Turns a torch module or an array of weights into a float network."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,9 @@ from fheconv.basics.arrays import Shape, as_array
 from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
 from fheconv.networks.floats import Conv, Layer, Maximum, Network
 from fheconv.networks.linear import Kernel
+
+# The names of torch's modules that read images, with the number of their spatial axes.
+SPATIAL = r"(?:Conv|ConvTranspose|(?:Adaptive)?(?:Avg|Max)Pool)([123])d$"
 
 
 def capture(module: Any, input_shape: Shape) -> Network:
@@ -59,6 +63,33 @@ def single_convolution(module: Any) -> Conv | None:
             f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
         )
     return _from_torch(module) if _is_plain_convolution(module) else None
+
+
+def image_axes(module: Any) -> int | None:
+    """Return the number of axes of an image (C, *S) that a model takes, None if it does not show.
+
+    A module shows it by its first convolution or pooling.
+
+    Example:
+        >>> image_axes(Conv.of([[1, 0, -1]]))
+        3
+    """
+    if isinstance(module, Conv):
+        return len(module.geometry.kernel) + 1
+    if not hasattr(module, "state_dict"):
+        return None
+    import torch
+
+    if isinstance(module, torch.export.ExportedProgram):
+        examples = [node.meta["val"] for node in module.graph.nodes if node.name in _inputs(module)]
+        return examples[0].ndim - 1 if len(examples) == 1 else None
+    parts = module.modules() if isinstance(module, torch.nn.Module) else ()
+    kinds = (re.match(SPATIAL, type(part).__name__) for part in parts)
+    return next((int(kind[1]) + 1 for kind in kinds if kind), None)
+
+
+def _inputs(program: Any) -> tuple[str, ...]:
+    return tuple(program.graph_signature.user_inputs)
 
 
 def _export(module: Any, input_shape: Shape) -> Network:

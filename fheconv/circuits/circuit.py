@@ -19,6 +19,7 @@ from fheconv.basics.errors import (
     InvalidArgumentError,
 )
 from fheconv.basics.progress import status, track
+from fheconv.basics.samples import Data
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
@@ -28,7 +29,7 @@ from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.circuits.together import images_together
-from fheconv.circuits.verification import VerifyReport, compare, share_right
+from fheconv.circuits.verification import VerifyReport, compare, share_right, with_classes
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.quantized import QuantizedNetwork
 
@@ -166,7 +167,7 @@ class FheCircuit(KeyOwner):
         """
         return save(self.exported(), folder, class_names=class_names)
 
-    def encrypt(self, x: ArrayLike) -> Ciphertext:
+    def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -199,7 +200,7 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
-    def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
+    def predict(self, x: Data, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
@@ -210,13 +211,15 @@ class FheCircuit(KeyOwner):
         y = self.network.dequantize(self.accumulate(q, fhe))
         return y if batched else y[0]
 
-    def score(self, x: ArrayLike, y: ArrayLike, fhe: Fhe = "disable") -> float:
+    def score(self, x: Data, y: ArrayLike | None = None, fhe: Fhe = "disable") -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
-        `fhe` is as for `predict`. Raises like `predict`, and `InvalidArgumentError` if there is not a class
-        for each image, or not a score for each class.
+        Without `y`, `x` is a loader, a dataset or an iterable of pairs (images, classes). `fhe` is as for
+        `predict`. Raises like `predict`, and `InvalidArgumentError` if there is not a class for each image,
+        or not a score for each class.
         """
-        return share_right(self.predict(x, fhe), y)
+        images, classes = with_classes(x, y, len(self.network.input_shape))
+        return share_right(self.predict(images, fhe), classes)
 
     def accumulate(self, q: Array, fhe: Fhe = "disable") -> Array:
         """Return the integer outputs (N, K, *Out) for integer images, by the mode `fhe` (see `predict`).
@@ -239,7 +242,7 @@ class FheCircuit(KeyOwner):
         results = lowered.function(lowered.interface.prepare(q))
         return lowered.interface.accumulators(results, len(q))
 
-    def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
+    def verify(self, x: Data, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
         The report counts all differences and names the first `show`. It compares their rate with the failure

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.samples import Data
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
@@ -12,7 +13,7 @@ from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.verification import share_right
+from fheconv.circuits.verification import share_right, with_classes
 from fheconv.lowering.interface import Interface
 
 
@@ -52,7 +53,7 @@ class Client(KeyOwner):
         """The smallest and the greatest value of an image that can be encrypted."""
         return self._one.interface.input.real_range
 
-    def encrypt(self, x: ArrayLike) -> Ciphertext:
+    def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -73,7 +74,7 @@ class Client(KeyOwner):
         y = self._one.interface.dequantize(accumulators) if dequantize else accumulators
         return y if ciphertext.batched else y[0]
 
-    def predict(self, x: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
+    def predict(self, x: Data, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
         """Return float outputs for float images, in torch's shape.
 
         Images are encrypted here, run at `server` (such as `fheconv.load_server` returns), and decrypted
@@ -88,14 +89,16 @@ class Client(KeyOwner):
         return self.decrypt(self._run_at(server, self.encrypt(x)))
 
     def score(
-        self, x: ArrayLike, y: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None
+        self, x: Data, y: ArrayLike | None = None, fhe: str = "execute", *, server: "Evaluator | None" = None
     ) -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
-        Raises like `predict`, and `InvalidArgumentError` if there is not a class for each image, or not a
-        score for each class.
+        Without `y`, `x` is a loader, a dataset or an iterable of pairs (images, classes). Raises like
+        `predict`, and `InvalidArgumentError` if there is not a class for each image, or not a score for each
+        class.
         """
-        return share_right(self.predict(x, fhe, server=server), y)
+        images, classes = with_classes(x, y, len(self._one.interface.input_shape))
+        return share_right(self.predict(images, fhe, server=server), classes)
 
     def _run_at(self, server: "Evaluator | None", ciphertext: Ciphertext) -> Ciphertext:
         if server is None:

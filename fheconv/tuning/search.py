@@ -3,18 +3,19 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from fheconv.analysis.failures import accuracies
-from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
 from fheconv.basics.progress import track
-from fheconv.capture.model import capture
+from fheconv.basics.samples import MOST_CALIBRATED, Data, Samples, images_of, samples
+from fheconv.capture.model import capture, image_axes
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
 from fheconv.quantized import Model, QuantizedNetwork, quantize
@@ -43,11 +44,11 @@ MOST_MEASURED = 4
 
 def tune(
     model: Model,
-    calibration: ArrayLike,
+    calibration: Data,
     *,
-    evaluation: tuple[ArrayLike, ArrayLike],
+    evaluation: Data,
     objective: Objective = "latency",
-    training: tuple[ArrayLike, ArrayLike] | None = None,
+    training: Data | None = None,
     augment: Augment | None = None,
     epochs: int = 200,
     lookup_budgets: Sequence[int] = (),
@@ -63,8 +64,9 @@ def tune(
     """Search the circuits of a trained classifier for the cheapest at each accuracy.
 
     model, calibration: as for `fheconv.quantize`.
-    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide which
-        circuit is chosen, so measure the chosen circuit on other images.
+    evaluation: images (N, C, *S) and their classes (N,), on which points are compared: a pair, or a loader,
+        dataset or batches of such pairs. They decide which circuit is chosen, so measure the chosen circuit
+        on other images.
     objective: the number to make small: "latency" (seconds of one encrypted image on this machine),
         "complexity" (Concrete's count of operations) or "key_bytes".
     training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`). Each
@@ -105,7 +107,10 @@ def tune(
             f"measure=True tries parameters, and compile_config.parameters={compile_config.parameters} fixes "
             "them; leave one of the two."
         )
-    images, labels = _evaluation(evaluation)
+    axes = image_axes(model)
+    calibration = images_of(calibration, "calibration", axes, MOST_CALIBRATED)  # an iterator is read once
+    labelled = None if training is None else samples(training, "The images of training", axes)
+    images, labels = _evaluation(evaluation, axes)
     network = capture(model, images.shape[1:])
     outputs = network(images.astype(np.float64))
     if outputs.ndim != 2:
@@ -121,7 +126,7 @@ def tune(
         calibration=calibration,
         images=images,
         labels=labels,
-        training=training,
+        training=labelled,
         augment=augment,
         epochs=epochs,
         config=QuantConfig() if config is None else config,
@@ -156,7 +161,7 @@ def tune(
 
 def _settings(
     objective: str,
-    training: tuple[ArrayLike, ArrayLike] | None,
+    training: Data | None,
     lookup_budgets: Sequence[int],
     widths: Sequence[tuple[int | None, int | None]],
 ) -> list[Setting]:
@@ -191,10 +196,10 @@ class _Search:
     """Tries settings one after the other. Holds the arguments of the search and the networks made so far."""
 
     model: Model
-    calibration: ArrayLike
+    calibration: Array
     images: Array
     labels: Array
-    training: Any  # images and classes, or None if nothing is fine-tuned
+    training: Samples | None  # None if nothing is fine-tuned
     augment: Augment | None
     epochs: int
     config: QuantConfig
@@ -236,7 +241,7 @@ class _Search:
     def _trained(self, setting: Setting) -> QuantizedNetwork:
         return finetune(
             self._network(replace(setting, lookup_budget=None, fine_tuned=False)),
-            self.training,
+            self.training or (),
             epochs=self.epochs,
             augment=self.augment,
             lookup_budget=setting.lookup_budget,
@@ -295,17 +300,14 @@ class _Search:
             )
 
 
-def _evaluation(evaluation: Any) -> tuple[Array, Array]:
-    try:
-        images, labels = evaluation
-    except (TypeError, ValueError) as error:
+def _evaluation(evaluation: Data, axes: int | None) -> tuple[Array, Array]:
+    images, classes = samples(evaluation, "The images of evaluation", axes)
+    if classes is None:
         raise InvalidArgumentError(
-            "evaluation must be a pair: images (n, C, *S) and classes (n,)."
-        ) from error
-    images, labels = (
-        as_array(images, "The images of evaluation"),
-        as_array(labels, "The classes of evaluation"),
-    )
+            "evaluation has no classes; give a pair of images (n, C, *S) and classes (n,), or a loader of "
+            "such pairs."
+        )
+    labels = as_array(classes, "The classes of evaluation")
     if images.ndim < 2 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
         raise InvalidArgumentError(
             f"evaluation has images of shape {images.shape} and classes of shape {labels.shape} and type "
