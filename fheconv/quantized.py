@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.nn import Module
 
+    from fheconv.capture.outputs import Outputs
     from fheconv.training.trainable import TrainableNetwork
 
 
@@ -66,7 +67,13 @@ class QuantizedNetwork(IntegerNetwork):
 WITH_LOOKUPS = QuantConfig(overflow="defined", rounding_bits=5)
 
 
-def quantize(module: Model, calibration: Data, config: QuantConfig | None = None) -> QuantizedNetwork:
+def quantize(
+    module: Model,
+    calibration: Data,
+    config: QuantConfig | None = None,
+    *,
+    outputs: "Outputs" = None,
+) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
     `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
@@ -74,6 +81,9 @@ def quantize(module: Model, calibration: Data, config: QuantConfig | None = None
     single convolution. It may also be a pair of images and classes, a `DataLoader`, a `Dataset`, or an
     iterable of batches, with classes or without. Classes are ignored, and of a loader, dataset or iterable
     1,000 images are kept (`fheconv.basics.samples`).
+
+    Of a model that returns several outputs, `outputs` picks one, by its index or its name. Only what it needs
+    is computed. A last softmax or argmax is computed in clear, by whoever decrypts.
 
     Calibration fixes the image size and the scales. Integer images that fit `input_bits` stay as they are,
     with scale 1 and the whole range of the data type. Other images are scaled so that the integers cover
@@ -100,13 +110,13 @@ def quantize(module: Model, calibration: Data, config: QuantConfig | None = None
 
     Raises `UnsupportedLayerError` for a model that cannot be compiled, `CalibrationError` if no scale can be
     chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
-    for images that do not fit the model.
+    for images that do not fit the model, or `outputs` that it does not have.
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
     images = _calibration_images(calibration, conv, image_axes(module if conv is None else conv))
-    network = capture(module if conv is None else conv, images.shape[1:])
+    network = capture(module if conv is None else conv, images.shape[1:], outputs)
     if config is None:
         config = QuantConfig() if len(network.layers) == 1 else WITH_LOOKUPS
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])

@@ -1,6 +1,6 @@
 """Prepares a module for torch.export, and shows what its results depend on, and where channels belong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fheconv.basics.arrays import Shape
-from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.errors import UnsupportedLayerError
 from fheconv.basics.samples import channel_remedy
 
 _DATA: Any = torch.Tensor.data
@@ -52,12 +52,12 @@ def _copy(value: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
 
 
-def dependence(module: torch.nn.Module, batch: int, shape: Shape, like: torch.Tensor) -> str:
+def dependence(module: Callable[..., Any], batch: int, shape: Shape, like: torch.Tensor) -> str:
     """Return what the results of a module depend on besides each image, in words; "" if nothing is found.
 
-    The module runs on a batch of random images of `shape`, twice, and on a larger batch that starts with the
-    same images. Numbers that are drawn outside torch, or a batch size that `forward` reads, are constants in
-    a graph, so only the results show them.
+    `module` may be a function that gives one of its results. It runs on a batch of random images of `shape`,
+    twice, and on a larger batch that starts with the same images. Numbers that are drawn outside torch, or a
+    batch size that `forward` reads, are constants in a graph, so only the results show them.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch + 1, *shape, generator=generator).to(like)
@@ -93,7 +93,7 @@ class _Reached(Exception):
 
 
 def check_channels(module: torch.nn.Module, example: torch.Tensor) -> None:
-    """Raise `InvalidArgumentError` if images like `example` lack the channel axis of the first convolution.
+    """Raise `UnsupportedLayerError` if images like `example` lack the channel axis of the first convolution.
 
     Or if they have it last. A model whose first convolution reads something else than images passes.
     """
@@ -104,7 +104,7 @@ def check_channels(module: torch.nn.Module, example: torch.Tensor) -> None:
     shape = tuple(example.shape[1:])
     remedy = channel_remedy((0, *shape), channels, len(kernel) + 1)  # 0: any number of images
     if remedy:
-        raise InvalidArgumentError(
+        raise UnsupportedLayerError(
             f"The images have shape (n, {', '.join(map(str, shape))}), and the model takes (n, {channels}, "
             f"{', '.join('MND'[: len(kernel)])}).{remedy}"
         )

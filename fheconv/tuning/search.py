@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from fheconv.training.finetuning import Augment, finetune
 from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
 from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
+
+if TYPE_CHECKING:
+    from fheconv.capture.outputs import Outputs
 
 # Widths of accumulators, each with the width after rounding, the most generous first. Windows that lie where
 # calibration leads (None) are as cheap as proved ones of 8 bits, and lose less.
@@ -60,6 +63,7 @@ def tune(
     compile_config: CompileConfig | None = None,
     previous: TuneResult | None = None,
     seed: int = 0,
+    outputs: "Outputs" = None,
 ) -> TuneResult:
     """Search the circuits of a trained classifier for the cheapest at each accuracy.
 
@@ -84,6 +88,7 @@ def tune(
         bits, and p_error. With `QuantConfig(weight_bits="auto", accumulator_bits="auto")` it also searches
         the bits of weights, layer by layer. That takes longer, and gains little with narrow accumulators.
     previous: an earlier result for the same model and data, whose networks are used again.
+    outputs: the index or the name of the classes' scores, if the model returns several outputs.
 
     Once a width loses too much accuracy, narrower widths are left out. Where widths are proved, the bits of
     images and activations are chosen by held-out calibration loss, layer by layer ("auto" in `QuantConfig`).
@@ -111,18 +116,19 @@ def tune(
     calibration = images_of(calibration, "calibration", axes, MOST_CALIBRATED)  # an iterator is read once
     labelled = None if training is None else samples(training, "The images of training", axes)
     images, labels = _evaluation(evaluation, axes)
-    network = capture(model, images.shape[1:])
-    outputs = network(images.astype(np.float64))
-    if outputs.ndim != 2:
+    network = capture(model, images.shape[1:], outputs)
+    scores = network(images.astype(np.float64))
+    if scores.ndim != 2:
         raise InvalidArgumentError(
-            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
+            f"The model's outputs have shape {scores.shape}; tune needs (n, classes), a score for each."
         )
-    right = float((outputs.argmax(axis=1) == labels).mean())
+    right = float((scores.argmax(axis=1) == labels).mean())
     layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
     if not layers:
         raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
     search = _Search(
         model=model,
+        outputs=outputs,
         calibration=calibration,
         images=images,
         labels=labels,
@@ -196,6 +202,7 @@ class _Search:
     """Tries settings one after the other. Holds the arguments of the search and the networks made so far."""
 
     model: Model
+    outputs: "Outputs"
     calibration: Array
     images: Array
     labels: Array
@@ -273,7 +280,7 @@ class _Search:
                 activation_bits="auto",
                 input_bits="auto",
             )
-        return quantize(self.model, self.calibration, config)
+        return quantize(self.model, self.calibration, config, outputs=self.outputs)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf
