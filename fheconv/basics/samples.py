@@ -101,12 +101,14 @@ def _is_array(value: Any) -> bool:
 def _is_pair(data: Any) -> bool:
     """Return whether data is (images, classes), and neither two images nor two batches.
 
-    A tuple of two arrays always is. In a list, classes have fewer axes than images.
+    A tuple that begins with an array is one. In lists, and of nested lists, classes have fewer axes than
+    images. A list of lists is none, but an array.
     """
     if not isinstance(data, tuple | list) or len(data) != 2:
         return False
-    if isinstance(data, tuple) and _is_array(data[0]):
-        return True
+    is_tuple, begins_with_array = isinstance(data, tuple), _is_array(data[0])
+    if is_tuple == begins_with_array:
+        return is_tuple
     first, second = map(_axes, data)
     return first is not None and second is not None and 0 < second < first
 

@@ -15,4 +15,5 @@ elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.
 checkpoint: layers and models from files.
+pickles: what to do with files of torch.save.
 """

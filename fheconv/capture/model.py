@@ -8,6 +8,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Shape, as_array
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError, UnsupportedLayerError
+from fheconv.capture.pickles import check_no_checkpoint
 from fheconv.networks.floats import Conv, Layer, Maximum, Network
 from fheconv.networks.linear import Kernel
 
@@ -59,6 +60,7 @@ def single_convolution(module: Any) -> Conv | None:
     if isinstance(module, Conv):
         return module
     if not hasattr(module, "state_dict"):  # without importing torch for arrays
+        check_no_checkpoint(module)
         return Conv.of(as_array(module, "weight"))
     import torch
 

@@ -18,6 +18,7 @@ def pick(result: Any, outputs: Outputs) -> Any:
     Raises `InvalidArgumentError`, which names the choices, if there is none, or if it is not one tensor.
 
     Example:
+        >>> import torch
         >>> pick({"boxes": torch.zeros(2, 4), "scores": torch.ones(2, 3)}, "scores").shape
         torch.Size([2, 3])
     """
@@ -52,6 +53,7 @@ def described(result: Any) -> str:
     """Return what a result consists of, in words.
 
     Example:
+        >>> import torch
         >>> described((torch.zeros(2, 3), torch.zeros(2, 4)))
         '2 values, 0 and 1'
     """

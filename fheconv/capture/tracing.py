@@ -120,7 +120,7 @@ def _first_convolution(module: torch.nn.Module, example: torch.Tensor) -> Any:
     kinds = torch.nn.modules.conv._ConvNd
     hooks = [one.register_forward_pre_hook(stop) for one in module.modules() if isinstance(one, kinds)]
     try:
-        with torch.no_grad():
+        with traceable(module):
             module(example.clone())
     except _Reached as reached:
         return reached.convolution

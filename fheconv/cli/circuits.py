@@ -17,8 +17,8 @@ from fheconv.cli.arguments import (
     Force,
     check_output,
     integers,
-    load_calibration,
     load_image,
+    load_images,
     out,
     print_error,
     save_array,
@@ -105,7 +105,7 @@ def compile_model(
                 f"{output / name} exists, and keys may have been made for it; choose another --output, or "
                 "pass --force."
             )
-    images = load_calibration(calibration)
+    images = load_images(calibration)
     try:
         network = quantize(load_model(model, layer, trusted=trusted), images, config)
         circuit = compile_circuit(network, compile_config)
