@@ -8,12 +8,13 @@ import numpy as np
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
 from fheconv.analysis.forecast import Forecast, forecast
-from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
-from fheconv.capture.model import capture, single_convolution
+from fheconv.basics.samples import MOST_CALIBRATED, Data, channel_remedy, images_of
+from fheconv.capture.model import capture, image_axes, single_convolution
 from fheconv.networks.floats import Conv, Layer
 from fheconv.networks.integers import IntegerNetwork
 from fheconv.networks.quantization import CalibratedInput
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.nn import Module
 
+    from fheconv.capture.outputs import Outputs
     from fheconv.training.trainable import TrainableNetwork
 
 
@@ -67,15 +69,28 @@ WITH_LOOKUPS = QuantConfig(overflow="defined", rounding_bits=5)
 
 
 @answers_keywords
-def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None = None) -> QuantizedNetwork:
+def quantize(
+    module: Model,
+    calibration: Data,
+    config: QuantConfig | None = None,
+    *,
+    outputs: "Outputs" = None,
+) -> QuantizedNetwork:
     """Turn a trained model into exact integer arithmetic.
 
     `module` is a `torch.nn.Module`, the result of `torch.export.export`, a weight array (K, C/groups, *k) or
     (Hf, Wf), or a `fheconv.Conv`. `calibration` is a batch of images (N, C, *S), or one image (C, *S) for a
-    single convolution. It fixes the image size and the scales. Integer images that fit `input_bits` stay as
-    they are, with scale 1 and the whole range of the data type. Other images are scaled so that the integers
-    cover their range and 0: small differences are lost. So integers that do not fit, such as 0..255 with 4
-    bits, lose their lowest bits without a warning; `input_bits=8` keeps them.
+    single convolution. It may also be a pair of images and classes, a `DataLoader`, a `Dataset`, or an
+    iterable of batches, with classes or without. Classes are ignored, and of a loader, dataset or iterable
+    1,000 images are kept (`fheconv.basics.samples`).
+
+    Of a model that returns several outputs, `outputs` picks one, by its index or its name. Only what it needs
+    is computed. A last softmax or argmax is computed in clear, by whoever decrypts.
+
+    Calibration fixes the image size and the scales. Integer images that fit `input_bits` stay as they are,
+    with scale 1 and the whole range of the data type. Other images are scaled so that the integers cover
+    their range and 0: small differences are lost. So integers that do not fit, such as 0..255 with 4 bits,
+    lose their lowest bits without a warning; `input_bits=8` keeps them.
 
     Later images must be on the same scale. A batch that fills less than a tenth of the range causes an
     `InputScaleWarning`, and a value outside the range an `InputRangeError`.
@@ -97,13 +112,13 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
 
     Raises `UnsupportedLayerError` for a model that cannot be compiled, `CalibrationError` if no scale can be
     chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
-    for images that do not fit the model.
+    for images that do not fit the model, or `outputs` that it does not have.
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
-    images = _calibration_images(calibration, conv)
-    network = capture(module if conv is None else conv, images.shape[1:])
+    images = _calibration_images(calibration, conv, image_axes(module if conv is None else conv))
+    network = capture(module if conv is None else conv, images.shape[1:], outputs)
     if config is None:
         config = QuantConfig() if len(network.layers) == 1 else WITH_LOOKUPS
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
@@ -118,16 +133,18 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
     return QuantizedNetwork.of(quantize_network(network, images, calibrated, config))
 
 
-def _calibration_images(calibration: ArrayLike, conv: Conv | None) -> Array:
-    images = as_array(calibration, "calibration")
+def _calibration_images(calibration: Data, conv: Conv | None, image_axes: int | None) -> Array:
+    images = images_of(calibration, "calibration", image_axes, MOST_CALIBRATED)
     if conv is not None:
         axes = len(conv.geometry.kernel)
+        given = images.shape
         if images.ndim == axes + 1:
             images = images[None]
         if images.ndim != axes + 2 or images.shape[1] != conv.in_channels:
             raise InvalidArgumentError(
-                f"calibration has shape {images.shape}; layer {conv.name!r} takes images (n, "
+                f"calibration has shape {given}; layer {conv.name!r} takes images (n, "
                 f"{conv.in_channels}, {', '.join('MND'[:axes])}), or one of them without n."
+                + channel_remedy(given, conv.in_channels, axes + 1)
             )
     elif images.ndim < 2:
         raise InvalidArgumentError(

@@ -2,6 +2,7 @@
 
 errors: the tree of exceptions.
 arrays: turns what users pass into numpy arrays.
+samples: turns loaders, datasets and batches of images into arrays.
 checks: checks of numbers and words.
 config: what users choose: how to quantize.
 compile_config: what users choose: how to compile.

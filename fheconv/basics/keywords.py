@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ _THEIRS = {
     "fhe_simulation": 'give predict or score fhe="simulate"',
     "fhe_execution": 'give predict or score fhe="execute"',
 }
+# The keywords of the configurations, by their names. Each is added when its class is defined.
+_configurations: dict[str, list[str]] = {}
 # A name of another object is proposed only if it is nearer than one of the call's own.
 _NEAR, _NEARER = 0.6, 0.8
 
@@ -72,6 +74,8 @@ def answers_keywords(called: C) -> C:
 
     if isinstance(called, type):
         called.__init__ = answering  # type: ignore[misc]
+        if name.endswith("Config"):
+            _configurations[name] = own
         return called
     return answering  # type: ignore[return-value]
 
@@ -80,22 +84,12 @@ def _hint(keyword: str, value: Any, own: list[str]) -> str:
     """Return what to write instead of a keyword, given a call's own ones."""
     if keyword in _THEIRS:
         return _THEIRS[keyword]
-    configurations = _configurations()
-    for name, others in configurations.items():
+    for name, others in _configurations.items():
         if keyword in others:
             return f"it belongs to {name}: give fheconv.{name}({keyword}={value!r:.50})"
     if near := get_close_matches(keyword, own, 1, _NEAR):
         return f"the nearest that it has is {near[0]}"
-    for name, others in configurations.items():
+    for name, others in _configurations.items():
         if near := get_close_matches(keyword, others, 1, _NEARER):
             return f"the nearest is {near[0]} of fheconv.{name}"
     return f"it takes {', '.join(own) or 'none'}"
-
-
-def _configurations() -> Mapping[str, list[str]]:
-    import fheconv  # its names are loaded when they are first used
-
-    return {
-        name: [field.name for field in fields(getattr(fheconv, name))]
-        for name in ("QuantConfig", "CompileConfig")
-    }

@@ -3,6 +3,7 @@
 model: the entry: a model or a single convolution.
 tracing: modules as torch.export takes them, and whether they repeat their results.
 exported: from torch.export's graph to a network.
+outputs: which of several outputs is meant.
 calls: one call of an operator, with its arguments.
 folding: tensors whose first axis is not the batch.
 probing: whatever torch can show to be linear.
@@ -14,4 +15,5 @@ elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.
 checkpoint: layers and models from files.
+pickles: what to do with files of torch.save.
 """

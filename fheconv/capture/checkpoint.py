@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fheconv.basics.arrays import as_array
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.basics.files import check_regular
+from fheconv.capture.pickles import check_no_pickle
 from fheconv.networks.floats import Conv
 
 if TYPE_CHECKING:
@@ -51,20 +52,6 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 PARTS = ("weight", "bias", *STATISTICS)
 # A file of `torch.export.save` holds one of these, in a folder whose name depends on the file.
 PROGRAMS = ("models/model.json", "serialized_exported_program.json")
-# The usual endings of files of `torch.save`, which are pickles.
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-
-
-def check_no_pickle(path: Path) -> None:
-    """Raise `InvalidArgumentError` for a file of `torch.save`, and say what to do with it."""
-    if path.suffix.lower() in PICKLES:
-        raise InvalidArgumentError(
-            f"{path} looks like a file of torch.save, which runs what is in it when it is loaded. If you "
-            "trust it, load it in Python. Write the model with "
-            "torch.export.save(torch.export.export(model.eval(), (images,)), 'model.pt2'), or the weights "
-            "with safetensors.torch.save_file(model.state_dict(), 'model.safetensors'); or call "
-            "fheconv.quantize(model, images) there."
-        )
 
 
 def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -> Any:

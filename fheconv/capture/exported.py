@@ -9,24 +9,30 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fheconv.basics.arrays import Shape
-from fheconv.basics.errors import UnsupportedLayerError
+from fheconv.basics.errors import InvalidArgumentError, UnsupportedLayerError
+from fheconv.basics.samples import channel_remedy
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
+from fheconv.capture.outputs import Outputs, described, pick, picked_node
 from fheconv.capture.probing import leaves, linear
-from fheconv.capture.tracing import dependence, traceable
+from fheconv.capture.tracing import check_channels, dependence, traceable
 from fheconv.networks.floats import Network
 
 
-def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Network:
+def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, outputs: Outputs = None) -> Network:
     """Return the float network of a module in evaluation mode. The module keeps its own mode.
 
-    An `ExportedProgram` keeps the mode and the image size of its export.
+    An `ExportedProgram` keeps the mode and the image size of its export. `outputs` is the index or the name
+    of one of several results.
 
-    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, or for images
+    whose channel axis is missing or last, and `InvalidArgumentError` for `outputs` that the model does not
+    have.
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
@@ -42,10 +48,13 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
         with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
             # Its error about a wrong shape is clearer than that of export.
-            depends = dependence(module, BATCH, input_shape, like)
+            depends = dependence(lambda x: pick(module(x), outputs), BATCH, input_shape, like)
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
+    except InvalidArgumentError:
+        raise
     except Exception as error:  # the user's forward can raise anything
+        check_channels(module, example)
         raise UnsupportedLayerError(
             f"{kind} cannot be run or exported on images of shape {input_shape}: "
             f"{_said(error)}. Calibrate on images as the model takes them; a "
@@ -54,7 +63,9 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape) -> Net
     finally:
         for part in training:
             part.training = True
-    network = network_of(program, input_shape)
+    if depends:
+        check_channels(module, example)
+    network = network_of(program, input_shape, outputs)
     if depends:  # last, because the graph may name the operator
         raise UnsupportedLayerError(f"{kind} cannot be compiled: {depends}.")
     return network
@@ -73,11 +84,12 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
 
     If it was exported for one batch size, running another size shows whether it depends on the size.
     """
+    wanted: Any = ()
     try:
         (image,) = program.graph_signature.user_inputs
         (node,) = (node for node in program.graph.nodes if node.name == image)
         like = node.meta["val"]
-        own, *_ = like.shape
+        own, *_ = wanted = like.shape
         example = torch.zeros(own if isinstance(own, int) else BATCH, *input_shape, dtype=like.dtype)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -86,21 +98,27 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
             module.check_input_constraints = False
             module(torch.zeros(BATCH, *input_shape, dtype=like.dtype))
     except Exception as error:  # the program can raise anything
+        remedy = channel_remedy((BATCH, *input_shape), wanted[1], len(wanted) - 1) if len(wanted) > 2 else ""
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
-            f"{_said(error)}. Export a model of one argument, a batch of any "
+            f"{_said(error)}.{remedy} Export a model of one argument, a batch of any "
             'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
             "that it was exported for."
         ) from error
     return module
 
 
-def network_of(program: Any, input_shape: Shape) -> Network:
+def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Network:
     """Return the float network of a functional `ExportedProgram` for a batch of `BATCH` images.
 
-    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled.
+    Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, and
+    `InvalidArgumentError` if it does not have the `outputs`.
     """
     _tidy(program.graph)
+    results = _results(program)
+    if outputs is not None:
+        results = [picked_node(program, results, outputs)]
+        _keep_only(program.graph, results)
     (image,) = program.graph_signature.user_inputs
     graph = Graph(input_shape)
     values: dict[Node, Any] = {}
@@ -112,7 +130,6 @@ def network_of(program: Any, input_shape: Shape) -> Network:
             values[node] = getattr(program.graph_module, node.target)
         elif node.op == "call_function" and node.users:  # unread results, such as assertions, are left out
             values[node] = _result(graph, node, values)
-    results = _results(program)
     result = values.get(results[0]) if len(results) == 1 else None
     if isinstance(result, Folded):
         raise UnsupportedLayerError(
@@ -121,8 +138,9 @@ def network_of(program: Any, input_shape: Shape) -> Network:
         )
     if not isinstance(result, Value | Final):
         raise UnsupportedLayerError(
-            f"The model returns {_count(results)}; a circuit has one result, which depends on the image. "
-            "Wrap the model so that it returns the tensor you need, concatenated if there are several."
+            f"The model returns {_count(program, results)}; a circuit has one result, which depends on the "
+            "image. Choose one by its index or name, as in outputs=0, or wrap the model so that it returns "
+            "the tensor you need."
         )
     try:
         return graph.network(result)
@@ -139,8 +157,19 @@ def _results(program: Any) -> list[Any]:
     ]
 
 
-def _count(results: Any) -> str:
-    return f"{len(results)} values" if len(results) != 1 else "a constant"
+def _count(program: Any, results: Any) -> str:
+    if len(results) == 1:
+        return "a constant"
+    return described(pytree.tree_unflatten(range(len(results)), program.call_spec.out_spec))
+
+
+def _keep_only(graph: torch.fx.Graph, results: list[Any]) -> None:
+    """Remove what is computed for other results than the given ones."""
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tuple(results),)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
 
 
 def _tidy(graph: torch.fx.Graph) -> None:

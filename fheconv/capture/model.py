@@ -1,29 +1,40 @@
 """Turns a torch module or an array of weights into a float network."""
 
+import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fheconv.basics.arrays import Shape, as_array
-from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
+from fheconv.basics.errors import CalibrationError, InvalidArgumentError, UnsupportedLayerError
+from fheconv.capture.pickles import check_no_checkpoint
 from fheconv.networks.floats import Conv, Layer, Maximum, Network
 from fheconv.networks.linear import Kernel
 
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fheconv.capture.outputs import Outputs
 
-def capture(module: Any, input_shape: Shape) -> Network:
+# The names of torch's modules that read images, with the number of their spatial axes.
+SPATIAL = r"(?:Conv|ConvTranspose|(?:Adaptive)?(?:Avg|Max)Pool)([123])d$"
+
+
+def capture(module: Any, input_shape: Shape, outputs: "Outputs" = None) -> Network:
     """Return the float network of a trained model, for images of shape `input_shape` (C, *S).
 
     `module` is a `torch.nn.Module`, a weight array (K, C/groups, *k) or (Hf, Wf), a `Conv`, or the result of
     `torch.export.export`. A module that is not a single convolution is captured in evaluation mode with
-    `torch.export`: BatchNorm is folded, dropout is removed, and linear operators merge.
+    `torch.export`: BatchNorm is folded, dropout is removed, and linear operators merge. `outputs` is the
+    index or the name of one of several outputs of a model.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled,
     `CalibrationError` for weights that are not finite, `InvalidArgumentError` for arrays and images that do
-    not go together.
+    not go together, and for `outputs` that the model does not have.
     """
     conv = single_convolution(module)
-    network = _export(module, input_shape) if conv is None else Network.of(conv, input_shape)
+    if conv is not None and outputs is not None:
+        raise InvalidArgumentError(f"outputs={outputs!r}: a convolution has one output; leave outputs out.")
+    network = _export(module, input_shape, outputs) if conv is None else Network.of(conv, input_shape)
     for layer in network.layers:
         if isinstance(layer, Layer):
             _check_finite(layer)
@@ -49,6 +60,7 @@ def single_convolution(module: Any) -> Conv | None:
     if isinstance(module, Conv):
         return module
     if not hasattr(module, "state_dict"):  # without importing torch for arrays
+        check_no_checkpoint(module)
         return Conv.of(as_array(module, "weight"))
     import torch
 
@@ -61,10 +73,37 @@ def single_convolution(module: Any) -> Conv | None:
     return _from_torch(module) if _is_plain_convolution(module) else None
 
 
-def _export(module: Any, input_shape: Shape) -> Network:
+def image_axes(module: Any) -> int | None:
+    """Return the number of axes of an image (C, *S) that a model takes, None if it does not show.
+
+    A module shows it by its first convolution or pooling.
+
+    Example:
+        >>> image_axes(Conv.of([[1, 0, -1]]))
+        3
+    """
+    if isinstance(module, Conv):
+        return len(module.geometry.kernel) + 1
+    if not hasattr(module, "state_dict"):
+        return None
+    import torch
+
+    if isinstance(module, torch.export.ExportedProgram):
+        examples = [node.meta["val"] for node in module.graph.nodes if node.name in _inputs(module)]
+        return examples[0].ndim - 1 if len(examples) == 1 else None
+    parts = module.modules() if isinstance(module, torch.nn.Module) else ()
+    kinds = (re.match(SPATIAL, type(part).__name__) for part in parts)
+    return next((int(kind[1]) + 1 for kind in kinds if kind), None)
+
+
+def _inputs(program: Any) -> tuple[str, ...]:
+    return tuple(program.graph_signature.user_inputs)
+
+
+def _export(module: Any, input_shape: Shape, outputs: "Outputs") -> Network:
     from fheconv.capture.exported import export
 
-    return export(module, input_shape)
+    return export(module, input_shape, outputs)
 
 
 def _check_finite(layer: Layer) -> None:

@@ -1,6 +1,6 @@
-"""Prepares a module for torch.export, and shows whether its results depend on anything but the image."""
+"""Prepares a module for torch.export, and shows what its results depend on, and where channels belong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fheconv.basics.arrays import Shape
+from fheconv.basics.errors import UnsupportedLayerError
+from fheconv.basics.samples import channel_remedy
 
 _DATA: Any = torch.Tensor.data
 
@@ -50,12 +52,12 @@ def _copy(value: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
 
 
-def dependence(module: torch.nn.Module, batch: int, shape: Shape, like: torch.Tensor) -> str:
+def dependence(module: Callable[..., Any], batch: int, shape: Shape, like: torch.Tensor) -> str:
     """Return what the results of a module depend on besides each image, in words; "" if nothing is found.
 
-    The module runs on a batch of random images of `shape`, twice, and on a larger batch that starts with the
-    same images. Numbers that are drawn outside torch, or a batch size that `forward` reads, are constants in
-    a graph, so only the results show them.
+    `module` may be a function that gives one of its results. It runs on a batch of random images of `shape`,
+    twice, and on a larger batch that starts with the same images. Numbers that are drawn outside torch, or a
+    batch size that `forward` reads, are constants in a graph, so only the results show them.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch + 1, *shape, generator=generator).to(like)
@@ -80,6 +82,54 @@ def dependence(module: torch.nn.Module, batch: int, shape: Shape, like: torch.Te
     if first.is_floating_point() and not _close(first, larger[:batch], 1e-3):
         return f"its results for the same images differ in batches of {batch} and of {batch + 1}: {remedy}"
     return ""
+
+
+class _Reached(Exception):
+    """Ends a run of a module at its first convolution, which it holds if it reads the images themselves."""
+
+    def __init__(self, convolution: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+
+def check_channels(module: torch.nn.Module, example: torch.Tensor) -> None:
+    """Raise `UnsupportedLayerError` if images like `example` lack the channel axis of the first convolution.
+
+    Or if they have it last. A model whose first convolution reads something else than images passes.
+    """
+    convolution = _first_convolution(module, example)
+    if convolution is None:
+        return
+    channels, kernel = convolution.in_channels, convolution.kernel_size
+    shape = tuple(example.shape[1:])
+    remedy = channel_remedy((0, *shape), channels, len(kernel) + 1)  # 0: any number of images
+    if remedy:
+        raise UnsupportedLayerError(
+            f"The images have shape (n, {', '.join(map(str, shape))}), and the model takes (n, {channels}, "
+            f"{', '.join('MND'[: len(kernel)])}).{remedy}"
+        )
+
+
+def _first_convolution(module: torch.nn.Module, example: torch.Tensor) -> Any:
+    """Return the first convolution that a module runs, if it reads the images themselves; otherwise None."""
+
+    def stop(part: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        same = len(arguments) > 0 and arguments[0].shape == example.shape
+        raise _Reached(part if same else None)
+
+    kinds = torch.nn.modules.conv._ConvNd
+    hooks = [one.register_forward_pre_hook(stop) for one in module.modules() if isinstance(one, kinds)]
+    try:
+        with traceable(module):
+            module(example.clone())
+    except _Reached as reached:
+        return reached.convolution
+    except Exception:  # the user's forward can raise anything, and says so elsewhere
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, share: float) -> bool:

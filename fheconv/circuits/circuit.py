@@ -20,6 +20,7 @@ from fheconv.basics.errors import (
 )
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status, track
+from fheconv.basics.samples import Data
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
@@ -29,7 +30,7 @@ from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.circuits.together import images_together
-from fheconv.circuits.verification import VerifyReport, compare, share_right
+from fheconv.circuits.verification import VerifyReport, compare, share_right, with_classes
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.quantized import QuantizedNetwork
 
@@ -170,7 +171,7 @@ class FheCircuit(KeyOwner):
         """
         return save(self.exported(), folder, class_names=class_names)
 
-    def encrypt(self, x: ArrayLike) -> Ciphertext:
+    def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -204,7 +205,7 @@ class FheCircuit(KeyOwner):
         return y if ciphertext.batched else y[0]
 
     @answers_keywords
-    def predict(self, x: ArrayLike, fhe: Fhe = "disable") -> Array:
+    def predict(self, x: Data, fhe: Fhe = "disable") -> Array:
         """Return float outputs for float images, in torch's shape.
 
         fhe="disable" runs the circuit's own function on clear integers. "simulate" runs Concrete's
@@ -216,13 +217,15 @@ class FheCircuit(KeyOwner):
         return y if batched else y[0]
 
     @answers_keywords
-    def score(self, x: ArrayLike, y: ArrayLike, fhe: Fhe = "disable") -> float:
+    def score(self, x: Data, y: ArrayLike | None = None, fhe: Fhe = "disable") -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
-        `fhe` is as for `predict`. Raises like `predict`, and `InvalidArgumentError` if there is not a class
-        for each image, or not a score for each class.
+        Without `y`, `x` is a loader, a dataset or an iterable of pairs (images, classes). `fhe` is as for
+        `predict`. Raises like `predict`, and `InvalidArgumentError` if there is not a class for each image,
+        or not a score for each class.
         """
-        return share_right(self.predict(x, fhe), y)
+        images, classes = with_classes(x, y, len(self.network.input_shape))
+        return share_right(self.predict(images, fhe), classes)
 
     def accumulate(self, q: Array, fhe: Fhe = "disable") -> Array:
         """Return the integer outputs (N, K, *Out) for integer images, by the mode `fhe` (see `predict`).
@@ -246,7 +249,7 @@ class FheCircuit(KeyOwner):
         return lowered.interface.accumulators(results, len(q))
 
     @answers_keywords
-    def verify(self, x: ArrayLike, *, runs: int = 1, show: int = 10) -> VerifyReport:
+    def verify(self, x: Data, *, runs: int = 1, show: int = 10) -> VerifyReport:
         """Run images encrypted, `runs` times, and compare every result with the clear integers.
 
         The report counts all differences and names the first `show`. It compares their rate with the failure

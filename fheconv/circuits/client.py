@@ -6,6 +6,7 @@ from typing import Protocol
 from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
+from fheconv.basics.samples import Data
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
@@ -13,7 +14,7 @@ from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.verification import share_right
+from fheconv.circuits.verification import share_right, with_classes
 from fheconv.lowering.interface import Interface
 
 
@@ -56,7 +57,7 @@ class Client(KeyOwner):
         """The smallest and the greatest value of an image that can be encrypted."""
         return self._one.interface.input.real_range
 
-    def encrypt(self, x: ArrayLike) -> Ciphertext:
+    def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
 
         Raises `InputRangeError`, which names the first value that cannot be represented, `NotCompiledError`
@@ -78,7 +79,7 @@ class Client(KeyOwner):
         return y if ciphertext.batched else y[0]
 
     @answers_keywords
-    def predict(self, x: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
+    def predict(self, x: Data, fhe: str = "execute", *, server: "Evaluator | None" = None) -> Array:
         """Return float outputs for float images, in torch's shape.
 
         Images are encrypted here, run at `server` (such as `fheconv.load_server` returns), and decrypted
@@ -94,14 +95,16 @@ class Client(KeyOwner):
 
     @answers_keywords
     def score(
-        self, x: ArrayLike, y: ArrayLike, fhe: str = "execute", *, server: "Evaluator | None" = None
+        self, x: Data, y: ArrayLike | None = None, fhe: str = "execute", *, server: "Evaluator | None" = None
     ) -> float:
         """Return the share of images (n, *input_shape) that get their right class of `y` (n,).
 
-        Raises like `predict`, and `InvalidArgumentError` if there is not a class for each image, or not a
-        score for each class.
+        Without `y`, `x` is a loader, a dataset or an iterable of pairs (images, classes). Raises like
+        `predict`, and `InvalidArgumentError` if there is not a class for each image, or not a score for each
+        class.
         """
-        return share_right(self.predict(x, fhe, server=server), y)
+        images, classes = with_classes(x, y, len(self._one.interface.input_shape))
+        return share_right(self.predict(images, fhe, server=server), classes)
 
     def _run_at(self, server: "Evaluator | None", ciphertext: Ciphertext) -> Ciphertext:
         if server is None:

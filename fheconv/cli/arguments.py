@@ -133,24 +133,29 @@ def load_image(path: Path, channels: int, axes: int) -> Array:
     return _picture(path, "--input", channels)
 
 
-def load_calibration(path: Path) -> Array:
-    """Return the images of --calibration: a .npy file, an image file, or a folder of image files.
+def load_images(path: Path, option: str = "--calibration") -> Array:
+    """Return the images of an option: a .npy file, an image file, or a folder of image files, by name.
 
     Image files become (n, C, M, N), grey ones with one channel and others with three. Raises
     `InvalidArgumentError` for files that cannot be read or have different sizes, `MissingExtraError` if image
     files cannot be read.
     """
     if not path.is_dir():
-        return load_array(path, "--calibration") if path.suffix == ".npy" else _pictures(path, [path])
-    return _pictures(path, sorted(one for one in path.iterdir() if one.suffix.lower() in PICTURES))
+        return load_array(path, option) if path.suffix == ".npy" else _pictures(path, option, [path])
+    return _pictures(path, option, pictures_in(path))
 
 
-def _pictures(path: Path, files: list[Path]) -> Array:
-    images = [_picture(one, "--calibration") for one in files]
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the image files of a folder, by name."""
+    return sorted(one for one in folder.iterdir() if one.suffix.lower() in PICTURES)
+
+
+def _pictures(path: Path, option: str, files: list[Path]) -> Array:
+    images = [_picture(one, option) for one in files]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise InvalidArgumentError(
-            f"--calibration={path} has image files of {len(shapes)} shapes {sorted(shapes)!r:.100}; give a "
+            f"{option}={path} has image files of {len(shapes)} shapes {sorted(shapes)!r:.100}; give a "
             "folder of images that all have one size and number of channels, or .npy."
         )
     return np.stack(images)

@@ -19,8 +19,8 @@ from fheconv.cli.arguments import (
     bits_of,
     check_circuit_folder,
     check_output,
-    load_calibration,
     load_image,
+    load_images,
     out,
     print_error,
     save_array,
@@ -101,7 +101,7 @@ def compile_model(
     config = QuantConfig(**given) if given else None
     compile_config = CompileConfig(p_error=p_error)
     check_circuit_folder(output, force=force)
-    images = load_calibration(calibration)
+    images = load_images(calibration)
     try:
         with status("Quantizing…"):
             network = quantize(load_model(model, layer, trusted=trusted), images, config)

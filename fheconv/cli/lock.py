@@ -16,7 +16,7 @@ from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import write_file
-from fheconv.cli.arguments import bits_of, load_array, out
+from fheconv.cli.arguments import bits_of, load_array, load_images, out, pictures_in
 
 FORMAT = 1
 # Accuracy may fall by this much: a retrained model answers a few images in another way.
@@ -32,8 +32,8 @@ def lock(
     ] = None,
     file: Annotated[Path, typer.Option("--file", help="The lock file.")] = Path("fheconv.lock"),
     check: Annotated[bool, typer.Option("--check", help="Compare with the lock file.")] = False,
-    calibration: Annotated[Path | None, typer.Option(help="Images to calibrate on: .npy.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="Images to measure accuracy on: .npy.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Images to calibrate on, as for compile.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Images to measure accuracy on.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Their classes: .npy of integers (n,).")] = None,
     layer: Annotated[str | None, typer.Option(help="One convolution of a .safetensors file.")] = None,
     weight_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
@@ -107,7 +107,7 @@ def _measured(given: dict[str, Any], trusted: bool) -> dict[str, Any]:
 
     files, options = given["files"], given["options"]
     bits = {name: value for name, value in options.items() if name not in ("p_error", "layer")}
-    images = load_array(Path(files["calibration"]), "--calibration")
+    images = load_images(Path(files["calibration"]))
     model = load_model(Path(files["model"]), options.get("layer"), trusted=trusted)
     network = quantize(model, images, QuantConfig(**bits) if bits else None)
     config = CompileConfig(p_error=options.get("p_error"))
@@ -115,10 +115,10 @@ def _measured(given: dict[str, Any], trusted: bool) -> dict[str, Any]:
     plain = forecast.to_dict()
     circuit = {name: plain[name] for name in NUMBERS} | {"security_level": config.security_level}
     if "evaluation" in files:
-        tested = load_array(Path(files["evaluation"]), "--evaluation")
+        tested = load_images(Path(files["evaluation"]), "--evaluation")
         classes = load_array(Path(files["labels"]), "--labels")
         circuit["accuracy"] = _accuracy(network(tested), classes)
-    hashes = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
+    hashes = {name: _sha256(Path(path)) for name, path in files.items()}
     budget = network.budget().layers
     layers = [
         {
@@ -131,6 +131,16 @@ def _measured(given: dict[str, Any], trusted: bool) -> dict[str, Any]:
         for layer, proved in zip(forecast.layers, budget, strict=True)
     ]
     return {"format": FORMAT, **given, "sha256": hashes, "circuit": circuit, "layers": layers}
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file, or of the image files of a folder."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in pictures_in(path):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _accuracy(outputs: Any, classes: Any) -> float:

@@ -206,7 +206,7 @@ def run(
     options from --layer on are only for this use:
     fheconv run models/classic-filters.safetensors --layer filters3 --input photo.png --output edges.npy
     """
-    from fheconv.capture.checkpoint import check_no_pickle
+    from fheconv.capture.pickles import check_no_pickle
 
     if file.suffix.lower() == ".zip":
         both = ("file", "image", "output", "evaluation_keys", "url", "keys", "force")

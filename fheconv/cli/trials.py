@@ -21,8 +21,8 @@ from fheconv.cli.arguments import (
     bits_of,
     check_circuit_folder,
     load_array,
-    load_calibration,
     load_image,
+    load_images,
     out,
 )
 
@@ -78,7 +78,7 @@ def simulate(
         rounding_bits=rounding_bits,
         input_bits=input_bits,
     )
-    images, classes = load_array(evaluation, "--evaluation"), load_array(labels, "--labels")
+    images, classes = load_images(evaluation, "--evaluation"), load_array(labels, "--labels")
     circuit = _compiled(_quantized(model, calibration, layer, bits, trusted), p_error)
     shares = {"clear integers": circuit.score(images, classes)}
     with status("Simulating…"):
@@ -166,10 +166,10 @@ def tune(
         raise InvalidArgumentError("--training and --training-labels go together; give both or none.")
     examples = None
     if training is not None and training_labels is not None:
-        examples = load_array(training, "--training"), load_array(training_labels, "--training-labels")
+        examples = load_images(training, "--training"), load_array(training_labels, "--training-labels")
     if output is not None:
         check_circuit_folder(output, force=force)
-    images, tested = load_calibration(calibration), load_array(evaluation, "--evaluation")
+    images, tested = load_images(calibration), load_images(evaluation, "--evaluation")
     with _ended_by_signals() as signals:
         result = search(
             load_model(model, trusted=trusted),
@@ -227,7 +227,7 @@ def finetune(
         input_bits=input_bits,
     )
     check_circuit_folder(output, force=force)
-    images: Any = load_array(training, "--training")
+    images: Any = load_images(training, "--training")
     data = images if labels is None else (images, load_array(labels, "--labels"))
     network = _quantized(model, calibration, None, bits, trusted)
     network = train(network, data, epochs=epochs, lookup_budget=lookup_budget)
@@ -242,7 +242,7 @@ def _quantized(
     from fheconv.capture.checkpoint import load_model
     from fheconv.quantized import quantize
 
-    images = load_calibration(calibration)
+    images = load_images(calibration)
     with status("Quantizing…"):
         return quantize(
             load_model(model, layer, trusted=trusted), images, QuantConfig(**bits) if bits else None

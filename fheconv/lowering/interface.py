@@ -10,7 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
+from fheconv.basics.arrays import Array, Shape, along_channels
+from fheconv.basics.samples import Data
 from fheconv.lowering.lanes import Lanes
 from fheconv.networks.floats import Finish, real_results
 from fheconv.networks.quantization import Quantization, integer_images
@@ -45,7 +46,7 @@ class Interface:
         # No image costs nothing, however large the shape is that a file declares.
         return self.dequantize(np.zeros((0, *self.shape), np.int64)).shape[1:]
 
-    def quantize_input(self, x: ArrayLike) -> tuple[Array, bool]:
+    def quantize_input(self, x: Data) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
         Raises `InputRangeError`, which names a wrong shape or a value that cannot be represented.

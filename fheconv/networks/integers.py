@@ -12,9 +12,10 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels
+from fheconv.basics.arrays import Array, Shape, along_channels
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.report import Brief
+from fheconv.basics.samples import Data
 from fheconv.networks.floats import Maximum, Network, real_results
 from fheconv.networks.linear import Kernel, Term
 from fheconv.networks.quantization import CalibratedInput, Quantization, integer_images
@@ -229,7 +230,7 @@ class IntegerNetwork(Brief):
         """The shape of the float results of one image, as in torch."""
         return self.dequantize(np.zeros((1, *self.accumulator_shape), np.int64)).shape[1:]
 
-    def quantize_input(self, x: ArrayLike) -> tuple[Array, bool]:
+    def quantize_input(self, x: Data) -> tuple[Array, bool]:
         """Return the images as an int64 batch (N, *input_shape), and whether `x` was a batch.
 
         Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
@@ -251,7 +252,7 @@ class IntegerNetwork(Brief):
         """Turn the last accumulators (N, K, *Out) into real results (float64)."""
         return real_results(accumulators, self.last.scale, self.source.finish)
 
-    def integers(self, x: ArrayLike) -> Array:
+    def integers(self, x: Data) -> Array:
         """Return the last accumulators for float images, (N, K, *Out) or (K, *Out).
 
         Raises `InputRangeError` like `quantize_input`.
@@ -260,7 +261,7 @@ class IntegerNetwork(Brief):
         y = self.accumulate(q)
         return y if batched else y[0]
 
-    def outside(self, x: ArrayLike) -> dict[str, float]:
+    def outside(self, x: Data) -> dict[str, float]:
         """Return the share of accumulators outside their window, for float images, by the names of layers.
 
         Only layers whose windows images can leave are named. Raises `InputRangeError` like `quantize_input`.
@@ -272,7 +273,7 @@ class IntegerNetwork(Brief):
                 shares[layer.name] = float(((offset < 0) | (offset >= 2**table.bits)).mean())
         return shares
 
-    def __call__(self, x: ArrayLike) -> Array:
+    def __call__(self, x: Data) -> Array:
         """Return the float results for float images, computed in exact integers."""
         q, batched = self.quantize_input(x)
         y = self.dequantize(self.accumulate(q))

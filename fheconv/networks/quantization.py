@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, first_position
+from fheconv.basics.arrays import Array, Shape, first_position
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError
+from fheconv.basics.samples import Data, channel_remedy, images_of
 from fheconv.basics.warning import InputRangeWarning, InputScaleWarning, warn
 
 # A batch that stays within this share of the input range is suspicious. Values 0..1 where 0..255 or 0..16
@@ -127,22 +128,24 @@ class Quantization:
             )
 
 
-def integer_images(x: ArrayLike, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
+def integer_images(x: Data, quantization: Quantization, shape: Shape) -> tuple[Array, bool]:
     """Return images of `shape` as an int64 batch (N, *shape), and whether `x` was a batch.
 
-    Warns with `InputScaleWarning` of images that are probably on another scale.
+    `x` may also be a loader, a dataset or batches (`fheconv.basics.samples`). Warns with
+    `InputScaleWarning` of images that are probably on another scale.
 
     Raises `InputRangeError` for a wrong shape or a value that cannot be represented, naming it.
     """
     try:
-        x = as_array(x, "The image")
+        x = images_of(x, "The image", len(shape))
     except InvalidArgumentError as error:
         raise InputRangeError(str(error)) from error
     batched = x.ndim == len(shape) + 1
     if x.shape[int(batched) :] != shape:
+        remedy = channel_remedy(x.shape, shape[0], len(shape)) if shape else ""
         raise InputRangeError(
             f"The images have shape {x.shape}; this network takes (n, {', '.join(map(str, shape))}), or one "
-            "image without n. For another image size, quantize with calibration images of it."
+            f"image without n.{remedy or ' For another image size, quantize with calibration images of it.'}"
         )
     q = quantization.integers(x)
     return (q if batched else q[None]), batched

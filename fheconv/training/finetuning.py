@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
+from fheconv.basics.samples import Data, samples
 from fheconv.networks.floats import Network
 from fheconv.networks.integers import IntegerNetwork
 from fheconv.quantizer.layerwise import quantize_network
 from fheconv.training.thinning import thinned
 from fheconv.training.trainable import TrainableNetwork
 
-# Images (N, C, *S), alone or with their right classes (N, …).
-Data: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike]
 N = TypeVar("N", bound=IntegerNetwork)
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -81,7 +80,8 @@ def finetune(
 ) -> N:
     """Fine-tune a network, and return the result. Its accumulators keep their widths, which stay proved.
 
-    `data` are images (N, C, *S), or a pair of images and their classes (N,). Without classes the network
+    `data` are images (N, C, *S), or a pair of images and their classes (N,), or a `DataLoader`, a `Dataset`
+    or an iterable of batches, with classes or without (`fheconv.basics.samples`). Without classes the network
     learns the float network's results (mean squared error). With classes it also learns the classes
     (cross-entropy, and the float network's answers by distillation). A fifth of the data is held out, unless
     `validation` is given. The result is the network with the least held-out loss of all that were measured,
@@ -220,8 +220,7 @@ def _rate(step: int, start: int, end: int) -> float:
 
 
 def _examples(network: IntegerNetwork, data: Data, name: str) -> Examples:
-    first, classes = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
-    given = as_array(first, f"The images of {name}")
+    given, classes = samples(data, f"The images of {name}", len(network.input_shape))
     network.quantize_input(given)
     if given.ndim != len(network.input_shape) + 1 or len(given) < 2:
         raise InvalidArgumentError(

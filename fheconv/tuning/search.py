@@ -3,19 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from fheconv.analysis.failures import accuracies
-from fheconv.basics.arrays import Array, ArrayLike, as_array
+from fheconv.basics.arrays import Array, as_array
 from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
-from fheconv.capture.model import capture
+from fheconv.basics.samples import MOST_CALIBRATED, Data, Samples, images_of, samples
+from fheconv.capture.model import capture, image_axes
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
 from fheconv.quantized import Model, QuantizedNetwork, quantize
@@ -23,6 +24,9 @@ from fheconv.training.finetuning import Augment, finetune
 from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
 from fheconv.tuning.result import Objective, Setting, TunePoint, TuneResult, front_of
+
+if TYPE_CHECKING:
+    from fheconv.capture.outputs import Outputs
 
 # Widths of accumulators, each with the width after rounding, the most generous first. Windows that lie where
 # calibration leads (None) are as cheap as proved ones of 8 bits, and lose less.
@@ -45,11 +49,11 @@ MOST_MEASURED = 4
 @answers_keywords
 def tune(
     model: Model,
-    calibration: ArrayLike,
+    calibration: Data,
     *,
-    evaluation: tuple[ArrayLike, ArrayLike],
+    evaluation: Data,
     objective: Objective = "latency",
-    training: tuple[ArrayLike, ArrayLike] | None = None,
+    training: Data | None = None,
     augment: Augment | None = None,
     epochs: int = 200,
     lookup_budgets: Sequence[int] = (),
@@ -61,12 +65,14 @@ def tune(
     compile_config: CompileConfig | None = None,
     previous: TuneResult | None = None,
     seed: int = 0,
+    outputs: "Outputs" = None,
 ) -> TuneResult:
     """Search the circuits of a trained classifier for the cheapest at each accuracy.
 
     model, calibration: as for `fheconv.quantize`.
-    evaluation: images (N, C, *S) and their classes (N,), on which points are compared. They decide which
-        circuit is chosen, so measure the chosen circuit on other images.
+    evaluation: images (N, C, *S) and their classes (N,), on which points are compared: a pair, or a loader,
+        dataset or batches of such pairs. They decide which circuit is chosen, so measure the chosen circuit
+        on other images.
     objective: the number to make small: "latency" (seconds of one encrypted image on this machine),
         "complexity" (Concrete's count of operations) or "key_bytes".
     training: images and classes to fine-tune on (`fheconv.finetune`, with `augment` and `epochs`). Each
@@ -84,6 +90,7 @@ def tune(
         bits, and p_error. With `QuantConfig(weight_bits="auto", accumulator_bits="auto")` it also searches
         the bits of weights, layer by layer. That takes longer, and gains little with narrow accumulators.
     previous: an earlier result for the same model and data, whose networks are used again.
+    outputs: the index or the name of the classes' scores, if the model returns several outputs.
 
     Once a width loses too much accuracy, narrower widths are left out. Where widths are proved, the bits of
     images and activations are chosen by held-out calibration loss, layer by layer ("auto" in `QuantConfig`).
@@ -107,23 +114,27 @@ def tune(
             f"measure=True tries parameters, and compile_config.parameters={compile_config.parameters} fixes "
             "them; leave one of the two."
         )
-    images, labels = _evaluation(evaluation)
-    network = capture(model, images.shape[1:])
-    outputs = network(images.astype(np.float64))
-    if outputs.ndim != 2:
+    axes = image_axes(model)
+    calibration = images_of(calibration, "calibration", axes, MOST_CALIBRATED)  # an iterator is read once
+    labelled = None if training is None else samples(training, "The images of training", axes)
+    images, labels = _evaluation(evaluation, axes)
+    network = capture(model, images.shape[1:], outputs)
+    scores = network(images.astype(np.float64))
+    if scores.ndim != 2:
         raise InvalidArgumentError(
-            f"The model's outputs have shape {outputs.shape}; tune needs (n, classes), a score for each."
+            f"The model's outputs have shape {scores.shape}; tune needs (n, classes), a score for each."
         )
-    right = float((outputs.argmax(axis=1) == labels).mean())
+    right = float((scores.argmax(axis=1) == labels).mean())
     layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
     if not layers:
         raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")
     search = _Search(
         model=model,
+        outputs=outputs,
         calibration=calibration,
         images=images,
         labels=labels,
-        training=training,
+        training=labelled,
         augment=augment,
         epochs=epochs,
         config=QuantConfig() if config is None else config,
@@ -158,7 +169,7 @@ def tune(
 
 def _settings(
     objective: str,
-    training: tuple[ArrayLike, ArrayLike] | None,
+    training: Data | None,
     lookup_budgets: Sequence[int],
     widths: Sequence[tuple[int | None, int | None]],
 ) -> list[Setting]:
@@ -193,10 +204,11 @@ class _Search:
     """Tries settings one after the other. Holds the arguments of the search and the networks made so far."""
 
     model: Model
-    calibration: ArrayLike
+    outputs: "Outputs"
+    calibration: Array
     images: Array
     labels: Array
-    training: Any  # images and classes, or None if nothing is fine-tuned
+    training: Samples | None  # None if nothing is fine-tuned
     augment: Augment | None
     epochs: int
     config: QuantConfig
@@ -238,7 +250,7 @@ class _Search:
     def _trained(self, setting: Setting) -> QuantizedNetwork:
         return finetune(
             self._network(replace(setting, lookup_budget=None, fine_tuned=False)),
-            self.training,
+            self.training or (),
             epochs=self.epochs,
             augment=self.augment,
             lookup_budget=setting.lookup_budget,
@@ -270,7 +282,7 @@ class _Search:
                 activation_bits="auto",
                 input_bits="auto",
             )
-        return quantize(self.model, self.calibration, config)
+        return quantize(self.model, self.calibration, config, outputs=self.outputs)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf
@@ -297,17 +309,14 @@ class _Search:
             )
 
 
-def _evaluation(evaluation: Any) -> tuple[Array, Array]:
-    try:
-        images, labels = evaluation
-    except (TypeError, ValueError) as error:
+def _evaluation(evaluation: Data, axes: int | None) -> tuple[Array, Array]:
+    images, classes = samples(evaluation, "The images of evaluation", axes)
+    if classes is None:
         raise InvalidArgumentError(
-            "evaluation must be a pair: images (n, C, *S) and classes (n,)."
-        ) from error
-    images, labels = (
-        as_array(images, "The images of evaluation"),
-        as_array(labels, "The classes of evaluation"),
-    )
+            "evaluation has no classes; give a pair of images (n, C, *S) and classes (n,), or a loader of "
+            "such pairs."
+        )
+    labels = as_array(classes, "The classes of evaluation")
     if images.ndim < 2 or labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(images):
         raise InvalidArgumentError(
             f"evaluation has images of shape {images.shape} and classes of shape {labels.shape} and type "

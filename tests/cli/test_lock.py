@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fheconv.cli.main import main
@@ -104,3 +105,24 @@ def test_arguments_that_do_not_go_together(command):
     assert "cannot be read as a lock file" in printed
     Path("fheconv.lock").write_text("format = 2\n")
     assert command("lock", "--check")[0] == 2
+
+
+def test_a_folder_of_pictures_is_locked_like_their_array(command):
+    """Calibration and evaluation images may be PNG files, whose order is that of their names."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 1, 3, 3), np.uint8)
+    Path("pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture[0]).save(f"pictures/{number:02}.png")
+    np.save("pixels.npy", pixels)
+    np.save("y.npy", np.arange(12) % 3)
+    circuits = []
+    for images in ("pixels.npy", "pictures"):
+        data = ("--calibration", images, "--evaluation", images, "--labels", "y.npy")
+        assert command("lock", "m.safetensors", *data)[0] == 0
+        circuits.append(locked()["circuit"])
+    assert circuits[0] == circuits[1]
+    assert command("lock", "--check")[0] == 0
+    Image.fromarray(255 - pixels[0, 0]).save("pictures/00.png")
+    status, printed = command("lock", "--check")
+    assert status == 1
+    assert "sha256 of evaluation" in printed
