@@ -39,7 +39,7 @@ def outside(network, q):
     return max(shares)
 
 
-@pytest.mark.sampled(35)
+@pytest.mark.sampled(67)
 @pytest.mark.parametrize("seed", range(300))
 def test_exact_lookups_compute_the_clear_integers_when_simulated(seed):
     network, q = narrow_network(seed)
@@ -52,7 +52,7 @@ def test_exact_lookups_compute_the_clear_integers_when_simulated(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_exact_lookups_compute_the_clear_integers_encrypted(seed):
     network, q = narrow_network(seed, weight_bits=2, activation_bits=2, input_bits=2)
     images = real_images(network, q)

@@ -60,6 +60,7 @@ for arguments in {commands!r}:
 
 
 @pytest.mark.parametrize("make", [pipe, listening, device, folder])
+@pytest.mark.sampled(3)
 def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     shell.write_model(tmp_path)
