@@ -8,10 +8,11 @@ import numpy as np
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
 from fheconv.analysis.forecast import Forecast, forecast
+from fheconv.analysis.trials import tried
 from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.capture.model import capture, single_convolution
 from fheconv.networks.floats import Conv, Layer
 from fheconv.networks.integers import IntegerNetwork
@@ -94,9 +95,16 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
         [-8.0, -8.0, -8.0, -8.0, -8.0, -8.0]
 
     Raises `UnsupportedLayerError` for a model that cannot be compiled, `CalibrationError` if no scale can be
-    chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
-    for images that do not fit the model.
+    chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`; its remedy was tried. Raises
+    `InvalidArgumentError` for images that do not fit the model.
     """
+    return quantized(module, calibration, config, advise=True)
+
+
+def quantized(
+    module: Model, calibration: ArrayLike, config: QuantConfig | None, *, advise: bool
+) -> QuantizedNetwork:
+    """Quantize like `quantize`. Without `advise`, the remedies of errors are not tried, which takes long."""
     if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
@@ -111,9 +119,17 @@ def quantize(module: Model, calibration: ArrayLike, config: QuantConfig | None =
         integral=images.dtype.kind in "iub",
         images=len(images),
     )
-    if config.is_auto:
-        config = allocate(network, images, calibrated, config).config
-    return QuantizedNetwork.of(quantize_network(network, images, calibrated, config))
+
+    def with_numbers(config: QuantConfig) -> QuantizedNetwork:
+        chosen = allocate(network, images, calibrated, config).config if config.is_auto else config
+        return QuantizedNetwork.of(quantize_network(network, images, calibrated, chosen))
+
+    try:
+        return with_numbers(config)
+    except AccumulatorOverflowError as error:
+        if not advise:
+            raise
+        raise tried(error, config, with_numbers) from error
 
 
 def _calibration_images(calibration: ArrayLike, conv: Conv | None) -> Array:

@@ -17,7 +17,7 @@ from fheconv.basics.progress import track
 from fheconv.capture.model import capture
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
-from fheconv.quantized import Model, QuantizedNetwork, quantize
+from fheconv.quantized import Model, QuantizedNetwork, quantized
 from fheconv.training.finetuning import Augment, finetune
 from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
@@ -268,7 +268,7 @@ class _Search:
                 activation_bits="auto",
                 input_bits="auto",
             )
-        return quantize(self.model, self.calibration, config)
+        return quantized(self.model, self.calibration, config, advise=False)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf
