@@ -8,10 +8,11 @@ import numpy as np
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
 from fheconv.analysis.forecast import Forecast, forecast
+from fheconv.analysis.trials import tried
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import CalibrationError, InvalidArgumentError
+from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.samples import MOST_CALIBRATED, Data, channel_remedy, images_of
 from fheconv.capture.model import capture, image_axes, single_convolution
@@ -111,9 +112,16 @@ def quantize(
         [-8.0, -8.0, -8.0, -8.0, -8.0, -8.0]
 
     Raises `UnsupportedLayerError` for a model that cannot be compiled, `CalibrationError` if no scale can be
-    chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`, and `InvalidArgumentError`
-    for images that do not fit the model, or `outputs` that it does not have.
+    chosen, `AccumulatorOverflowError` if a layer cannot fit `accumulator_bits`; its remedy was tried. Raises
+    `InvalidArgumentError` for images that do not fit the model, or `outputs` that it does not have.
     """
+    return quantized(module, calibration, config, outputs, advise=True)
+
+
+def quantized(
+    module: Model, calibration: Data, config: QuantConfig | None, outputs: "Outputs" = None, *, advise: bool
+) -> QuantizedNetwork:
+    """Quantize like `quantize`. Without `advise`, the remedies of errors are not tried, which takes long."""
     if config is not None and not isinstance(config, QuantConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a QuantConfig.")
     conv = single_convolution(module)
@@ -128,9 +136,17 @@ def quantize(
         integral=images.dtype.kind in "iub",
         images=len(images),
     )
-    if config.is_auto:
-        config = allocate(network, images, calibrated, config).config
-    return QuantizedNetwork.of(quantize_network(network, images, calibrated, config))
+
+    def with_numbers(config: QuantConfig) -> QuantizedNetwork:
+        chosen = allocate(network, images, calibrated, config).config if config.is_auto else config
+        return QuantizedNetwork.of(quantize_network(network, images, calibrated, chosen))
+
+    try:
+        return with_numbers(config)
+    except AccumulatorOverflowError as error:
+        if not advise:
+            raise
+        raise tried(error, config, with_numbers) from error
 
 
 def _calibration_images(calibration: Data, conv: Conv | None, image_axes: int | None) -> Array:

@@ -6,6 +6,7 @@ sums: finds the encrypted sums whose noise must stay small.
 wide: gives the price of lookups that are too wide for one bootstrap.
 forecast: tells what a circuit costs before it is compiled.
 affordability: refuses circuits that cost too much, with a change that helps.
+trials: finds a way to quantize that fits, by trying.
 remedy: says what to change when something does not fit.
 budget: compares the widths of a network with a limit.
 budget_report: shows that comparison as a report.

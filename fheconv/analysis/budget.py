@@ -31,7 +31,7 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
     )
     over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
     remedy = (
-        remedy_for(network, limit, max(layer.input_bits for layer in layers))
+        remedy_for(network, limit, lambda tried: report(tried).accumulator_bits)
         if limit is not None and over
         else None
     )

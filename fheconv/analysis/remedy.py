@@ -1,34 +1,74 @@
 """Says what to change when a network's accumulators are wider than the limit."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
+
+from fheconv.analysis.trials import NO_PARAMETERS, WIDEST, Trials, narrower
+from fheconv.basics.arrays import Array
 from fheconv.basics.config import QuantConfig
 from fheconv.networks.bounds import accumulator_bounds
 from fheconv.networks.floats import Layer
 from fheconv.networks.integers import IntegerNetwork
 from fheconv.networks.linear import Kernel
 from fheconv.quantizer.activations import input_quantization
+from fheconv.quantizer.layerwise import quantize_network
 from fheconv.quantizer.rounding.mse import round_mse
 
+# The number of images that stand in for those of calibration, to try widths with.
+STAND_INS = 4
 
-def remedy_for(network: IntegerNetwork, limit: int, input_bits: int) -> str:
+
+def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNetwork], int]) -> str:
     """Return advice that makes the network fit `limit` bits: a way to quantize it, or another change.
 
-    `input_bits` is the width of the widest values that any layer of the network reads.
+    It was tried. `widest` returns the width of a network's widest accumulator.
     """
     config, kernel = network.config, network.last.convolution
     nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
     if kernel is not None and len(network.layers) == 1 and nearest:
         return _smaller_bits(network, kernel, limit)
-    # A single weight of 1 already needs as many bits as the value that it multiplies.
-    if input_bits > limit:
-        return (
-            f"Some layer reads {input_bits}-bit values, and a single weight of 1 needs as many accumulator "
-            f"bits; use activation_bits and input_bits of less than {limit}, and accumulator_bits={limit}."
+    images = _stand_ins(network)
+
+    def trials(most: int) -> Trials:
+        return Trials(
+            lambda config: quantize_network(network.source, images, network.calibrated, config),
+            lambda tried: widest(tried) <= most,
         )
-    kept = replace(config, accumulator_bits=limit, overflow="proved", method="auto")
-    return f"Quantize with {kept}: the weights are then chosen to keep to {limit} bits."
+
+    kept, tried = replace(config, overflow="proved", method="auto", per_channel=True), trials(limit)
+    found = tried.first(_keeping(kept, limit, tried))
+    if found is not None:
+        words = f"the weights are then chosen to keep to {found.accumulator_bits} bits."
+        return f"Quantize with {found}: {words}" + (f" {NO_PARAMETERS}" if found is tried.second_best else "")
+    # Where maxima look up differences, even the narrowest values may need more bits.
+    for bits in range(limit + 1, WIDEST + 1):
+        *_, least = narrower(replace(kept, accumulator_bits=bits))
+        if trials(bits).works(least):
+            return f"No widths that were tried fit {limit} bits. Allow {bits}, and quantize with {least}."
+    return f"No widths that were tried fit {limit} bits: give the layers fewer taps."
+
+
+def _keeping(config: QuantConfig, limit: int, tried: Trials) -> Iterator[QuantConfig]:
+    """Yield configurations whose accumulators keep to `limit` bits, then to fewer if only parameters lack."""
+    for bits in range(min(limit, WIDEST), 0, -1):
+        kept = replace(config, accumulator_bits=bits)
+        for one in (kept, *narrower(kept)):
+            yield one
+            if tried.second_best is not None:
+                break
+        else:
+            return
+
+
+def _stand_ins(network: IntegerNetwork) -> Array:
+    """Return images in the range of the calibration images, which the network has not kept."""
+    low, high = network.calibrated.minimum, network.calibrated.maximum
+    shape = (STAND_INS, *network.input_shape)
+    images = np.random.default_rng(0).uniform(low, high, shape)
+    return np.rint(images).astype(np.int64) if network.calibrated.integral else images
 
 
 def _smaller_bits(network: IntegerNetwork, kernel: Kernel, limit: int) -> str:

@@ -165,7 +165,8 @@ class Building:
             return bits
         advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
         if self._windows_are_chosen:
-            advice, remedy = "allow as many, or fewer bits for the inputs", f"accumulator_bits={bits}"
+            remedy = f"accumulator_bits={bits}"
+            advice = f"allow as many with {remedy}, or fewer bits for the inputs"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
             f"{advice}.",

@@ -19,7 +19,7 @@ from fheconv.basics.samples import MOST_CALIBRATED, Data, Samples, images_of, sa
 from fheconv.capture.model import capture, image_axes
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
-from fheconv.quantized import Model, QuantizedNetwork, quantize
+from fheconv.quantized import Model, QuantizedNetwork, quantized
 from fheconv.training.finetuning import Augment, finetune
 from fheconv.tuning.parameters import measure as timed
 from fheconv.tuning.parameters import parameter_choices
@@ -282,7 +282,7 @@ class _Search:
                 activation_bits="auto",
                 input_bits="auto",
             )
-        return quantize(self.model, self.calibration, config, outputs=self.outputs)
+        return quantized(self.model, self.calibration, config, self.outputs, advise=False)
 
     def _compiled(self, setting: Setting, network: QuantizedNetwork, clear: float) -> Iterator[TunePoint]:
         cheapest = math.inf

@@ -97,7 +97,12 @@ def test_what_is_right_goes_through_as_it_was():
     assert (config.weight_bits, config.input_bits) == (3, 2)
     with pytest.raises(fheconv.UnknownKeywordError):
         replace(config, n_bits=3)
-    assert list(inspect.signature(fheconv.quantize).parameters) == ["module", "calibration", "config", "outputs"]
+    assert list(inspect.signature(fheconv.quantize).parameters) == [
+        "module",
+        "calibration",
+        "config",
+        "outputs",
+    ]
     assert "weight_bits" in inspect.signature(fheconv.QuantConfig).parameters
 
     @answers_keywords

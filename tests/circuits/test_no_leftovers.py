@@ -88,6 +88,65 @@ def test_a_hundred_circuits_leave_nothing(tmp_path):
     run(tmp_path, "worker", 100)
 
 
+REPEATED = """
+import sys
+import numpy as np, fheconv
+from fheconv.circuits.native.process import memory
+from fheconv.circuits.native.worker import worker
+
+engine, everything = sys.argv[1], sys.argv[2] == "everything"
+if engine == "lookups":
+    from torch import nn
+
+    images = np.random.default_rng(0).random((2, 1, 8, 8))
+    image, model = images[0], nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 2, 3))
+    network = fheconv.quantize(model, images, fheconv.QuantConfig(accumulator_bits=4))
+    config = fheconv.CompileConfig(p_error=0.01)
+else:
+    image = np.arange(256).reshape(1, 16, 16) % 16
+    network, config = fheconv.quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image), None
+
+
+def make():
+    circuit = fheconv.compile(network, config)
+    circuit.keygen()
+    return circuit
+
+
+def work():
+    circuit = make() if everything else one
+    encrypted = circuit.encrypt(image)
+    result = circuit.run(encrypted)
+    circuit.decrypt(result)
+    handled = sum(map(len, (*encrypted.values, *result.values)))
+    return handled + (len(circuit.evaluation_keys.payload) if everything else 0)
+
+
+one = None if everything else make()
+for _ in range(10):
+    work()
+pid, before = worker().pid, memory(worker().pid)
+handled = sum(work() for _ in range(40))
+assert worker().pid == pid
+print(before, handled, memory(pid))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, /proc does not tell the memory")
+@pytest.mark.parametrize("what", ["runs", "everything"])
+@pytest.mark.parametrize("engine", ["linear", "lookups"])
+def test_forty_more_circuits_or_runs_leave_the_worker_its_size(engine, what):
+    """Ciphertexts and keys that stayed would be ten times what is allowed here."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REPEATED, engine, what], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, handled, after = map(int, done.stdout.split())
+    assert before > 2**25  # so it is told at all
+    assert after - before < handled / 10
+
+
 KILLED = """
 import os, signal
 from fheconv.circuits.native.process import Process

@@ -174,22 +174,26 @@ def test_no_worker_outlives_its_caller(step):
 
 
 STARTING = """
-import os, signal, subprocess, threading
+import os, signal, subprocess, sys, time
 import fheconv
 from fheconv.circuits.native import process
 spawn = subprocess.Popen
 def killed(*arguments, **options):
-    print(spawn(*arguments, **options).pid, flush=True)
+    pid = spawn(*arguments, **options).pid
+    time.sleep(float(sys.argv[1]))
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    print(pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 subprocess.Popen = killed
 process.Process()
 """
 
 
-def test_a_worker_whose_caller_dies_while_it_starts_ends():
-    """It has not even asked yet to be told of its caller's death."""
-    pid = int(run(STARTING).stdout)
-    assert wait_for_the_end_of(pid, 10)
+@pytest.mark.parametrize("later", [0, 0.05, 0.2, 0.5, 1])
+def test_a_worker_whose_caller_dies_while_it_starts_ends(later):
+    """At first it has not even asked to be told of its caller's death, then it imports the library."""
+    pid = int(run(STARTING, str(later)).stdout)
+    assert wait_for_the_end_of(pid, 2)
 
 
 def test_the_end_of_the_thread_that_started_the_worker_does_not_end_the_worker():

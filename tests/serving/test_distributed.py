@@ -104,7 +104,7 @@ def native_processes():
     count = 0
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            count += "fheconv.circuits.native.child" in child.cmdline()
+            count += "fheconv.circuits.native.start" in child.cmdline()
     return count
 
 

@@ -2,8 +2,9 @@
 
 protocol: defines the messages between the two processes.
 library: calls Concrete.
-child: the process that runs the library.
-system: ties that process to its caller, and checks its limits.
+start: starts that process, which ends with its caller from the first moment.
+child: serves requests in that process.
+system: settles with the system how that process ends, and checks its limits.
 folders: gives that process a private folder.
 process: starts that process, and tells how it ended.
 worker: the caller's side: sends requests within limits.

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import resource
-import sys
 import traceback
 from collections import deque
 from multiprocessing.connection import Connection
@@ -14,7 +13,7 @@ from typing import Any
 from fheconv.basics.errors import FheConvError
 from fheconv.circuits.native.folders import remove_empty
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
-from fheconv.circuits.native.system import end_with_caller, raise_address_limit
+from fheconv.circuits.native.system import raise_address_limit
 
 
 class InProcess:
@@ -66,12 +65,11 @@ def call(
         return False, failure(f"Concrete failed during {method}: {words}")
 
 
-def main() -> None:
-    """Serve requests until the caller goes away."""
-    end_with_caller(sys.stdin.fileno())
+def serve(descriptor: int) -> None:
+    """Serve the requests that come over this socket, until the caller goes away."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the secret keys
     raise_address_limit()
-    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    connection: Connection[Any, Any] = Connection(descriptor)
     from fheconv.circuits.native.library import NativeCircuits
 
     circuits = NativeCircuits()
@@ -85,7 +83,3 @@ def main() -> None:
             connection.send(reply)
             del reply  # results have megabytes, which would count towards the limits of the next request
     os._exit(0)  # the library's own exit handlers cannot be trusted
-
-
-if __name__ == "__main__":
-    main()

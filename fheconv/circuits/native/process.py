@@ -174,7 +174,7 @@ def _spawn(
     # With -P and the caller's own path, the worker imports the same modules as the caller.
     environment = {**_MALLOC, **os.environ, "PYTHONPATH": _path(), "TMPDIR": folder}
     return subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
-        [interpreter, "-P", "-m", "fheconv.circuits.native.child", str(connection.fileno())],
+        [interpreter, "-P", "-m", "fheconv.circuits.native.start", str(connection.fileno())],
         pass_fds=[connection.fileno()],
         stdin=end,
         stdout=output,
