@@ -111,8 +111,8 @@ class RemoteCircuit(Client):
                 f"{url} serves the circuit {manifest.fingerprint}, and the client is of "
                 f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
             )
-        # Both share one set of keys, no matter which of the two makes new ones.
-        self.manifest, self._one, self._lock = client.manifest, client._one, client._lock
+        self.manifest = client.manifest
+        self._share_keys_of(client)
 
     def run(self, ciphertext: Ciphertext) -> Ciphertext:
         """Evaluate the circuit on encrypted images at the server. Send the evaluation keys if it lacks them.
