@@ -160,7 +160,7 @@ class BudgetReport(Report):
         if proved and open_ended:
             raise AccumulatorOverflowError(
                 f"Layer {open_ended[0].name!r} has windows that hold what calibration reaches, not what the "
-                'worst image needs; quantize with overflow="proved".',
+                'worst image needs; only overflow="proved" proves them.',
                 layer=open_ended[0].name,
                 remedy='overflow="proved"',
             )

@@ -126,6 +126,11 @@ class KeyOwner(Brief):
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         """Return the shapes of an image and of its results, and what matters most of the cost."""
 
+    def _share_keys_of(self, other: "KeyOwner") -> None:
+        """Have one set of keys with another owner, no matter which of the two makes new ones."""
+        self._one, self._lock = other._one, other._lock
+        _owners.add(self)
+
     def __reduce__(self) -> NoReturn:
         raise ArtifactError(
             "It holds secret keys, and its worker is this process's own: it cannot be copied or pickled. "
@@ -178,8 +183,9 @@ _owners: "weakref.WeakSet[KeyOwner]" = weakref.WeakSet()
 
 def _unlock_all() -> None:
     """Give every owner a new lock: in a forked child, the thread that held the old one does not exist."""
-    for owner in list(_owners):
-        owner._lock = threading.RLock()
+    fresh: dict[int, threading.RLock] = {}
+    for owner in list(_owners):  # those that shared a lock share the new one
+        owner._lock = fresh.setdefault(id(owner._lock), threading.RLock())
 
 
 os.register_at_fork(after_in_child=_unlock_all)

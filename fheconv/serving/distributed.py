@@ -11,6 +11,7 @@ the same version of fheconv.
 """
 
 import contextlib
+import os
 import secrets
 import threading
 import weakref
@@ -143,6 +144,10 @@ class Job:
     def __reduce__(self) -> tuple[Any, ...]:
         return named_job, self._parts
 
+    def unlock(self) -> None:
+        """Forget who holds the lock."""
+        self._lock = threading.Lock()
+
     def run(self, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
         with self._lock:
@@ -173,6 +178,17 @@ def named_job(name: str, *parts: Any) -> Job:
     """Return the job of that name. If Dask brings it again, return the one that is already open."""
     with _jobs_lock:
         return _jobs.setdefault(name, Job(name, *parts))
+
+
+def _unlock_all() -> None:
+    """Give every job a new lock: in a forked child, the thread that held the old one does not exist."""
+    global _jobs_lock
+    _jobs_lock = threading.Lock()
+    for job in list(_jobs.values()):
+        job.unlock()
+
+
+os.register_at_fork(after_in_child=_unlock_all)
 
 
 def _hold(job: Job) -> Job:

@@ -14,6 +14,7 @@ import secrets
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +86,7 @@ class KeyStore:
         self._arriving = 0
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
+        _stores.add(self)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.folder.chmod(0o700)
@@ -125,6 +127,14 @@ class KeyStore:
     def close(self) -> None:
         """Let other processes use the folder."""
         self._guard.close()
+
+    def abandon(self) -> None:
+        """Let go of the folder in a forked child: it is the parent's. No thread there holds a lock."""
+        self._lock = threading.Lock()
+        for entry in self._entries.values():
+            entry.lock = threading.Lock()
+        if hasattr(self, "_guard"):
+            self._guard.close()  # or the child would keep other servers out after the parent's end
 
     def size_of(self, name: str) -> int:
         """Return the number of bytes of the keys of that name. Raises `UnknownKeys`."""
@@ -243,6 +253,17 @@ class KeyStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_ENDING}"
+
+
+_stores: "weakref.WeakSet[KeyStore]" = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for store in list(_stores):
+        store.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 class Upload:

@@ -112,8 +112,8 @@ class RemoteCircuit(Client):
                 f"{url} serves the circuit {manifest.fingerprint}, and the client is of "
                 f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
             )
-        # Both share one set of keys, no matter which of the two makes new ones.
-        self.manifest, self._one, self._lock = client.manifest, client._one, client._lock
+        self.manifest = client.manifest
+        self._share_keys_of(client)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         inputs, outputs, rows = super()._described()

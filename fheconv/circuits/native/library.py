@@ -72,9 +72,8 @@ class NativeCircuits:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise CompilationError(
                 f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
-                f"of layer {widest.name!r}, {widest.plane_bits} bits. Quantize with fewer accumulator_bits "
-                "or rounding_bits (or fewer weight_bits and input_bits), or compile with fewer lanes or a "
-                "larger p_error."
+                f"of layer {widest.name!r}, {widest.plane_bits} bits. What may help: fewer accumulator_bits "
+                "or rounding_bits (or fewer weight_bits and input_bits), fewer lanes, or a larger p_error."
             ) from error
         self._folders[number].add(_folder(circuit.server))
         output = next(iter(circuit.graph.output_nodes.values())).output
