@@ -218,7 +218,8 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         if _draws(call, arguments):
             raise Unsupported(RANDOM)
         if not encrypted:
-            made = call.target(*arguments, **options)
+            with torch.no_grad():
+                made = call.target(*arguments, **options)
             # What no one wrote may be anything: zeros, as in `new_empty`.
             return made.zero_() if operation.startswith("empty") else made
         for value in encrypted:

@@ -22,7 +22,8 @@ from fheconv.networks.linear import Select, Step, Term, pointwise
 
 # Functions that never decrease, with any constants; and functions that need constants that are not negative.
 _INCREASING = {
-    "atan", "ceil", "clamp", "clamp_max", "clamp_min", "erf", "exp", "expm1", "floor", "hardsigmoid",
+    "atan", "ceil", "clamp", "clamp_max", "clamp_min", "erf", "exp", "expm1",
+    "fake_quantize_per_tensor_affine", "floor", "hardsigmoid",
     "hardtanh", "log_sigmoid", "relu", "relu6", "round", "selu", "sigmoid", "sign", "softsign", "tanh",
     "trunc",
 }  # fmt: skip

@@ -114,6 +114,11 @@ def _divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
     return quotient if rounding_mode is None else np.trunc(quotient)
 
 
+def _fake_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int) -> Any:
+    """Round to the nearest of the numbers scale · (low … high − zero_point)."""
+    return (np.clip(np.rint(x / scale) + zero_point, low, high) - zero_point) * scale
+
+
 # The keys are torch's names; the functions take torch's arguments.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -136,6 +141,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "exp": np.exp,
     "expm1": np.expm1,
     "exp2": np.exp2,
+    "fake_quantize_per_tensor_affine": _fake_quantize,
     "floor": np.floor,
     "floor_divide": np.floor_divide,
     "fmod": np.fmod,

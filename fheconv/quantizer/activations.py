@@ -8,6 +8,7 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError
+from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.components import connected
@@ -16,6 +17,8 @@ from fheconv.quantizer.components import connected
 CLIPS = np.linspace(0.3, 1.0, 36)
 # The error of a clip is measured on at most this many values.
 MOST_VALUES = 200_000
+# An activation has at most 8 bits.
+MOST_LEVELS = 256
 
 
 def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantization:
@@ -65,8 +68,8 @@ def activation_quantizations(
     """Return the quantization of each tensor, None for the last, whose accumulators are decrypted.
 
     `tensors` holds the floats of the calibration images. The scale of an activation has the least mean
-    squared error over a grid of clips. Tensors that are added without weights share a scale, so that their
-    sum still needs no weights.
+    squared error over a grid of clips, unless training has left one (`trained_quantization`). Tensors that
+    are added without weights share a scale, so that their sum still needs no weights.
 
     Raises `CalibrationError` for activations that are not finite.
     """
@@ -77,9 +80,12 @@ def activation_quantizations(
         elif layer.activation is None:
             found.append(None)
         else:
-            found.append(least_error(layer.name, values, levels_of(network, number, config)))
+            own = trained_quantization(layer.activation)
+            found.append(own or least_error(layer.name, values, levels_of(network, number, config)))
     for number, (layer, mine) in enumerate(zip(network.layers, found[1:], strict=True), 1):
-        if isinstance(layer, Layer) and mine is not None and not tensors[number].any():
+        if not isinstance(layer, Layer) or mine is None or trained_quantization(layer.activation):
+            continue
+        if not tensors[number].any():
             # The sums before the activation tell how large its values may become on other images.
             reach = float(np.ptp(layer.sums(tensors))) / max(mine.maximum, 1)
             scales = _scales_beside(network, number, tensors, found)
@@ -96,6 +102,26 @@ def activation_quantizations(
         # The center of the range must be an integer (see `Lookup`).
         found[1:] = [one and replace(one, maximum=one.maximum + one.maximum % 2) for one in found[1:]]
     return [found[_origin(network, number)] for number in range(len(found))]
+
+
+def trained_quantization(activation: Expression | None) -> Quantization | None:
+    """Return the quantization that an activation ends with, as training left it, or None.
+
+    The activation ends with one if its last operator is `fake_quantize_per_tensor_affine`, of at most 8 bits.
+
+    Example:
+        >>> from fheconv.networks.expression import X
+        >>> trained = Expression("fake_quantize_per_tensor_affine", (X, 0.5, 2, -1, 6))
+        >>> trained_quantization(trained).real_range
+        (-1.5, 2.0)
+    """
+    if activation is None or activation.operator != "fake_quantize_per_tensor_affine":
+        return None
+    _, scale, zero_point, low, high = activation.arguments
+    one_scale = not np.ndim(scale) and not np.ndim(zero_point)
+    if not one_scale or not 0 < high - low < MOST_LEVELS or not low <= zero_point <= high:
+        return None
+    return Quantization(scale=float(scale), zero_point=int(zero_point) - low, minimum=0, maximum=high - low)
 
 
 def levels_of(network: Network, number: int, config: QuantConfig) -> int:

@@ -17,7 +17,7 @@ TWO = {
     "logical_or", "lt", "maximum", "minimum", "mul", "ne", "pow", "prelu", "remainder", "rsub", "sub",
     "and", "or",
 }  # fmt: skip
-OTHER = {"clamp", "threshold", "where"}
+OTHER = {"clamp", "fake_quantize_per_tensor_affine", "threshold", "where"}
 ONE = sorted(set(ELEMENTWISE) - TWO - OTHER)
 small = st.floats(-3, 3, allow_subnormal=False).map(lambda v: round(v, 3))
 positive = st.floats(0.05, 3).map(lambda v: round(v, 3))
@@ -147,3 +147,17 @@ def test_argmax():
 def test_values_outside_a_functions_domain_are_not_finite_and_warn_of_nothing():
     assert not np.isfinite(Expression("log", (X,))(np.array([-1.0, 0.0]))).any()
     assert np.isinf(Expression("div", (1.0, X))(np.zeros(1))).all()
+
+
+@given(scale=positive, zero_point=st.integers(-3, 12), low=st.integers(-4, 0), levels=st.integers(4, 16))
+def test_fake_quantization(scale, zero_point, low, levels):
+    """Against torch in float32, with numbers that float32 holds exactly, half steps among them."""
+    scale = float(np.float32(2.0 ** round(np.log2(scale))))
+    values = np.round(VALUES * 64) / 64
+    zero_point = min(max(zero_point, low), low + levels)
+    expected = torch.fake_quantize_per_tensor_affine(
+        torch.tensor(values, dtype=torch.float32), scale, zero_point, low, low + levels
+    )
+    arguments = (X, scale, zero_point, low, low + levels)
+    y = Expression("fake_quantize_per_tensor_affine", arguments)(values)
+    np.testing.assert_array_equal(y, expected.double().numpy())

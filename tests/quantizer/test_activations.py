@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fheconv
 from fheconv.capture.model import capture
@@ -175,3 +176,41 @@ def test_more_activation_bits_represent_activations_better(seed):
         )
 
     assert error(fine) < 0.1 * error(coarse)
+
+
+class Trained(nn.Module):
+    """A network with quantized weights and activations, by torch's own operators for such training."""
+
+    def __init__(self, pool=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.pool = nn.Conv2d(1, 3, 3), nn.Linear(3 if pool else 12, 3), pool
+
+    def weight(self, layer):
+        """Weights on the grid of 8 bits that ends at the greatest of each channel."""
+        steps = layer.weight.detach().flatten(1).abs().amax(1) / 127
+        zeros = torch.zeros(len(steps), dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(layer.weight, steps, zeros, 0, -127, 127)
+
+    def forward(self, x):
+        x = torch.nn.functional.conv2d(x, self.weight(self.conv), self.conv.bias)
+        x = torch.fake_quantize_per_tensor_affine(torch.relu(x), 0.25, 3, 3, 10)
+        x = torch.nn.functional.max_pool2d(x, 2) if self.pool else x
+        return torch.nn.functional.linear(x.flatten(1), self.weight(self.fc), self.fc.bias)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_activations_keep_the_scale_and_width_that_they_were_trained_with(pool):
+    """So that the integers are the network's own, and calibration chooses nothing."""
+    images = np.random.default_rng(0).integers(0, 4, (40, 1, 4, 4))
+    model = Trained(pool)
+    config = fheconv.QuantConfig(method="minmax", weight_bits=8, input_bits=2, activation_bits=2)
+    network = fheconv.quantize(model, images[:5], config)
+    kept = network.quantizations[1]
+    assert (kept.scale, kept.minimum, kept.maximum, kept.zero_point) == (0.25, 0, 7, 0)
+    expected = model(torch.tensor(images, dtype=torch.float32)).detach().numpy()
+    off = network(images) - expected
+    assert np.abs(off).max() <= 0.51 * network.last.scale.max()  # the last bias, in whole steps
+    np.testing.assert_allclose(off, off[:1].repeat(len(off), 0), atol=1e-5)
+    one = fheconv.quantize(model, np.zeros((1, 1, 4, 4), int), config).quantizations[1]
+    assert one == kept
