@@ -21,6 +21,7 @@ def data():
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(2)
 def test_shipped_models_are_accurate_and_cheap_without_options(name, data):
     model = MODELS[name].shipped()
     images, labels = data.test_images, data.test_labels
