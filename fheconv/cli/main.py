@@ -14,7 +14,7 @@ from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
-from fheconv.cli import trials
+from fheconv.cli import experiments
 from fheconv.cli.arguments import (
     Force,
     check_output,
@@ -258,10 +258,10 @@ app.command()(cli_circuits.decrypt)
 app.command()(cli_circuits.inspect)
 app.command()(cli_circuits.bench)
 app.command()(lock)
-app.command()(trials.simulate)
-app.command()(trials.verify)
-app.command()(trials.tune)
-app.command()(trials.finetune)
+app.command()(experiments.simulate)
+app.command()(experiments.verify)
+app.command()(experiments.tune)
+app.command()(experiments.finetune)
 
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
