@@ -142,7 +142,7 @@ def test_what_would_fill_the_memory_is_refused(monkeypatch):
         ({"images": X}, "dtype"),
         (None, "dtype"),
     ],
-    ids=str,
+    ids=["list", "iterator", "loader", "sizes", "numbers", "words", "path", "dict", "none"],
 )
 def test_what_holds_no_images_is_refused(data, words):
     with pytest.raises(fheconv.FheConvError, match=words):
