@@ -58,7 +58,7 @@ def folds(network):
 
 
 @pytest.mark.parametrize(("seed", "size"), SMALL)
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_encrypted_results_are_the_clear_integers_on_images_unlike_calibration(seed, size):
     network = dark_network(seed, size, accumulator_bits=5)
     report = network.budget(5).require()

@@ -86,7 +86,7 @@ def test_a_death_amid_a_reply_is_an_error_of_fheconv_and_the_next_call_works(cir
 
 
 @pytest.mark.parametrize("error", [OSError("got end of file during message"), ConnectionResetError, EOFError])
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_however_the_pipe_fails_the_error_is_typed(circuit, monkeypatch, error):
     def broken(self, *request):
         self.kill()
@@ -99,6 +99,7 @@ def test_however_the_pipe_fails_the_error_is_typed(circuit, monkeypatch, error):
                 circuit.keygen()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_folder_somebody_removed_is_replaced():
     fheconv.compile(network())
     shutil.rmtree(folder_of(worker().pid))

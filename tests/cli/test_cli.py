@@ -30,6 +30,7 @@ def fheconv_command(*arguments: str, cwd: Path | None = None) -> subprocess.Comp
 CHECK = ["check", TINYCNN, "--layer", "conv1", "--input-shape", "1,28,28"]
 
 
+@pytest.mark.slow
 def test_check_says_that_a_layer_fits():
     done = fheconv_command(*CHECK, "--weight-bits", "2", "--input-bits", "2", "--accumulator-bits", "7")
     assert done.returncode == 0
@@ -95,7 +96,7 @@ def test_check_takes_stride_and_padding_from_the_card_unless_told():
         (["demo", "--output", "y"], ".png"),
     ],
 )
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(13)
 def test_an_error_is_one_message_on_standard_error_and_status_2(arguments, words):
     done = fheconv_command(*arguments)
     assert done.returncode == 2
@@ -274,6 +275,7 @@ def test_npy_files_with_pickles_are_refused(tmp_path):
     assert "allow_pickle" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_card_is_named(tmp_path):
     save_file({"a.weight": np.ones((1, 1, 2, 2), np.float32)}, tmp_path / "m.safetensors")
     (tmp_path / "m.json").write_text('{"architecture": 3}')
@@ -296,6 +298,7 @@ def test_demo_runs_encrypted_and_writes_the_picture(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["demo", "check", "run"])
+@pytest.mark.sampled(3)
 def test_help_shows_every_command(command):
     done = fheconv_command(command, "--help")
     assert done.returncode == 0

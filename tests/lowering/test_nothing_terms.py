@@ -43,7 +43,7 @@ def verified(network, x, **options):
 @pytest.mark.parametrize(
     ("zeros", "engine"), [("a", "auto"), ("b", "auto"), ("ab", "auto"), ("a", "conv"), ("b", "conv")]
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 def test_a_term_of_zeros(signs, zeros, engine):
     network, x = quantized(Two(zeros), (1, 4, 4), signs)
     lowered = lower(network, engine)

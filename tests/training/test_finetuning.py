@@ -110,6 +110,7 @@ def test_it_learns_classes():
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("options", [{"accumulator_bits": 8}, {"rounding_bits": 4}], ids=str)
+@pytest.mark.sampled(7)
 def test_every_epoch_keeps_the_proof(block, options):
     """Widths by exact bounds, and inputs that reach them stay within 2^P − 1."""
     network = quantized(7, block, size=(1, 5, 6), **options)
