@@ -126,6 +126,9 @@ class KeyStore:
 
     def close(self) -> None:
         """Let other processes use the folder."""
+        if not self._guard.closed:
+            # A child that was forked a moment ago may still hold the file open.
+            fcntl.flock(self._guard, fcntl.LOCK_UN)
         self._guard.close()
 
     def abandon(self) -> None:

@@ -113,7 +113,7 @@ def test_what_loses_too_much_is_no_point(result):
 
 
 def test_an_earlier_result_is_not_made_again(result):
-    with mock.patch.object(tuner, "quantize", side_effect=RuntimeError("made again")):
+    with mock.patch.object(tuner, "quantized", side_effect=RuntimeError("made again")):
         again = tuned(objective="complexity", previous=result)
     assert [p.cost.complexity for p in again.points] == [p.cost.complexity for p in result.points]
     assert [p.accuracy for p in again.points] == [p.accuracy for p in result.points]
@@ -148,7 +148,7 @@ def test_fine_tuned_with_fewer_lookups():
 
 
 def test_an_earlier_result_without_training_is_where_training_starts(result):
-    with mock.patch.object(tuner, "quantize", side_effect=RuntimeError("made again")):
+    with mock.patch.object(tuner, "quantized", side_effect=RuntimeError("made again")):
         some = tuned(
             widths=WIDTHS[1:],
             p_errors=(1e-2,),
