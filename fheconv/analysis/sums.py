@@ -95,10 +95,7 @@ def _blocks(lowered: Lowered, layers: Sequence[AnyLayer]) -> Array:
     """
     count = len(layers)
     pairs = [(source, count + 1 + n) for n, layer in enumerate(layers) for source in layer.sources]
-    for n, layer in enumerate(layers):
-        if isinstance(layer, Maximum) or _constant(lowered, n):
-            pairs.append((n + 1, count + 1 + n))
-    return connected(np.array(pairs).T, 2 * count + 1)
+    return connected(np.array([*pairs, *_added(lowered, layers)]).T, 2 * count + 1)
 
 
 def _key_blocks(lowered: Lowered, layers: Sequence[AnyLayer], bits: Sequence[int]) -> Array:
@@ -109,16 +106,23 @@ def _key_blocks(lowered: Lowered, layers: Sequence[AnyLayer], bits: Sequence[int
     for the constants of a table in which others are looked up.
     """
     count, zeros = len(layers), dict[int, int]()
-    pairs = []
+    pairs = _added(lowered, layers)
     for n, layer in enumerate(layers):
         at = count + 1 + n
-        if isinstance(layer, Maximum) or _constant(lowered, n):
-            pairs.append((n + 1, at))
         if not _constant(lowered, n):
             pairs += [(source, at) for source in layer.sources]
         if lowered.padded[n] or any(_partly_constant(lowered, source - 1) for source in layer.sources):
             pairs.append((zeros.setdefault(bits[n], at), at))
     return connected(np.array(pairs).T, 2 * count + 1)
+
+
+def _added(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[Pair]:
+    """Return the tensors that are added to the accumulators of their own layer, each with these."""
+    return [
+        (n + 1, len(layers) + 1 + n)
+        for n, layer in enumerate(layers)
+        if isinstance(layer, Maximum) or _constant(lowered, n)
+    ]
 
 
 def _constant(lowered: Lowered, number: int) -> bool:

@@ -59,7 +59,7 @@ class Cost(Report):
 
     @property
     def failures(self) -> str:
-        """How many lookups of an image fail, in words. A failed one mostly gives a neighbouring entry."""
+        """The number of failing lookups of an image, in words. A failed one mostly gives a neighbour."""
         return failing_lookups(self.lookups, self.p_error)
 
     def rows(self) -> list[tuple[str, str]]:
