@@ -5,16 +5,20 @@ import math
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 
 from fheconv.basics.arrays import Array
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError
 from fheconv.basics.files import check_regular, write_file
 from fheconv.networks.floats import Conv
+
+if TYPE_CHECKING:
+    from fheconv.quantized import QuantizedNetwork
 
 # The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
 MOST_VALUES = 2**27
@@ -22,6 +26,11 @@ MOST_VALUES = 2**27
 # Text from files may look like rich's markup. It is printed as it is.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
+# Options that several commands take.
+LayerName = Annotated[str | None, typer.Option("--layer", help="One convolution of a .safetensors file.")]
+Bits = Annotated[str | None, typer.Option(help="As for compile.")]
+PError = Annotated[float | None, typer.Option(help="As for compile.")]
+Trusted = Annotated[bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that exists.")]
 # Image files that a folder of calibration images may hold.
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -48,6 +57,17 @@ def bits_of(**options: str | int | None) -> dict[str, Any]:
         name: value if isinstance(value, int) else integers(value, f"--{name.replace('_', '-')}", ("auto",))
         for name, value in given.items()
     }
+
+
+def quantized_model(
+    model: Path, calibration: Path, layer: str | None, bits: dict[str, Any], trusted: bool
+) -> "QuantizedNetwork":
+    """Return the integer network of a model file, with the numbers of bits that `bits_of` returned."""
+    from fheconv.capture.checkpoint import load_model
+    from fheconv.quantized import quantize
+
+    images = load_images(calibration)
+    return quantize(load_model(model, layer, trusted=trusted), images, QuantConfig(**bits) if bits else None)
 
 
 def print_error(message: str) -> None:

@@ -13,17 +13,21 @@ import typer
 from rich.table import Table
 
 from fheconv.basics.compile_config import CompileConfig
-from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.basics.progress import status
 from fheconv.cli.arguments import (
+    Bits,
     Force,
+    LayerName,
+    PError,
+    Trusted,
     bits_of,
     check_circuit_folder,
     load_array,
     load_image,
     load_images,
     out,
+    quantized_model,
 )
 
 if TYPE_CHECKING:
@@ -36,10 +40,6 @@ ModelFile = Annotated[
 Calibration = Annotated[Path, typer.Option(help="Images to calibrate on, as for compile.")]
 Evaluation = Annotated[Path, typer.Option(help="Images to measure accuracy on: .npy.")]
 Labels = Annotated[Path, typer.Option(help="Their classes: .npy of integers (n,).")]
-LayerName = Annotated[str | None, typer.Option("--layer", help="One convolution of a .safetensors file.")]
-Bits = Annotated[str | None, typer.Option(help="As for compile.")]
-PError = Annotated[float | None, typer.Option(help="As for compile.")]
-Trusted = Annotated[bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[
     Path | None, typer.Option("--output", "-o", help="The folder for client.zip and server.zip.")
@@ -236,17 +236,9 @@ def finetune(
     _save(circuit, output)
 
 
-def _quantized(
-    model: Path, calibration: Path, layer: str | None, bits: dict[str, Any], trusted: bool
-) -> "QuantizedNetwork":
-    from fheconv.capture.checkpoint import load_model
-    from fheconv.quantized import quantize
-
-    images = load_images(calibration)
+def _quantized(*arguments: Any) -> "QuantizedNetwork":
     with status("Quantizing…"):
-        return quantize(
-            load_model(model, layer, trusted=trusted), images, QuantConfig(**bits) if bits else None
-        )
+        return quantized_model(*arguments)
 
 
 def _compiled(network: "QuantizedNetwork", p_error: float | None) -> "FheCircuit":

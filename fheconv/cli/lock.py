@@ -13,10 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.basics.compile_config import CompileConfig
-from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import write_file
-from fheconv.cli.arguments import bits_of, load_array, load_images, out, pictures_in
+from fheconv.cli.arguments import (
+    Bits,
+    LayerName,
+    PError,
+    Trusted,
+    bits_of,
+    load_array,
+    load_images,
+    out,
+    pictures_in,
+    quantized_model,
+)
 
 FORMAT = 1
 # Accuracy may fall by this much: a retrained model answers a few images in another way.
@@ -35,14 +45,14 @@ def lock(
     calibration: Annotated[Path | None, typer.Option(help="Images to calibrate on, as for compile.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Images to measure accuracy on.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Their classes: .npy of integers (n,).")] = None,
-    layer: Annotated[str | None, typer.Option(help="One convolution of a .safetensors file.")] = None,
-    weight_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
-    activation_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
-    accumulator_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
-    rounding_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
-    input_bits: Annotated[str | None, typer.Option(help="As for compile.")] = None,
-    p_error: Annotated[float | None, typer.Option(help="As for compile.")] = None,
-    trusted: Annotated[bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it.")] = False,
+    layer: LayerName = None,
+    weight_bits: Bits = None,
+    activation_bits: Bits = None,
+    accumulator_bits: Bits = None,
+    rounding_bits: Bits = None,
+    input_bits: Bits = None,
+    p_error: PError = None,
+    trusted: Trusted = False,
 ) -> None:
     """Write what a model needs to a small text file, or --check that it needs no more than that.
 
@@ -102,14 +112,10 @@ def _check(file: Path, trusted: bool) -> bool:
 
 def _measured(given: dict[str, Any], trusted: bool) -> dict[str, Any]:
     """Return everything that a lock file holds, for the files and options that it names."""
-    from fheconv.capture.checkpoint import load_model
-    from fheconv.quantized import quantize
-
     files, options = given["files"], given["options"]
     bits = {name: value for name, value in options.items() if name not in ("p_error", "layer")}
-    images = load_images(Path(files["calibration"]))
-    model = load_model(Path(files["model"]), options.get("layer"), trusted=trusted)
-    network = quantize(model, images, QuantConfig(**bits) if bits else None)
+    model, calibration = Path(files["model"]), Path(files["calibration"])
+    network = quantized_model(model, calibration, options.get("layer"), bits, trusted)
     config = CompileConfig(p_error=options.get("p_error"))
     forecast = network.forecast(config)
     plain = forecast.to_dict()
