@@ -17,21 +17,14 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
-import digits
 import fheconv
 import train_rescnn_digits
-from strangers import MODELS, SEEDS, TEXT, TITLES, MissingPackageError, Part, Trial, compared
+from strangers import MODELS, SEEDS, TEXT, TITLES, MissingPackageError, Trial, compared, on_digits
 from tables import markdown, spread
 
 
 def rescnn(seed: int) -> Trial:
-    parts, data = digits.validation_split(seed), digits.digits()
-    return Trial(
-        model=train_rescnn_digits.shipped(seed),
-        calibration=parts.train_images,
-        validation=Part(images=parts.validation_images, labels=parts.validation_labels),
-        test=Part(images=data.test_images, labels=data.test_labels),
-    )
+    return on_digits(train_rescnn_digits.shipped(seed), seed)
 
 
 NEWCOMERS: dict[str, Callable[[int], Trial]] = {

@@ -301,14 +301,18 @@ def recognizer(seed: int) -> Trial:
     return Trial(model=model.eval(), calibration=train.images[:200], validation=validation, test=test)
 
 
-def tinycnn(seed: int) -> Trial:
+def on_digits(model: nn.Module, seed: int) -> Trial:
     parts, data = digits.validation_split(seed), digits.digits()
     return Trial(
-        model=shipped(seed),
+        model=model,
         calibration=parts.train_images,
         validation=Part(images=parts.validation_images, labels=parts.validation_labels),
         test=Part(images=data.test_images, labels=data.test_labels),
     )
+
+
+def tinycnn(seed: int) -> Trial:
+    return on_digits(shipped(seed), seed)
 
 
 MODELS: dict[str, Callable[[int], Trial]] = {

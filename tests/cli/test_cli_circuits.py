@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import fheconv
 from fheconv.capture.checkpoint import load_model
 from fheconv.cli.bench import Measurement
-from fheconv.cli.main import app, main
+from fheconv.cli.main import app
 from tests.support import shell
 from tests.support.files import secret_rows
 
@@ -30,12 +30,6 @@ KEYGEN = ("keygen", "out/client.zip", "--keys", "keys.secret", "--evaluation-key
 ENCRYPT = ("encrypt", "out/client.zip", "--keys", "keys.secret", "--input", "one.npy", "--output", "x.ct")
 RUN = ("run", "out/server.zip", "--evaluation-keys", "keys.eval", "--input", "x.ct", "--output", "y.ct")
 DECRYPT = ("decrypt", "out/client.zip", "--keys", "keys.secret", "--input", "y.ct")
-CARD = [
-    {"name": "c", "kind": "Conv2d"},
-    {"kind": "ReLU"},
-    {"kind": "Flatten"},
-    {"name": "fc", "kind": "Linear"},
-]
 
 
 def write_model(folder: Path) -> None:
@@ -48,7 +42,7 @@ def write_model(folder: Path) -> None:
         "fc.bias": torch.tensor(rng.normal(size=3)),
     }
     save_file(tensors, folder / "m.safetensors")
-    (folder / "m.json").write_text(json.dumps({"architecture": CARD}))
+    (folder / "m.json").write_text(json.dumps({"architecture": shell.CARD}))
     x = rng.random((8, 1, 3, 3))
     np.save(folder / "x.npy", x)
     np.save(folder / "one.npy", x[0])
@@ -78,17 +72,14 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def command(made, tmp_path, monkeypatch, capsys):
+def command(made, tmp_path, monkeypatch, ran):
     """Run the command in another such folder: its exit status, standard output and standard error."""
     shutil.copytree(made[0], tmp_path, copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         forced = ["--force"] if arguments[0] in ("compile", "encrypt", "run", "decrypt") else []
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments, *forced])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
+        return ran(*arguments, *forced)
 
     return run
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 
 import fheconv
 from fheconv.capture.checkpoint import load_model
-from fheconv.cli.main import main
 from fheconv.tuning import search
 from tests.support import shell
 
@@ -22,7 +20,7 @@ OPTIONS = [word for name, bits in BITS.items() for word in (f"--{name.replace('_
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, ran):
     """Run the command in a folder with a model and data: its exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -32,13 +30,6 @@ def run(tmp_path, monkeypatch, capsys):
     np.save("t.npy", tested := rng.random((50, 1, 3, 3)))
     network = fheconv.quantize(load_model(Path("m.safetensors")), tested)
     np.save("y.npy", network.source(tested).argmax(axis=1))
-
-    def ran(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
-
     return ran
 
 

@@ -1,6 +1,5 @@
 """The lock file: what a model needs, and what a retrained one may not need more of."""
 
-import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fheconv.cli.main import main
 from tests.support import shell
 
 LOCK = ("lock", "m.safetensors", "--calibration", "x.npy", "--evaluation", "x.npy", "--labels", "y.npy")
@@ -18,7 +16,7 @@ NARROW = ("--weight-bits", "3", "--activation-bits", "2", "--input-bits", "3")
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, ran):
     """Run the command in a folder with a model and data: its exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -27,11 +25,8 @@ def command(tmp_path, monkeypatch, capsys):
     np.save("x.npy", np.random.default_rng(0).random((30, 1, 3, 3)))
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out + printed.err
+        status, printed, said = ran(*arguments)
+        return status, printed + said
 
     return run
 

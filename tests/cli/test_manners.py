@@ -1,7 +1,6 @@
 """The shell's manners: versions, files that are mixed up, files that are there already, and images."""
 
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 import fheconv
-from fheconv.cli.main import main
 from tests.support import shell
 
 
@@ -25,17 +23,10 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path, monkeypatch, capsys):
+def run(made, tmp_path, monkeypatch, ran):
     """Run the command in a copy of the folder: its exit status, standard output and standard error."""
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-
-    def ran(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
-
     return ran
 
 

@@ -1,19 +1,16 @@
 """Warnings and progress in the shell: lines on standard error, and the command goes on."""
 
-import sys
 import time
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from fheconv.basics import progress
-from fheconv.cli import main as cli
 from fheconv.cli.outcome import run_to_status
 
 
-def test_images_a_little_outside_are_clipped_with_a_warning(tmp_path, monkeypatch, capsys):
+def test_images_a_little_outside_are_clipped_with_a_warning(tmp_path, monkeypatch, ran):
     save_file({"c.weight": torch.ones(1, 1, 2, 2), "c.bias": torch.zeros(1)}, tmp_path / "m.safetensors")
     (tmp_path / "m.json").write_text('{"architecture": [{"name": "c", "kind": "Conv2d"}]}')
     np.save(tmp_path / "x.npy", np.linspace(0, 1, 18).reshape(2, 1, 3, 3))
@@ -21,11 +18,9 @@ def test_images_a_little_outside_are_clipped_with_a_warning(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fheconv", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-        return capsys.readouterr().err
+        status, _, err = ran(*arguments)
+        assert not status
+        return err
 
     run("compile", "m.safetensors", "--calibration", "x.npy", "-o", "out")
     run("keygen", "out/client.zip", "--keys", "k", "--evaluation-keys", "e")
