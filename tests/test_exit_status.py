@@ -22,7 +22,7 @@ def test_that_runs_encrypted_and_fails():
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_a_failing_encrypted_test_fails_pytest(tmp_path, in_process):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_failing.py").write_text(FAILING_TEST.format(in_process=in_process))
@@ -55,6 +55,7 @@ def test_a_script_keeps_its_own_status_after_an_encrypted_run():
     assert child.returncode == 7
 
 
+@pytest.mark.slow
 def test_the_native_library_still_needs_this_care():
     """If this fails, Concrete has been repaired, and the care taken here can go."""
     child = subprocess.run([sys.executable, "-c", SCRIPT.format(in_process=True)])

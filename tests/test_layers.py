@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -19,6 +20,12 @@ MOST_PARAMETERS = 8
 # What users call takes what they choose. torch's operators have the parameters that torch gives them.
 PUBLIC_CALLS = {"tune", "finetune", "of", "conv", "filter_matrix"}
 OPERATORS = {"_batch_norm", "_conv_transpose"}
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(path.read_text())
 
 
 def modules() -> dict[str, Path]:
@@ -41,10 +48,11 @@ def imported(tree: ast.AST, names: set[str]) -> Iterator[str]:
                 yield inner if inner in names else node.module
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Return which modules of fheconv each module imports. The package's own table of names is no import."""
     found = modules()
-    trees = {name: ast.parse(path.read_text()) for name, path in found.items() if name != "fheconv"}
+    trees = {name: parsed(path) for name, path in found.items() if name != "fheconv"}
     return {
         name: {other for other in imported(tree, set(found)) if other in found and other != "fheconv"}
         for name, tree in trees.items()
@@ -85,8 +93,7 @@ def test_imports_point_down():
     ],
 )
 def test_an_import_that_points_up_or_across_is_seen(module, other):
-    edges = graph()
-    edges[module] = edges[module] | {other}
+    edges = graph() | {module: graph()[module] | {other}}
     assert upward(edges) == [f"{module} imports {other}"]
 
 
@@ -106,7 +113,7 @@ def test_no_module_imports_the_package_itself():
     """The package's table leads to every room, so that an import of it may point anywhere."""
     found = modules()
     for name, path in found.items():
-        assert "fheconv" not in set(imported(ast.parse(path.read_text()), set(found))), name
+        assert "fheconv" not in set(imported(parsed(path), set(found))), name
 
 
 def test_there_is_no_circle():
@@ -119,7 +126,7 @@ def test_there_is_no_circle():
 def test_concrete_is_imported_in_two_files():
     found = set()
     for path in modules().values():
-        for name in imported(ast.parse(path.read_text()), set()):
+        for name in imported(parsed(path), set()):
             if name.split(".")[0] == "concrete":
                 found.add(str(path.relative_to(PACKAGE)))
     assert found == CONCRETE
@@ -127,7 +134,7 @@ def test_concrete_is_imported_in_two_files():
 
 def test_each_room_names_its_files():
     for folder in (path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE):
-        caption = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        caption = ast.get_docstring(parsed(folder / "__init__.py")) or ""
         named = re.findall(r"^(\w+): .", caption, re.MULTILINE)
         inside = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
         inside += [path.name for path in folder.iterdir() if (path / "__init__.py").exists()]
@@ -143,7 +150,7 @@ def test_no_file_is_long():
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}.{node.name}", node
 
@@ -219,13 +226,13 @@ def reached(tree: ast.AST, private: set[str]) -> set[str]:
 
 
 def private_names() -> set[str]:
-    return set().union(*(defined(ast.parse(path.read_text())) for path in modules().values()))
+    return set().union(*(defined(parsed(path)) for path in modules().values()))
 
 
 def test_tests_reach_no_private_name_of_the_library():
     private, found = private_names(), {}
     for path in {*TESTS.rglob("*.py")} - {Path(__file__).resolve()}:  # the examples below are some
-        if names := reached(ast.parse(path.read_text()), private):
+        if names := reached(parsed(path), private):
             found[str(path.relative_to(TESTS))] = names
     assert found == {}
 
@@ -288,7 +295,7 @@ def test_tests_import_no_other_tests():
     """What several of them need is in tests/support, or beside the files that it makes."""
     files, found = files_of_tests(), {}
     for path in TESTS.rglob("*.py"):
-        if names := imported_tests(ast.parse(path.read_text()), files):
+        if names := imported_tests(parsed(path), files):
             found[str(path.relative_to(TESTS))] = names
     assert found == {}
 

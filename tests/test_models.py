@@ -165,7 +165,7 @@ class TestTrainedOnDigits:
                 torch.testing.assert_close(logits, trained.shipped(split)(images))
 
     @pytest.mark.usefixtures("one_thread")
-    @pytest.mark.sampled(2)
+    @pytest.mark.slow
     def test_training_reaches_the_shipped_accuracy(self, trained, tmp_path, capsys):
         before = {path: path.read_bytes() for path in MODELS.iterdir() if path.is_file()}
         output = tmp_path / "again.safetensors"

@@ -38,6 +38,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not set(HEAVY) & {name.partition(".")[0] for name in loaded}
 
 
+@pytest.mark.slow
 def test_every_public_name_resolves_and_is_listed():
     code = """
 import json, fheconv
@@ -84,6 +85,7 @@ print(json.dumps(list(sys.modules)))
     assert not {"torch", "concrete", "matplotlib", "sklearn"} & set(fresh(code))
 
 
+@pytest.mark.slow
 def test_a_public_function_is_not_hidden_by_its_module():
     """Importing every module leaves each public name what it was."""
     code = """

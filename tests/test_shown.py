@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,14 +16,15 @@ from tests.support import serving
 IMAGE = np.arange(16).reshape(1, 4, 4)
 
 
+@cache
 def deep(layers):
-    """A network of so many layers with weights, whose names could be taken for markup."""
+    """An integer network of so many layers with weights, whose names could be taken for markup."""
     model = nn.Sequential()
     for number in range(layers - 1):
         model.add_module(f"<b>{number}", nn.Conv2d(1, 1, 3, padding=1))
         model.add_module(f"relu{number}", nn.ReLU())
     model.add_module("last", nn.Conv2d(1, 1, 3, padding=1))
-    return model.eval()
+    return fheconv.quantize(model.eval(), np.ones((2, 1, 5, 5)))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def shown(tmp_path_factory):
     tiled = fheconv.compile_tiled(fheconv.quantize([[1, -2]], IMAGE), (2, 2))
     tiled.keygen()
     setting = fheconv.Setting(rounding_bits=5)
-    budget, forecast = fheconv.quantize(deep(30), np.ones((2, 1, 5, 5))).budget(), network.forecast()
+    budget, forecast = deep(30).budget(), network.forecast()
     point = fheconv.TunePoint(
         setting=setting,
         network=network,
@@ -100,10 +102,10 @@ def test_long_reports_say_how_to_see_all(shown):
 
 
 def test_a_network_of_many_layers_says_how_many_are_left_out():
-    lines = repr(fheconv.quantize(deep(30), np.ones((2, 1, 5, 5)))).splitlines()
+    lines = repr(deep(30)).splitlines()
     assert len(lines) == MOST_LINES
     assert lines[-1].strip() == f"… and {30 - (len(lines) - 2)} more"
-    lines = repr(fheconv.quantize(deep(9), np.ones((2, 1, 5, 5)))).splitlines()
+    lines = repr(deep(9)).splitlines()
     assert len(lines) == MOST_LINES
     assert lines[-1].split()[0] == "last"
 
@@ -117,7 +119,7 @@ def test_notebooks_show_a_table(shown, name):
 
 
 def test_names_are_no_markup():
-    html = fheconv.quantize(deep(2), np.ones((2, 1, 5, 5)))._repr_html_()
+    html = deep(2)._repr_html_()
     assert "&lt;b&gt;0" in html
     assert "<b>" not in html
 

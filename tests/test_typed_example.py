@@ -1,10 +1,12 @@
 """The example that mypy checks does what its types say."""
 
 import numpy as np
+import pytest
 
 from tests import typed_example
 
 
+@pytest.mark.slow
 def test_both_sides_give_the_same_results(tmp_path):
     alone, from_files = typed_example.both_sides(tmp_path)
     np.testing.assert_array_equal(alone, from_files)

@@ -120,6 +120,7 @@ def residual(m, x):
     return x
 
 
+@pytest.mark.slow
 def test_residual_sums_with_nothing_in_between():
     """Each doubles the terms of the sum before. Terms alike become one, and sums of many products are cut."""
     network = check(Fn(residual, layers=nn.ModuleList(conv(4, 4, 1) for _ in range(14))), (4, 5, 5))

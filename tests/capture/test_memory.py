@@ -28,6 +28,7 @@ print(json.dumps(peak() - before))
 
 
 @pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("model", "shape", "entries"),
     [

@@ -113,6 +113,7 @@ def test_keys_of_the_circuit_are_those_of_its_client(network, circuit, server, f
     client.save_keys(tmp_path / "keys", overwrite=True)
 
 
+@pytest.mark.slow
 def test_keys_in_a_file_or_in_bytes_serve_alike(
     network, client, server, keys, session, tmp_path, monkeypatch
 ):
@@ -142,6 +143,7 @@ def test_a_server_keeps_a_few_key_sets_and_takes_others_up_again(network, folder
             np.testing.assert_array_equal(client.decrypt(server.run(client.encrypt(x), keys)), network(x))
 
 
+@pytest.mark.slow
 def test_both_sides_outlive_the_native_library(network, client, server, keys):
     x = images(network, 1)
     encrypted = client.encrypt(x)
@@ -151,6 +153,7 @@ def test_both_sides_outlive_the_native_library(network, client, server, keys):
     np.testing.assert_array_equal(client.decrypt(results), network(x))
 
 
+@pytest.mark.slow
 def test_what_belongs_to_others_is_refused_before_the_library_sees_it(
     network, client, server, keys, folder, session, monkeypatch
 ):
@@ -427,6 +430,7 @@ def test_a_configuration_of_concretes_own_is_not_saved(network, tmp_path):
         circuit.save(tmp_path)
 
 
+@pytest.mark.slow
 def test_parameters_that_were_chosen_are_saved(network, tmp_path):
     parameters = fheconv.ParameterRange(glwe_dimensions=(1,), keyswitch_levels=(1, 2, 3))
     config = fheconv.CompileConfig(p_error=P_ERROR, parameters=parameters, security_level=132)

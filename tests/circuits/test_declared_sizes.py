@@ -188,6 +188,7 @@ def test_sizes_that_the_manifest_makes_up_are_refused(parts, name, value):
         read_client(client_zip(manifest_with(parts, cost=cost)))
 
 
+@pytest.mark.slow
 def test_a_ciphertext_larger_than_any_file_is_refused_before_keys_are_made(parts):
     specs = json.loads(parts["specs.json"])
     count = 2**21  # of 5,256 bytes each

@@ -109,6 +109,7 @@ def test_keys_and_ciphertexts_of_compiled_circuits_do_not_cross_over(circuits, s
         new.decrypt(old.run(old.encrypt(IMAGES[0])))
 
 
+@pytest.mark.slow
 def test_an_old_client_gets_no_result_over_http(sides, folders, tmp_path):
     old, new, server = sides
     first = of_first_format(folders[1], "client.zip")
@@ -127,6 +128,7 @@ def test_an_old_client_gets_no_result_over_http(sides, folders, tmp_path):
         assert "another circuit" in refused.json()["message"]
 
 
+@pytest.mark.slow
 def test_a_server_of_the_first_format_takes_clients_of_the_first_format_only(sides, folders, tmp_path):
     _, new, _ = sides
     server = fheconv.load_server(of_first_format(folders[1], "server.zip"))

@@ -54,6 +54,7 @@ def test_a_compilation_over_its_time_is_ended():
     assert circuit.verify(unlike_calibration(circuit.network, 0)).ok
 
 
+@pytest.mark.slow
 def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
     x = unlike_calibration(slow.network, 1)
     encrypted = slow.encrypt(x)
@@ -67,7 +68,7 @@ def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
 
 @pytest.mark.parametrize("images", [1, 400])
 @pytest.mark.parametrize("step", ["keygen", "encrypt"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_a_worker_that_never_answers_is_ended(step, images):
     """Whether the caller waits for the reply or, with a large request, still for it to be taken."""
     network, _, _ = random_network(7)
@@ -83,6 +84,7 @@ def test_a_worker_that_never_answers_is_ended(step, images):
     assert circuit.verify(x[:1]).ok
 
 
+@pytest.mark.slow
 def test_starting_the_worker_does_not_count(monkeypatch):
     """By a clock that gains 1000 seconds while the worker starts."""
     gained, clock = [0], time.monotonic
@@ -99,6 +101,7 @@ def test_starting_the_worker_does_not_count(monkeypatch):
     assert gained == [1000]
 
 
+@pytest.mark.slow
 def test_a_compilation_over_its_memory_is_ended():
     limit = 100 * MEBI
     with pytest.raises(
@@ -110,6 +113,7 @@ def test_a_compilation_over_its_memory_is_ended():
     assert circuit.verify(unlike_calibration(circuit.network, 3)).ok
 
 
+@pytest.mark.slow
 def test_an_encryption_over_its_memory_is_ended_and_fewer_images_go_through():
     circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=300 * MEBI))
     circuit.keygen()

@@ -246,6 +246,7 @@ def twice(text, rng):
     return text[: at_name + 1] + name + text[at_name + 1 :]
 
 
+@pytest.mark.slow
 def test_no_mutation_that_is_taken_is_less_secure():
     rng = random.Random(0)
     texts = [written(kind) for kind in KINDS]

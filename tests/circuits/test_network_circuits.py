@@ -163,6 +163,7 @@ def test_saved_keys_decrypt_in_a_new_circuit_what_was_encrypted_before(keyed):
     np.testing.assert_array_equal(circuit.decrypt(result, dequantize=False), expected)
 
 
+@pytest.mark.slow
 def test_keys_of_a_file_replace_those_that_were_made(keyed):
     circuit, path, ciphertext, expected = keyed
     other = fheconv.compile(circuit.network)
@@ -198,6 +199,7 @@ def test_there_is_nothing_to_save_before_keys_are_made(keyed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_key_files_are_refused_and_the_keys_stay(keyed, tmp_path):
     circuit, path, ciphertext, expected = keyed
     data = path.read_bytes()

@@ -78,7 +78,7 @@ def run(tmp_path, mode, times):
 
 
 @pytest.mark.parametrize("mode", ["worker", "files", "failing", "in_process"])
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_few_circuits_leave_nothing(tmp_path, mode):
     run(tmp_path, mode, 3)
 

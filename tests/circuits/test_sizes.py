@@ -35,6 +35,7 @@ def dimension(circuit):
     return key["params"]["lweDimension"]
 
 
+@pytest.mark.slow
 def test_sizes_of_ciphertexts_do_not_wrap():
     """More than 4 GiB, as the first layer of a ResNet gives for a photograph."""
     circuit = fheconv.compile(single(128, 1, 112, 112), fheconv.CompileConfig(lanes=1))
@@ -46,6 +47,7 @@ def test_sizes_of_ciphertexts_do_not_wrap():
 
 
 @pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.slow
 def test_sizes_with_lookups_are_those_of_what_is_sent(compressed):
     config = fheconv.CompileConfig(
         p_error=0.01, compress_evaluation_keys=compressed, compress_input=compressed

@@ -40,6 +40,7 @@ def test_new_ciphertexts_and_stored_keys_go_together(client):
     np.testing.assert_array_equal(client.decrypt(results), expected)
 
 
+@pytest.mark.slow
 def test_a_stored_circuit_with_lookups_runs_with_new_keys():
     client = fheconv.load_client(FOLDER / "network" / "client.zip")
     server = fheconv.load_server(FOLDER / "network" / "server.zip")

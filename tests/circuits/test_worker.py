@@ -41,6 +41,7 @@ class Abort:
         return exec, ("import os; os.write(2, b'LLVM ERROR: no such width\\n'); os.abort()",)
 
 
+@pytest.mark.slow
 def test_an_abort_in_compile_is_a_compilation_error_with_the_librarys_last_words():
     """No network within int64 was found on which the native compiler still aborts: it is made to."""
     dying = Worker()
@@ -72,6 +73,7 @@ def test_a_failure_in_compile_leaves_other_networks_to_compile(monkeypatch):
     assert fresh.verify(unlike_calibration(network, 1)).ok
 
 
+@pytest.mark.slow
 def test_every_circuit_is_restored_in_a_new_worker(circuit):
     network, _, _ = random_network(8)
     other = fheconv.compile(network)
@@ -81,6 +83,7 @@ def test_every_circuit_is_restored_in_a_new_worker(circuit):
         assert each.verify(unlike_calibration(each.network, 2)).ok
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_worker_and_the_next_call_goes_on(circuit):
     """Ctrl-C while the worker is busy: KeyboardInterrupt comes at once, not when the call ends."""
     pid = worker().pid
@@ -177,6 +180,7 @@ def test_ctrl_c_on_the_terminal_does_not_reach_the_worker(circuit):
     assert os.getsid(worker().pid) != os.getsid(0)
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_process():
     script = (
         "from tests.support.layers import random_network\n"
@@ -294,5 +298,6 @@ sys.exit(status if status else 0 if right else 6)
 """
 
 
+@pytest.mark.slow
 def test_after_a_fork_each_process_has_a_worker_of_its_own():
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED]).returncode == 0

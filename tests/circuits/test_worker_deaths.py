@@ -197,6 +197,7 @@ def test_a_worker_whose_caller_dies_while_it_starts_ends(later):
     assert wait_for_the_end_of(pid, 2)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_thread_that_started_the_worker_does_not_end_the_worker():
     made = []
     alone = Worker()
@@ -256,6 +257,7 @@ assert circuit.verify(image).ok
 """
 
 
+@pytest.mark.slow
 def test_a_fork_amid_a_call_of_another_thread_leaves_both_processes_their_circuit():
     done = run(FORKED)
     assert done.returncode == 0, done.stderr
@@ -274,6 +276,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_keep_the_worker_of_its_dead_parent_alive():
     caller = subprocess.Popen([sys.executable, "-c", LIVES_ON], stdout=subprocess.PIPE, text=True)
     pid, child = map(int, caller.stdout.readline().split())
@@ -356,6 +359,7 @@ fheconv.compile(network)
 """
 
 
+@pytest.mark.slow
 def test_without_file_descriptors_the_error_says_so_however_many_are_missing():
     done = run(NO_DESCRIPTORS)
     assert done.returncode == 0, done.stderr
@@ -385,6 +389,7 @@ assert circuit.verify(image).ok
 """
 
 
+@pytest.mark.slow
 def test_a_deleted_working_folder_is_no_obstacle():
     import fheconv
 
@@ -413,7 +418,7 @@ else:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
 @pytest.mark.parametrize("mode", ["simulate", "execute"])
 @pytest.mark.parametrize("limit", [2, 3, 4])
-@pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_a_run_without_the_addresses_it_needs_is_refused_and_does_not_hang(mode, limit):
     done = run(ADDRESSES, str(limit), str(limit), mode)
     assert done.stdout.startswith("ExecutionError"), done
@@ -422,6 +427,7 @@ def test_a_run_without_the_addresses_it_needs_is_refused_and_does_not_hang(mode,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+@pytest.mark.slow
 def test_addresses_that_the_caller_may_allow_itself_are_allowed():
     assert run(ADDRESSES, "3", "0", "execute").stdout == "right\n"
 

@@ -37,6 +37,7 @@ def test_check_says_that_a_layer_fits():
     assert "fits 7 bits" in done.stdout
 
 
+@pytest.mark.slow
 def test_check_says_that_a_layer_does_not_fit_and_its_advice_makes_it_fit():
     def check(weight_bits, input_bits):
         return fheconv_command(
@@ -266,6 +267,7 @@ def test_run_exits_with_1_when_a_result_differs(tmp_path, monkeypatch):
     assert "DIFFERENT" in done.stdout
 
 
+@pytest.mark.slow
 def test_npy_files_with_pickles_are_refused(tmp_path):
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     done = fheconv_command(

@@ -264,6 +264,7 @@ def test_compile_takes_what_torch_exported(command, tmp_path):
     assert "RUNS" in " ".join(command("compile", "--help")[1].split())
 
 
+@pytest.mark.slow
 def test_bench_times_every_step(command):
     status, printed, _ = command(
         "bench", "out/server.zip", "--client", "out/client.zip", "--runs", "1", "--json"

@@ -83,6 +83,7 @@ def test_verify_fails_if_more_differs_than_the_promise_explains(run, monkeypatch
     assert "MORE than" in printed
 
 
+@pytest.mark.slow
 def test_tune_prints_the_front_and_writes_the_cheapest(run):
     status, printed, _ = run("tune", *MODEL, *TESTED, "--max-drop", "0.2", "-o", "out", "--json")
     assert status == 0

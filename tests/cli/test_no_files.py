@@ -60,7 +60,7 @@ for arguments in {commands!r}:
 
 
 @pytest.mark.parametrize("make", [pipe, listening, device, folder])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     shell.write_model(tmp_path)
@@ -73,6 +73,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_but_files_is_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("new.npy")

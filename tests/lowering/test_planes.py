@@ -146,6 +146,7 @@ def test_wide_results_cost_no_more_than_narrow_ones(seed):
     assert "planes of" in str(wide)
 
 
+@pytest.mark.slow
 def test_an_encrypted_network_in_planes_gives_its_integers():
     quantized = network(13)
     circuit = fheconv.compile(quantized)

@@ -94,6 +94,7 @@ def test_the_accumulator_is_the_sum_that_it_is_said_to_be(problem):
     assert real[(n, k, *position)] == pytest.approx(float(exact), rel=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore::fheconv.InputScaleWarning")  # of an image that happens to be dark
 @given(layer_problems())
 def test_images_do_not_influence_each_other(problem):
     network = quantize(problem.module, problem.images, problem.config)

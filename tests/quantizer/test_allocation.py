@@ -160,6 +160,7 @@ def test_levels_that_are_given_take_the_place_of_auto():
     assert (config.activation_bits, config.activation_levels) == (None, 3)
 
 
+@pytest.mark.slow
 def test_auto_accumulators_are_the_narrowest_within_the_tolerance():
     found = allocation(0, accumulator_bits="auto")
     widths = found.config.accumulator_bits
@@ -178,6 +179,7 @@ def test_without_a_tolerable_width_the_one_of_least_error_is_taken():
     assert errors[0] == errors[1] > TOLERANCE
 
 
+@pytest.mark.slow
 def test_rounding_limits_what_is_auto():
     """To 4 bits more than what rounding leaves."""
     found = allocation(0, rounding_bits=2)

@@ -206,7 +206,7 @@ def errors(join, plan, kind):
 
 @pytest.mark.parametrize("kind", CALIBRATIONS)
 @pytest.mark.parametrize("join", [Concatenated, Padded, Added])
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(17)
 @settings(max_examples=8)  # torch takes most of a second to export each
 @given(plan=plans())
 def test_joined_branches_are_right_where_branches_apart_are(join, kind, plan):

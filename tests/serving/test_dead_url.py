@@ -38,6 +38,7 @@ def test_a_dead_url_is_said_within_seconds(closed, caplog):
     assert all(closed in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_server_that_says_nothing_has_less_than_the_time_of_a_run(silent, monkeypatch):
     monkeypatch.setattr(remote, "ANSWER_TIMEOUT", 0.3)
     started = time.monotonic()
@@ -51,6 +52,7 @@ def test_fewer_retries_are_fewer(closed):
         fheconv.RemoteCircuit(closed, retries=0)
 
 
+@pytest.mark.slow
 def test_one_who_has_answered_is_waited_for_longer(tmp_path, monkeypatch, caplog):
     serving.save(tmp_path)
     monkeypatch.setattr(fheconv.Server, "beside", lambda self, *_: self)

@@ -133,6 +133,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     assert len(first & set(cluster.scheduler.workers)) == 1
 
 
+@pytest.mark.slow
 def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     tiled, tile_file, dask, cluster, opened, tmp_path
 ):
@@ -189,6 +190,7 @@ def test_what_kills_every_worker_is_an_error(tiled, tile_file, dask, cluster, mo
         distributed.run(tile_file, tiled.circuit.evaluation_keys, encrypted, client=dask)
 
 
+@pytest.mark.slow
 def test_what_fails_on_a_worker_is_the_error_that_it_is_here(tiled, tile_file, dask):
     encrypted = next(tiled.encrypt(np.zeros((1, 5, 5))))
     damaged = replace(encrypted, values=(encrypted.values[0][:-100],))

@@ -146,6 +146,7 @@ def test_a_use_that_cannot_be_noted_is_a_use_all_the_same(store, monkeypatch):
         assert found.key_id == some.key_id
 
 
+@pytest.mark.slow
 def test_the_answer_is_507_and_the_next_upload_finds_room(tmp_path, monkeypatch):
     serving.save(tmp_path)
     server = fheconv.load_server(tmp_path / "server.zip")

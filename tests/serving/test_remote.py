@@ -51,6 +51,7 @@ def test_a_circuit_from_nothing_but_its_url(url, server, tmp_path):
     serving.check(again.decrypt(again.run(encrypted)), x[0])
 
 
+@pytest.mark.slow
 def test_keys_are_sent_once_and_again_when_the_server_lost_them(url, client, folder, asked):
     remote = fheconv.RemoteCircuit(url, client)
     x = serving.images(1)
@@ -67,6 +68,7 @@ def test_keys_are_sent_once_and_again_when_the_server_lost_them(url, client, fol
     assert same.evaluation_keys == client.evaluation_keys
 
 
+@pytest.mark.slow
 def test_large_batches_go_in_slices_and_empty_ones_not_at_all(server, client, tmp_path, monkeypatch, asked):
     monkeypatch.setattr(admission, "MOST_IMAGES", 2)
     with serving.serving(server, tmp_path) as url:
@@ -253,6 +255,7 @@ def test_an_endless_answer_is_not_taken_in(client):
         fheconv.RemoteCircuit(some, client)
 
 
+@pytest.mark.slow
 def test_results_that_are_not_of_these_images_are_refused(url, server, client):
     x = serving.images(2)
     encrypted = client.encrypt(x)

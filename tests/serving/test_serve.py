@@ -161,6 +161,7 @@ def test_ciphertexts_that_are_not_what_they_should_be(http, client, keys, stored
     works(http, client, stored)
 
 
+@pytest.mark.slow
 def test_keys_on_which_the_library_dies_cost_one_request(http, client, stored):
     """Keys of another circuit, with all the names of this one."""
     wrong = fheconv.compile(fheconv.quantize([[1, -1]], [[[0, 3]]]))
@@ -174,6 +175,7 @@ def test_keys_on_which_the_library_dies_cost_one_request(http, client, stored):
     works(http, client, stored)
 
 
+@pytest.mark.slow
 def test_two_clients_with_different_keys_at_once(server, client, folder, tmp_path):
     clients = [client, serving.keyed_client(folder)]
     with (
@@ -409,6 +411,7 @@ def test_malformed_requests_get_the_answers_that_the_description_promises(url, h
 
 @given(data=st.data())
 @settings(max_examples=20)
+@pytest.mark.slow
 def test_whatever_happens_to_a_ciphertext_is_400(data, url, client, keys):
     good = client.encrypt(serving.images(1)).to_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
@@ -436,6 +439,7 @@ def memory(process):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
+@pytest.mark.slow
 def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     """Of 100 who send a megabyte each, only those with a place are read."""
     process, url = command("--queue", "3")

@@ -135,6 +135,7 @@ def large(monkeypatch):
 
 
 @pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.sampled(4)
 def test_an_answer_that_is_not_read_is_given_up(start, large, requests):
     url = start(patience=0.5)
     with socket.socket() as slow:
@@ -160,6 +161,7 @@ def test_an_answer_that_is_read_slowly_arrives(start, large, monkeypatch):
             received += len(slow.recv(2**18))
 
 
+@pytest.mark.slow
 def test_a_request_that_runs_for_long_is_left_alone(start, client, keys, monkeypatch):
     def run_value(self, value, stored):
         time.sleep(2)
@@ -206,6 +208,7 @@ def test_more_requests_than_may_run_are_503_and_nobody_who_runs_is_pushed_out(
             assert one.recv(12) == b"HTTP/1.1 200"
 
 
+@pytest.mark.slow
 def test_a_circuit_runs_while_others_flood(server, client, tmp_path):
     stop = threading.Event()
     with serving.serving(server, tmp_path) as url, contextlib.ExitStack() as stack:

@@ -76,6 +76,7 @@ def test_what_was_chosen_is_not_chosen_again():
         parameter_choices(network(), replace(CONFIG, parameters=ONE))
 
 
+@pytest.mark.slow
 def test_measuring_times_every_choice_and_sorts_them():
     timed = measure(network(), choices()[:2], runs=2)
     assert {replace(choice, seconds=None) for choice in timed} == set(choices()[:2])
@@ -120,6 +121,7 @@ def test_a_choice_is_beaten_by_what_is_better_in_one_and_worse_in_none():
             assert base.beaten_by(other) == ((complexity, key_bytes) in better)
 
 
+@pytest.mark.slow
 def test_a_range_of_parameters_is_kept_to_and_gives_the_clear_integers():
     config = fheconv.CompileConfig(p_error=1e-4, parameters=ONE)
     circuit = fheconv.compile(network(), config)

@@ -133,6 +133,7 @@ def test_an_interruption_returns_what_there_is(result):
     assert some.reason.startswith("Interrupted")
 
 
+@pytest.mark.slow
 def test_fine_tuned_with_fewer_lookups():
     some = tuned(
         widths=((6, None),),
@@ -175,6 +176,7 @@ def test_points_from_the_cheapest_to_the_most_accurate_are_timed(points, timed):
     assert tuner.spread(list(range(points))) == timed
 
 
+@pytest.mark.slow
 def test_bits_of_weights_are_searched_if_asked_for():
     config = fheconv.QuantConfig(weight_bits="auto", accumulator_bits="auto")
     some = tuned(widths=WIDTHS[1:], p_errors=(1e-2,), max_drop=0.9, config=config)
@@ -185,6 +187,7 @@ def test_bits_of_weights_are_searched_if_asked_for():
     assert network.config.accumulator_bits[network.layers[0].name] == 5
 
 
+@pytest.mark.slow
 def test_measured_points_say_so_and_are_as_accurate():
     with mock.patch.object(parameters, "RANGES", parameters.RANGES[-2:]):
         some = tuned(widths=((4, None),), p_errors=(5e-2,), measure=True)
