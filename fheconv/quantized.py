@@ -14,7 +14,14 @@ from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
-from fheconv.basics.samples import MOST_CALIBRATED, Data, channel_remedy, images_of
+from fheconv.basics.samples import (
+    MOST_CALIBRATED,
+    Data,
+    channel_remedy,
+    images_of,
+    share_right,
+    with_classes,
+)
 from fheconv.capture.model import capture, image_axes, single_convolution
 from fheconv.networks.floats import Conv, Layer
 from fheconv.networks.integers import IntegerNetwork
@@ -56,6 +63,18 @@ class QuantizedNetwork(IntegerNetwork):
     def forecast(self, config: CompileConfig | None = None) -> Forecast:
         """Return what one encrypted image costs when compiled with `config`. Nothing is compiled."""
         return forecast(self, config)
+
+    @answers_keywords
+    def score(self, x: Data, y: ArrayLike | None = None) -> float:
+        """Return the share of images (n, *input_shape) that get their right class of `y` (n,), in clear.
+
+        It is that of the exact integers. `FheCircuit.score` also simulates encryption, and runs it. Without
+        `y`, `x` is a loader, a dataset or an iterable of pairs (images, classes). Raises
+        `InvalidArgumentError` if there is not a class for each image, or not a score for each class, and
+        `InputRangeError` for values outside the input range.
+        """
+        images, classes = with_classes(x, y, len(self.input_shape))
+        return share_right(self(images), classes)
 
     def to_torch(self) -> "TrainableNetwork[QuantizedNetwork]":
         """Return a torch module that computes the same except for rounding. Its weights can be trained."""

@@ -94,6 +94,42 @@ def channel_remedy(given: Shape, channels: int, axes: int) -> str:
     return ""
 
 
+def with_classes(x: Data, y: ArrayLike | None, axes: int) -> tuple[Array, ArrayLike]:
+    """Return images and their classes. `x` holds the classes if `y` is None, as a loader does.
+
+    `axes` is the number of axes of an image. Raises `InvalidArgumentError` if there are no classes.
+
+    Example:
+        >>> images, classes = with_classes([(np.zeros((2, 1, 4, 4)), [0, 1])], None, 3)
+        >>> images.shape, classes.tolist()
+        ((2, 1, 4, 4), [0, 1])
+    """
+    images, classes = samples(x, "x", axes)
+    if y is None and classes is None:
+        raise InvalidArgumentError(
+            "score needs the right classes: give y, or a loader or dataset of pairs (images, classes)."
+        )
+    return images, classes if y is None else y
+
+
+def share_right(outputs: Array, classes: ArrayLike) -> float:
+    """Return the share of outputs (n, classes) whose highest score is at the right one of `classes` (n,).
+
+    Raises `InvalidArgumentError` for other shapes, and for no images.
+
+    Example:
+        >>> share_right(np.array([[0.1, 0.9], [0.8, 0.2]]), [1, 1])
+        0.5
+    """
+    right = as_array(classes, "y")
+    if outputs.ndim != 2 or right.shape != (len(outputs),) or right.dtype.kind not in "iu" or not len(right):
+        raise InvalidArgumentError(
+            f"y has shape {right.shape} and type {right.dtype}, and the outputs have shape {outputs.shape}; "
+            "score needs images (n, …), a class (n,) for each, and a network with a score for each class."
+        )
+    return float((outputs.argmax(axis=1) == right).mean())
+
+
 def _is_array(value: Any) -> bool:
     return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
 

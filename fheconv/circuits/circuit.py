@@ -20,7 +20,7 @@ from fheconv.basics.errors import (
 )
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status, track
-from fheconv.basics.samples import Data
+from fheconv.basics.samples import Data, share_right, with_classes
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
@@ -30,7 +30,7 @@ from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
 from fheconv.circuits.together import images_together
-from fheconv.circuits.verification import VerifyReport, compare, share_right, with_classes
+from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.quantized import QuantizedNetwork
 

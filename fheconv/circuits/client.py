@@ -6,7 +6,7 @@ from typing import Protocol
 from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
-from fheconv.basics.samples import Data
+from fheconv.basics.samples import Data, share_right, with_classes
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
@@ -14,7 +14,6 @@ from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.verification import share_right, with_classes
 from fheconv.lowering.interface import Interface
 
 

@@ -69,7 +69,7 @@ def simulate(
 
     Example: fheconv simulate m.safetensors --calibration x.npy --evaluation t.npy --labels y.npy
     """
-    from fheconv.circuits.verification import share_right
+    from fheconv.basics.samples import share_right
 
     bits = bits_of(
         weight_bits=weight_bits,

@@ -123,7 +123,7 @@ def _measured(given: dict[str, Any], trusted: bool) -> dict[str, Any]:
     if "evaluation" in files:
         tested = load_images(Path(files["evaluation"]), "--evaluation")
         classes = load_array(Path(files["labels"]), "--labels")
-        circuit["accuracy"] = _accuracy(network(tested), classes)
+        circuit["accuracy"] = network.score(tested, classes)
     hashes = {name: _sha256(Path(path)) for name, path in files.items()}
     budget = network.budget().layers
     layers = [
@@ -147,12 +147,6 @@ def _sha256(path: Path) -> str:
     for file in pictures_in(path):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _accuracy(outputs: Any, classes: Any) -> float:
-    from fheconv.circuits.verification import share_right
-
-    return share_right(outputs, classes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.circuits.verification import share_right
+from fheconv.basics.samples import share_right
 from tests.support.nets import quantize, random_net
 
 
@@ -40,6 +40,7 @@ def test_the_score_is_the_share_right(made, fhe):
     circuit, _, _, images, classes = made
     assert circuit.score(images, classes, fhe=fhe) == pytest.approx(2 / 3)
     assert circuit.score(images, classes, fhe) == circuit.score(images, classes)
+    assert circuit.network.score(images, classes) == circuit.score(images, classes)
 
 
 def test_the_score_of_encrypted_images(made):
