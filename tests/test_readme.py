@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
-from fheconv.cli.main import app
+from tests.support.notebooks import cell
 from tests.support.rooms import FLOORS, PACKAGE
 from tests.support.supported import table
 
@@ -23,43 +22,33 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-# Fewer numbers to choose from than a reader's search has.
-QUICK = "from fheconv.quantizer import allocation\nallocation.LEVELS, allocation.NARROWEST = (8, 12), 8\n"
-PRINTED = [
-    ["Accumulator budget", "Cost of one encrypted image"],
-    ["Cheapest circuits by accuracy"],
-    blocks("text")[2:],  # all that it prints
-    ["edges as in clear: True"],
-]
+NETWORK, ENCRYPTED, CLIENT_AND_SERVER = blocks("python")
 
 
-EXAMPLES = [*zip(blocks("python"), PRINTED, strict=True)]
-CLIENT_AND_SERVER = 2
-
-
-@pytest.mark.parametrize(
-    ("example", "titles"),
-    [
-        pytest.param(*example, marks=[] if number == CLIENT_AND_SERVER else pytest.mark.slow)
-        for number, example in enumerate(EXAMPLES)
-    ],
-)
-def test_the_python_examples_run(example, titles, tmp_path):
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    done = subprocess.run(
-        [sys.executable, "-c", QUICK + example], capture_output=True, text=True, cwd=tmp_path
-    )
+def run(program: str, folder: Path) -> str:
+    """Run a Python program in a folder, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert all(title in done.stdout for title in titles)
+    return done.stdout
 
 
-def test_the_budget_report_shown_is_the_one_printed():
-    command, shown = blocks("text")[:2]
-    arguments = command.removeprefix("$ fheconv ").split()
-    arguments[1] = str(ROOT / arguments[1])
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1
-    assert " ".join(shown.split()) in " ".join(done.stdout.split())
+@pytest.mark.slow
+def test_a_pth_file_leads_to_an_encrypted_result(tmp_path):
+    """Numbers differ from machine to machine, and from run to run, by a little; the class is the label."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    assert run(NETWORK, tmp_path) == ""
+    (shown,) = blocks("text")
+    numbers = re.compile(r"\d+(?:\.\d+)?")
+    printed = run(ENCRYPTED, tmp_path)
+    assert numbers.sub("#", printed) == numbers.sub("#", shown)
+    for got, expected in zip(numbers.findall(printed), numbers.findall(shown), strict=True):
+        assert float(got) == pytest.approx(float(expected), rel=0.2)
+    assert re.search(r"class (\d) label \1$", printed)
+
+
+def test_client_and_server_compute_what_the_comment_says(tmp_path):
+    (said,) = re.findall(r"# (\[.*?\]), as torch", CLIENT_AND_SERVER)
+    assert run(CLIENT_AND_SERVER, tmp_path).strip() == said
 
 
 @pytest.mark.slow
@@ -85,10 +74,11 @@ def test_the_shell_commands_run(tmp_path):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.slow
 def test_the_table_of_what_is_supported_is_what_was_tried():
-    (shown,) = re.findall(
-        r"^(?:\|.*\n)+", README.partition("## What is supported")[2].partition("\n## ")[0], re.M
-    )
-    assert shown == table() + "\n"
+    assert table() in cell("2-every-convolution", "## 6. What is supported")
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_layout_is_the_captions_in_floor_order():

@@ -1,6 +1,6 @@
 """Print accuracy and cost of TinyCNN on digits: `python tests/benchmarks/accuracy.py [--splits 0 1 2]`.
 
-This is the README's headline table. For each validation split of `models/digits.py` a model was trained
+This is the table of notebook 5. For each validation split of `models/digits.py` a model was trained
 without that split's validation images. It is quantized, and in some rows trained on, with the split's own
 training images, whose warps are those of its first training; what fine-tuning keeps is decided on the
 validation images. The 450 test images only measure. Figures are means over the splits, with the range.

@@ -32,7 +32,7 @@ MODELS = Path(__file__).parents[2] / "models"
 
 
 def tinycnn(folder: Path) -> None:
-    """Save the circuit of the README's example."""
+    """Save the circuit of TinyCNN, rounded to 6 bits."""
     sys.path.insert(0, str(MODELS))
     import digits
     from train_tinycnn_digits import shipped

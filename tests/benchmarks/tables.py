@@ -13,7 +13,7 @@ def spread(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def markdown(title: str, first: str, *others: str) -> Table:
-    """Make a table in Markdown, as the README holds it. Its first column is text, the others are numbers."""
+    """Make a table in Markdown. Its first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left", box=MARKDOWN)
     table.add_column(first)
     for name in others:

@@ -1,4 +1,4 @@
-"""README's table of what is supported, made by trying every cell on a tiny layer.
+"""Makes notebook 2's table of what is supported by trying every cell on a tiny layer.
 
 `python -m tests.support.supported` prints it.
 """
@@ -136,7 +136,7 @@ def works(trial: Trial, column: str) -> bool:
 
 
 def table() -> str:
-    """Return README's table."""
+    """Return the table."""
     lines = [f"| | option | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for transposed, rows in ((False, DIRECT), (True, TRANSPOSED)):
         for name, option in rows.items():
