@@ -2,6 +2,7 @@
 
 import doctest
 import pkgutil
+import tempfile
 from importlib import import_module
 
 import pytest
@@ -17,6 +18,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 @pytest.mark.parametrize("name", ["fheconv", *sorted(MODULES)])
 def test_the_examples_of_a_module_print_what_they_show(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     failed, _ = doctest.testmod(import_module(name), optionflags=OPTIONS, raise_on_error=False)
     assert failed == 0
 
