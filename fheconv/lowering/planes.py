@@ -14,17 +14,10 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, frozen
-from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits, without_bias
+from fheconv.networks.bounds import FREE_BITS, AccumulatorBounds, layer_bounds, norm_bits, without_bias
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Kernel, Select, Step
 
-# In a circuit with lookups, results cost nothing extra while the sum of their width and the log2 of their
-# weights' Euclidean norm (by which noise grows) stays below this. tests/benchmarks/planes.py prints the
-# complexity of TinyCNN by that sum, at p_error 0.01 and 0.05. With lookups of 5 bits, exact or rounded, it is
-# 22.9e9 and 20.9e9 up to 11.4 bits, and 33.0e9 and 30.6e9 from 13 bits on. With lookups of 6 bits the step
-# lies between 10.3 and 11.4 bits. With lookups of 3 and 4 bits there is a smaller step below, at 7 bits; to
-# stay under it would take six times the planes.
-FREE_BITS = 10.5
 # Planes cost ciphertexts and additions. Compared with lookups, this is almost nothing while planes are few.
 MOST_PLANES = 32
 
