@@ -101,7 +101,8 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
             steps.append(lowering.layer(layer, wanted, table.minimum, table.bits))
     # The engine "separable" needs filters of rank one. The digits of such a filter may have a higher rank.
     lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
-    planes = in_planes(network.last, network.shapes, lookup_bits)
+    lookups = sum(step[1].lookups for step in steps)
+    planes = in_planes(network.last, network.shapes, lookup_bits, lookups)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
     changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
     computed = changes if changes.any() else np.ones_like(changes)
