@@ -10,7 +10,7 @@ from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import CostError
 from fheconv.basics.warning import CostWarning, warn
-from fheconv.lowering.lower import Lowered, lower
+from fheconv.lowering.lower import Lowered
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
 
@@ -23,7 +23,7 @@ REMEDIES: tuple[tuple[int | None, float | None], ...] = (
 )  # fmt: skip
 
 
-def check_cost(network: IntegerNetwork, config: CompileConfig) -> None:
+def check_cost(lowered: Lowered, config: CompileConfig) -> None:
     """Warn of a dear circuit (`CostWarning`), or raise `CostError` for one that is dearer than allowed.
 
     A `CompileConfig.configuration` is not understood here, and a circuit with one is not checked. Neither are
@@ -31,7 +31,6 @@ def check_cost(network: IntegerNetwork, config: CompileConfig) -> None:
     """
     if config.configuration is not None:
         return
-    lowered = lower(network, config.engine)
     expected = forecast_of(lowered, config)
     if not expected.possible and not expected.lookups:
         return

@@ -15,15 +15,13 @@ from fheconv.analysis.parameters import IMAGE, Noise, Pair, Sum
 from fheconv.basics.arrays import Array
 from fheconv.lowering.lower import Lowered
 from fheconv.networks.floats import Maximum
-from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer
 from fheconv.networks.linear import Kernel, Term
 from fheconv.networks.quantization import twos_complement_bits
 from fheconv.quantizer.components import connected
 
 # Concrete does not widen a lookup of at most so many bits.
 SHIFTED = 8
-# Networks of more multiply-adds are not evaluated on an image.
-MOST_EVALUATED = 10**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,48 +148,23 @@ def _alive(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[bool]:
 def _bits(lowered: Lowered, layers: Sequence[AnyLayer], block: Array) -> tuple[int, ...]:
     """Return the width of each layer's accumulators: that of the widest value in their block."""
     count, image = len(layers), lowered.interface.lanes.width(lowered.network.input.integer_bits)
-    partial = _partial_bits(lowered, layers)
     wide = np.zeros(block.max() + 1, int)
     wide[block[0]] = image
     for number, (layer, low) in enumerate(zip(layers, lowered.layers, strict=True)):
-        own = [low.plane_bits, partial[number], image if number == count - 1 else 0]
+        own = [low.plane_bits, image if number == count - 1 else 0]
         if isinstance(layer, QuantizedLayer):
             kernels = [step for term in layer.terms for step in term.steps if isinstance(step, Kernel)]
             own += [
                 twos_complement_bits(int(kernel.weight.min()), int(kernel.weight.max())) for kernel in kernels
             ]
-            start = lowered.planes.bounds.channel_minimum if layer.lookup is None else layer.lookup.minimum
-            own.append(twos_complement_bits(int(-start.max()), int(-start.min())))
             if (table := layer.lookup) is not None:
                 entries = table.tables - table.centers[:, None]
                 signed = twos_complement_bits(int(entries.min()), int(np.abs(entries).max()))
                 after = block[number + 1]
-                wide[after] = max(wide[after], signed, table.output.integer_bits)
+                wide[after] = max(wide[after], signed)
         at = block[count + 1 + number]
         wide[at] = max(wide[at], *own)
     return tuple(wide[block[count + 1 :]].tolist())
-
-
-def _partial_bits(lowered: Lowered, layers: Sequence[AnyLayer]) -> list[int]:
-    """Return the widths of sums that are not in offset form yet, in each layer.
-
-    Only the last of several summands can include the offset, and a matrix product cannot. Concrete gives such
-    sums the width that they have on the image that it sees at compilation.
-    """
-    if sum(low.multiply_adds for low in lowered.layers) > MOST_EVALUATED:
-        return [0] * len(layers)
-    network = lowered.network
-    tensors, found = [blank_image(network.input, network.input_shape)], []
-    for layer, low in zip(layers, lowered.layers, strict=True):
-        bits = [0]
-        if isinstance(layer, QuantizedLayer) and (len(layer.terms) > 1 or "matrix" in low.engine):
-            total: Array | int = 0
-            for term, quantization in zip(layer.terms, layer.inputs, strict=True):
-                total = total + term.apply(tensors[term.source], quantization.zero_point)
-                bits.append(twos_complement_bits(int(total.min()), int(total.max())))
-        found.append(max(bits))
-        tensors.append(layer.output(tensors))
-    return found
 
 
 def _homes(block: Array, keys: Sequence[int | None]) -> list[int]:

@@ -67,14 +67,17 @@ class FheCircuit(KeyOwner):
                 [11., 13.]]])
     """
 
-    def __init__(self, network: QuantizedNetwork, config: CompileConfig) -> None:
+    def __init__(
+        self, network: QuantizedNetwork, config: CompileConfig, lowered: Lowered | None = None
+    ) -> None:
+        """Compile the network. `lowered` is its function, if it was made already."""
         if not isinstance(config, CompileConfig):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
         super().__init__()
         self.network = network
         self.config = config = completed(network, config)
         self._session: Session = in_process() if config.in_process else worker()
-        one = lower(network, config.engine)
+        one = lower(network, config.engine) if lowered is None else lowered
         self._lanes = images_together(one, config)
         self._one: _LoweredHandle = self._compile(one)
         self._many: _LoweredHandle | None = None
@@ -313,6 +316,8 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
     config = CompileConfig() if config is None else config
+    lowered = None
     if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
-        check_cost(network, config)
-    return FheCircuit(network, config)
+        lowered = lower(network, config.engine)
+        check_cost(lowered, config)
+    return FheCircuit(network, config, lowered)

@@ -19,27 +19,38 @@ def hint(x: Any, bits: int) -> Any:
     return fhe.hint(x, bit_width=max(bits, 1))
 
 
-def look_up(table: Lookup, which: Array, x: Any) -> Any:
+def plus(x: Any, constants: Array) -> Any:
+    """Return the sums of x (N, n) and `constants` (n,). Zeros alone are not added.
+
+    Constants below zero are subtracted, because Concrete gives one with a sign a bit more.
+    """
+    if not constants.any():
+        return x
+    return x + constants[None] if constants.max() > 0 else x - -constants[None]
+
+
+def look_up(table: Lookup, which: Array, x: Any, blank: Array) -> Any:
     """Return the activations of accumulators (N, m) in offset form, by the rows `which` (m,) of the table.
 
+    `blank` (m,) are the accumulators of the blank image, from whose activations the results are counted.
     Constants take no lookup. Concrete would compute some of them itself, and then without the opposite sign
     outside the window.
     """
+    blanks = table.rows(blank, which)
     if isinstance(x, np.ndarray):
-        return table.rows(x, which)
-    constant = table.constant[which]
-    values = np.where(constant, table.tables[which, 0], table.centers[which])[None]
-    if constant.all():  # Concrete needs results that depend on the image
-        return hint(x * 0 + values, table.output.integer_bits)
-    varying = np.flatnonzero(~constant)
-    if constant.any():
-        x = hint(take(x, varying, 0), table.bits)
-    y = _looked_up(table, which[varying], x)
-    if constant.any():
+        return table.rows(x, which) - blanks
+    varying = np.flatnonzero(~table.constant[which])
+    if not len(varying):  # Concrete needs results that depend on the image
+        return x * 0
+    some = len(varying) < len(which)
+    if some:
+        x = hint(take(x, varying), table.bits)
+    y = plus(_looked_up(table, which[varying], x), (table.centers[which] - blanks)[varying])
+    if some:
         places = np.full(len(which), OUTSIDE)
         places[varying] = np.arange(len(varying))
-        y = take(y, places, 0)
-    return hint(y + values if values.any() else y, table.output.integer_bits)
+        y = take(y, places)
+    return y
 
 
 def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
@@ -71,28 +82,26 @@ def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
     return hint(each[x], twos_complement_bits(int(rows.min()), greatest))
 
 
-def take(x: Any, index: Array, pad: int) -> Any:
-    """Return the values of x (N, n) at `index`, (N, *index.shape), and `pad` where `index` is `OUTSIDE`."""
+def take(x: Any, index: Array) -> Any:
+    """Return the values of x (N, n) at `index`, (N, *index.shape), and 0 where `index` is `OUTSIDE`."""
     places, width = index.ravel(), x.shape[1]
     outside = places == OUTSIDE
     if isinstance(x, np.ndarray):
         values = x[:, places]
-        values[:, outside] = pad
+        values[:, outside] = 0
         return values.reshape(len(x), *index.shape)
     from concrete import fhe
 
     flat = x.reshape((width,))
     if outside.any():
-        flat = np.concatenate((flat, fhe.zeros((1,)) + pad))
+        flat = np.concatenate((flat, fhe.zeros((1,))))
         places = np.where(outside, width, places)
     if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
         flat = flat[places]
     return flat.reshape((1, *index.shape))
 
 
-def convolve(
-    x: Any, weight: Array, bias: Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> Any:
+def convolve(x: Any, weight: Array, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Any:
     """Return the convolution (N, K, *Out) of x (N, C, *S), in one, two or three dimensions or none."""
     images, channels, *sizes = x.shape
     if not sizes:  # a linear layer, as an image of one pixel
@@ -100,25 +109,24 @@ def convolve(
             # Concrete takes minutes to compile a convolution of hundreds of groups.
             each = weight.reshape(groups, -1, channels // groups)
             y = np.sum(x.reshape((groups, 1, channels // groups)) * each, axis=2)
-            return y.reshape((1, len(weight))) + bias
+            return y.reshape((1, len(weight)))
         x, weight = x.reshape((images, channels, 1)), weight[..., None]
-        return convolve(x, weight, bias, (1,), (1,), groups).reshape((images, len(weight)))
+        return convolve(x, weight, (1,), (1,), groups).reshape((images, len(weight)))
     if isinstance(x, np.ndarray):
-        return conv(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
+        return conv(x, weight, stride=stride, dilation=dilation, groups=groups)
     from concrete import fhe
 
     if len(sizes) == 1:  # as an image of one row
         y = fhe.conv(
             x.reshape((images, channels, 1, *sizes)),
             weight[:, :, None],
-            bias,
             strides=(1, *stride),
             dilations=(1, *dilation),
             group=groups,
         )
         return y.reshape((images, len(weight), y.shape[-1]))
     if len(sizes) == 2:
-        return fhe.conv(x, weight, bias, strides=stride, dilations=dilation, group=groups)
+        return fhe.conv(x, weight, strides=stride, dilations=dilation, group=groups)
     # The taps along the depth become channels, and the output's depth the batch: one 2-d convolution.
     outputs = (sizes[0] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
     taps = np.flatnonzero(weight.any(axis=(0, 1, 3, 4)))
@@ -130,7 +138,6 @@ def convolve(
     y = fhe.conv(
         flat,
         weight[:, :, taps].reshape(len(weight), -1, *weight.shape[3:]),
-        bias,
         strides=stride[1:],
         dilations=dilation[1:],
         group=groups,

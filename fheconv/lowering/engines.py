@@ -8,10 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fheconv.arithmetic import tap_slices
-from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering.dialect import convolve
 from fheconv.lowering.pruning import Plain
@@ -30,7 +27,7 @@ class ConvolutionEngine:
     if the engine cannot compute the convolution. `needs` tells users why it cannot.
     """
 
-    compute: Callable[[Plain, Any, Array], Any]
+    compute: Callable[[Plain, Any], Any]
     count: Callable[[Plain], int | None]
     unit_cost: float
     needs: str
@@ -45,38 +42,33 @@ def multiply_adds(plain: Plain) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count is not None}
 
 
-def run(engine: str, plain: Plain, x: Any, every: int = 1) -> Any:
-    """Return the convolution (N, K', *Out') of x (N, C', *S'). Its constant is multiplied by `every`.
-
-    `every` is 1 when a ciphertext holds one image, and `Lanes.every` when it holds several.
-    """
-    return ENGINES[engine].compute(plain, x, plain.constant * every)
+def run(engine: str, plain: Plain, x: Any) -> Any:
+    """Return the convolution (N, K', *Out') of x (N, C', *S')."""
+    return ENGINES[engine].compute(plain, x)
 
 
-def _conv_engine(plain: Plain, x: Any, constant: Array) -> Any:
-    return convolve(x, plain.weight, constant, plain.stride, plain.dilation, plain.groups)
+def _conv_engine(plain: Plain, x: Any) -> Any:
+    return convolve(x, plain.weight, plain.stride, plain.dilation, plain.groups)
 
 
-def _separable_engine(plain: Plain, x: Any, constant: Array) -> Any:
+def _separable_engine(plain: Plain, x: Any) -> Any:
     separated = plain.separated()
     if separated is None:
         raise InvalidArgumentError(ENGINES["separable"].needs)
     columns, rows = separated
-    none = np.zeros_like(constant)
     down, across = ((plain.stride[0], 1), (1, plain.stride[1]))
-    half = convolve(x, columns, none, down, (plain.dilation[0], 1), plain.groups)
-    return convolve(half, rows, constant, across, (1, plain.dilation[1]), len(plain.weight))
+    half = convolve(x, columns, down, (plain.dilation[0], 1), plain.groups)
+    return convolve(half, rows, across, (1, plain.dilation[1]), len(plain.weight))
 
 
-def _shifts_engine(plain: Plain, x: Any, constant: Array) -> Any:
+def _shifts_engine(plain: Plain, x: Any) -> Any:
     output = plain.outputs.shape[1:]
     ones = (1,) * len(output)
     y = None
     for tap in plain.nonzero_taps():
         window = tap_slices(tap, output, plain.stride, plain.dilation)
         weight = plain.weight[(slice(None), slice(None), *(slice(t, t + 1) for t in tap))]
-        bias = constant if y is None else np.zeros_like(constant)
-        term = convolve(x[(slice(None), slice(None), *window)], weight, bias, ones, ones, plain.groups)
+        term = convolve(x[(slice(None), slice(None), *window)], weight, ones, ones, plain.groups)
         y = term if y is None else y + term
     return y
 

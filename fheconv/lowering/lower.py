@@ -1,9 +1,8 @@
 """Turns the integer network into one function that numpy and Concrete both run."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, along_channels
 from fheconv.basics.compile_config import Engine
-from fheconv.lowering.dialect import hint, look_up, take
+from fheconv.lowering.dialect import hint, look_up, plus, take
 from fheconv.lowering.interface import Interface
 from fheconv.lowering.lanes import Lanes
 from fheconv.lowering.plan import Plan, TermProgram
@@ -93,15 +92,17 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     Raises `InvalidArgumentError` if the named engine cannot run a layer.
     """
     masks = demand(network)
+    lowering = _Lowering(network=network, masks=masks, engine=engine)
     steps = []
     for layer, wanted in zip(network.layers, masks[1:], strict=True):
         if isinstance(layer, Maximum):
-            steps.append(_maximum(layer, masks, wanted, network))
+            steps.append(lowering.maximum(layer, wanted))
         elif (table := layer.lookup) is not None:
-            steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
+            steps.append(lowering.layer(layer, wanted, table.minimum, table.bits))
     # The engine "separable" needs filters of rank one. The digits of such a filter may have a higher rank.
     lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
-    planes = in_planes(network.last, network.shapes, lookup_bits)
+    lookups = sum(step[1].lookups for step in steps)
+    planes = in_planes(network.last, network.shapes, lookup_bits, lookups)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
     changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
     computed = changes if changes.any() else np.ones_like(changes)
@@ -111,13 +112,13 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
     # narrower image than it is given.
     least = twos_complement_bits(min(ends[0], 0), ends[1])
-    function, last, pads = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
+    function, last, pads = lowering.layer(planes.layer, computed, start, bits, riding.every, least)
     last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
     functions = [*(step[0] for step in steps), function]
     image_bits = riding.width(network.input.integer_bits)
 
     def circuit(x: Any) -> Any:
-        tensors = [hint(x, image_bits)]
+        tensors = [plus(hint(x, image_bits), -lowering.blank(0)[masks[0]] * riding.every)]
         for function in functions:
             tensors.append(function(tensors))
         return tensors[-1]
@@ -144,106 +145,110 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     )
 
 
-def _layer(
-    layer: QuantizedLayer,
-    masks: list[Array],
-    wanted: Array,
-    engine: Engine,
-    start: Array,
-    bits: int,
-    every: int = 1,
-    least: int = 0,
-) -> tuple[Function, LoweredLayer, bool]:
-    """Return the function of a layer, its description, and whether it reads a padding.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Lowering:
+    """Makes the function of each layer of a network.
 
-    The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
-    and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
-    several. Concrete is told of at least `least` bits.
+    `masks` holds the values that are read of each tensor. In a circuit, every tensor is counted from its
+    values for the blank image (`blank_image`), so that padding is 0 and layers have no constants but one: the
+    accumulators of the blank image, counted from the start of their window or bounds. So a constant has never
+    more bits than its accumulator. And Concrete, which sees the blank image only, sees zeros in all sums that
+    are not in offset form, and makes no value wider than its hints say.
     """
-    table = layer.lookup
-    summands = list(zip(layer.terms, (quantization.zero_point for quantization in layer.inputs), strict=True))
-    # What reads nothing adds a constant. Concrete fails on some sums with a summand that is always zero.
-    reading = [one for one in summands if one[0].read(wanted, masks[one[0].source].shape).any()]
-    nothing = [one for one in summands if one not in reading] if reading else summands[1:]
-    plans = [
-        Plan.of(layer.name, term, pad, masks[term.source], wanted, engine)
-        for term, pad in reading or summands[:1]
-    ]
 
-    @cache
-    def made() -> tuple[list[TermProgram], Array, Array]:
-        """Return the programs, the offset (1, m) that remains to be added, and the table's rows (m,)."""
-        outputs = np.flatnonzero(wanted)
-        channels = outputs // math.prod(layer.shape[1:])
-        programs = [plan.program() for plan in plans]
-        offset = sum((program.constant for program in programs), -start[channels])
-        for term, pad in nothing:
-            blank = np.zeros((1, *masks[term.source].shape), np.int64)
-            offset = offset + term.apply(blank, pad).ravel()[outputs]
-        if len(programs) == 1 and (with_offset := programs[0].with_offset(offset)) is not None:
-            programs, offset = [with_offset], np.zeros_like(offset)
-        which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
-        return programs, (offset * every)[None], which
+    network: IntegerNetwork
+    masks: list[Array]
+    engine: Engine
 
-    def function(tensors: list[Any]) -> Any:
-        programs, offset, which = made()
-        total: Any = None
-        for program in programs:
-            summand = program(tensors[program.source], every)
-            total = summand if total is None else total + summand
-        total = hint(total + offset if offset.any() else total, max(bits, least))
-        return total if table is None else look_up(table, which, total)
+    @cached_property
+    def _blanks(self) -> list[Array]:
+        """The tensors of the network for the blank image."""
+        return self.network.tensors(blank_image(self.network.input, self.network.input_shape))
 
-    description = LoweredLayer(
-        name=layer.name,
-        engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
-        reason=plans[0].reason,
-        multiply_adds=sum(plan.multiply_adds for plan in plans),
-        lookups=0 if table is None else _lookups(table, layer, wanted),
-        bits=bits,
-        lookup_bits=0 if table is None else table.column_bits,
-        planes=1,
-        plane_bits=bits,
-    )
-    return function, description, any(plan.pads for plan in plans)
+    def blank(self, number: int) -> Array:
+        """Return tensor `number` (C, *S) for the blank image."""
+        return self._blanks[number][0]
+
+    def layer(
+        self, layer: QuantizedLayer, wanted: Array, start: Array, bits: int, every: int = 1, least: int = 0
+    ) -> tuple[Function, LoweredLayer, bool]:
+        """Return the function of a layer, its description, and whether it reads a padding.
+
+        The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits`
+        wide, and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext,
+        `Lanes.every` for several. Concrete is told of at least `least` bits.
+        """
+        table = layer.lookup
+        # Concrete fails on some sums with a summand that is always zero.
+        reading = [term for term in layer.terms if term.read(wanted, self.masks[term.source].shape).any()]
+        plans = [
+            Plan.of(layer.name, term, self.masks[term.source], wanted, self.engine)
+            for term in reading or layer.terms[:1]
+        ]
+
+        @cache
+        def made() -> tuple[list[TermProgram], Array, Array]:
+            """Return the programs, the accumulators of the blank image (m,), and the table's rows (m,)."""
+            outputs = np.flatnonzero(wanted)
+            offset = layer.accumulate(self._blanks)[0] - along_channels(start, wanted.ndim)
+            which = outputs if table is None else np.broadcast_to(table.which, layer.shape).ravel()[outputs]
+            return [plan.program() for plan in plans], offset.ravel()[outputs] * every, which
+
+        def function(tensors: list[Any]) -> Any:
+            programs, offset, which = made()
+            total: Any = None
+            for program in programs:
+                summand = program(tensors[program.source])
+                total = summand if total is None else total + summand
+            total = hint(plus(total, offset), max(bits, least))
+            return total if table is None else look_up(table, which, total, offset)
+
+        description = LoweredLayer(
+            name=layer.name,
+            engine=" + ".join(dict.fromkeys(plan.engine for plan in plans)),
+            reason=plans[0].reason,
+            multiply_adds=sum(plan.multiply_adds for plan in plans),
+            lookups=0 if table is None else _lookups(table, layer, wanted),
+            bits=bits,
+            lookup_bits=0 if table is None else table.column_bits,
+            planes=1,
+            plane_bits=bits,
+        )
+        return function, description, any(plan.pads for plan in plans)
+
+    def maximum(self, layer: Maximum, wanted: Array) -> tuple[Function, LoweredLayer, bool]:
+        """Return what `layer` does for a layer of maxima. Each maximum of two is one lookup."""
+        mask = self.masks[layer.source]
+        places = np.full(mask.size, OUTSIDE)
+        places[np.flatnonzero(mask)] = np.arange(mask.sum())
+        candidates = places[layer.index[:, wanted]]
+        table = comparison(self.network.quantizations[layer.source])
+        which = np.zeros(candidates.shape[1], np.int64)
+
+        def function(tensors: list[Any]) -> Any:
+            x, blanks = tensors[layer.source], take(self.blank(layer.source)[mask][None], candidates)[0]
+            y, blank = take(x, candidates[0]), blanks[0]
+            for rest, other in zip(candidates[1:], blanks[1:], strict=True):
+                offset = other - blank - table.minimum
+                difference = hint(plus(take(x, rest) - y, offset), table.bits)
+                y, blank = y + look_up(table, which, difference, offset), np.maximum(other, blank)
+            return y
+
+        description = LoweredLayer(
+            name=layer.name,
+            engine="maximum",
+            reason="a lookup for each comparison of two",
+            multiply_adds=0,
+            lookups=(len(candidates) - 1) * candidates.shape[1],
+            bits=table.bits,
+            lookup_bits=table.column_bits,
+            planes=1,
+            plane_bits=table.bits,
+        )
+        return function, description, bool((candidates == OUTSIDE).any())
 
 
 def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
     """Return the number of lookups of a layer: one for each value that is `wanted` and not constant."""
     which = np.broadcast_to(table.which, layer.shape)
     return int((wanted & ~table.constant[which]).sum())
-
-
-def _maximum(
-    layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork
-) -> tuple[Function, LoweredLayer, bool]:
-    """Return what `_layer` does for a layer of maxima. Each maximum of two is one lookup."""
-    places = np.full(masks[layer.source].size, OUTSIDE)
-    places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
-    candidates = places[layer.index[:, wanted]]
-    quantization = network.quantizations[layer.source]
-    table = comparison(quantization)
-    source, bits = layer.source, quantization.integer_bits
-
-    def function(tensors: list[Any]) -> Any:
-        x = tensors[source]
-        y = take(x, candidates[0], 0)
-        for rest in candidates[1:]:
-            other = take(x, rest, 0)
-            difference = hint(other - y - int(table.minimum[0]), table.bits)
-            y = y + look_up(table, np.zeros(candidates.shape[1], np.int64), difference)
-            y = hint(y, bits)
-        return y
-
-    description = LoweredLayer(
-        name=layer.name,
-        engine="maximum",
-        reason="a lookup for each comparison of two",
-        multiply_adds=0,
-        lookups=(len(candidates) - 1) * candidates.shape[1],
-        bits=table.bits,
-        lookup_bits=table.column_bits,
-        planes=1,
-        plane_bits=table.bits,
-    )
-    return function, description, bool((candidates == OUTSIDE).any())

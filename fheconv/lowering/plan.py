@@ -5,7 +5,7 @@ large as an image, so it is made only when somebody runs it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,34 +29,30 @@ Stage: TypeAlias = tuple[str, Plain] | Select
 class Plan:
     """The choice of how to compute the values `wanted` (K, *Out) of a term from its source tensor.
 
-    `read` (C, *S) is the mask of the source values that are read. `pad` is the value that pads the source
-    tensor. `stages` are the term's steps, with the engine of each convolution. With the engine "matrix" all
-    steps are one product.
+    `read` (C, *S) is the mask of the source values that are read. `stages` are the term's steps, with the
+    engine of each convolution. With the engine "matrix" all steps are one product.
     """
 
     term: Term
     read: Array
     wanted: Array
-    pad: int
     engine: str
     reason: str
     multiply_adds: int
     stages: tuple[Stage, ...]
 
     @classmethod
-    def of(cls, name: str, term: Term, pad: int, read: Array, wanted: Array, engine: Engine) -> "Plan":
+    def of(cls, name: str, term: Term, read: Array, wanted: Array, engine: Engine) -> "Plan":
         """Choose how to compute a term of the layer `name`.
 
         Raises `InvalidArgumentError` if the named engine cannot compute it.
         """
         kept: list[tuple[Plain, dict[str, int]] | Select] = []
-        around = pad
         steps = zip(term.steps, term.shapes(read.shape)[:-1], term.masks(wanted, read.shape)[1:], strict=True)
         for step, before, after in steps:
             if isinstance(step, Kernel):
-                plain = prune(step, before, after, around)
+                plain = prune(step, before, after)
                 kept.append((plain, multiply_adds(plain)))
-                around = 0
             else:
                 kept.append(step)
         counts = [one[1] for one in kept if not isinstance(one, Select)]
@@ -75,7 +71,6 @@ class Plan:
             term=term,
             read=read,
             wanted=wanted,
-            pad=pad,
             engine=chosen,
             reason=reason,
             multiply_adds=possible[chosen],
@@ -100,34 +95,23 @@ class Plan:
         shape = self.read.shape
         inputs, outputs = np.flatnonzero(self.read), np.flatnonzero(self.wanted)
         if self.engine == "matrix":
-            none = np.zeros(0, np.int64)
-            # The matrix does not read the padding. The padded zero-points add a constant.
-            constant = self.term.apply(np.zeros((1, *shape), np.int64), self.pad).ravel()[outputs]
             matrix = self.term.matrix(shape)[inputs][:, outputs].toarray()
             return TermProgram(
-                source=self.term.source, constant=constant, matrix=matrix, stages=(), places=none
+                source=self.term.source, matrix=matrix, stages=(), places=np.zeros(0, np.int64)
             )
         places = np.full(self.read.size, OUTSIDE)
         places[inputs] = np.arange(len(inputs))
-        pad, stages = self.pad, []
+        stages = []
         for stage in self.stages:
             if isinstance(stage, Select):
                 places = np.where(stage.index == OUTSIDE, OUTSIDE, places[stage.index]).ravel()
                 continue
             engine, plain = stage
             index = plain.inputs.flat
-            stages.append((engine, plain, np.where(index == OUTSIDE, OUTSIDE, places[index]), pad))
+            stages.append((engine, plain, np.where(index == OUTSIDE, OUTSIDE, places[index])))
             places = np.full(math.prod(plain.outputs.within), OUTSIDE)
             places[plain.outputs.flat.ravel()] = np.arange(math.prod(plain.outputs.shape))
-            pad = 0
-        constant = np.zeros(len(outputs), np.int64)
-        return TermProgram(
-            source=self.term.source,
-            constant=constant,
-            matrix=None,
-            stages=tuple(stages),
-            places=places[outputs],
-        )
+        return TermProgram(source=self.term.source, matrix=None, stages=tuple(stages), places=places[outputs])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,40 +119,23 @@ class TermProgram:
     """Computes one term (N, m) from the values (N, n) of its source that are read.
 
     It is either one product with `matrix` (n, m), or several convolutions one after the other. `stages` holds
-    each convolution with its engine, the places where it reads the values before it, and its padding.
-    `places` are the places that are read at the end. The caller must add `constant` (m,).
+    each convolution with its engine, and the places where it reads the values before it. `places` are the
+    places that are read at the end.
     """
 
     source: int
-    constant: Array
     matrix: Array | None
-    stages: tuple[tuple[str, Plain, Array, int], ...]
+    stages: tuple[tuple[str, Plain, Array], ...]
     places: Array
 
-    def __call__(self, x: Any, every: int) -> Any:
-        """Return the term (N, m) of the values x (N, n). Constants and padding are multiplied by `every`."""
+    def __call__(self, x: Any) -> Any:
+        """Return the term (N, m) of the values x (N, n), which are padded with 0."""
         if self.matrix is not None:
             return x @ self.matrix
-        for engine, plain, places, pad in self.stages:
-            y = engines.run(engine, plain, take(x, places, pad * every), every)
+        for engine, plain, places in self.stages:
+            y = engines.run(engine, plain, take(x, places))
             x = y.reshape((y.shape[0], math.prod(y.shape[1:])))
-        return take(x, self.places, 0)
-
-    def with_offset(self, offset: Array) -> "TermProgram | None":
-        """Return a program whose last convolution adds the offset (m,), or None if it cannot.
-
-        A separate addition would take signed sums, for which Concrete may use one bit more.
-        """
-        if self.matrix is not None or (self.places == OUTSIDE).any():
-            return None
-        *before, (engine, plain, index, pad) = self.stages
-        filters = self.places // math.prod(plain.outputs.shape[1:])
-        bias = np.zeros(len(plain.weight), np.int64)
-        bias[filters] = offset
-        if (bias[filters] != offset).any():  # one filter's results belong to several channels
-            return None
-        plain = replace(plain, constant=plain.constant + bias)
-        return replace(self, stages=(*before, (engine, plain, index, pad)))
+        return take(x, self.places)
 
 
 def _choose(name: str, engine: Engine, possible: dict[str, int]) -> tuple[str, str]:

@@ -14,19 +14,13 @@ import numpy as np
 
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, frozen
-from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits, without_bias
+from fheconv.networks.bounds import FREE_BITS, AccumulatorBounds, layer_bounds, norm_bits, without_bias
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Kernel, Select, Step
 
-# In a circuit with lookups, results cost nothing extra while the sum of their width and the log2 of their
-# weights' Euclidean norm (by which noise grows) stays below this. tests/benchmarks/planes.py prints the
-# complexity of TinyCNN by that sum, at p_error 0.01 and 0.05. With lookups of 5 bits, exact or rounded, it is
-# 22.9e9 and 20.9e9 up to 11.4 bits, and 33.0e9 and 30.6e9 from 13 bits on. With lookups of 6 bits the step
-# lies between 10.3 and 11.4 bits. With lookups of 3 and 4 bits there is a smaller step below, at 7 bits; to
-# stay under it would take six times the planes.
-FREE_BITS = 10.5
-# Planes cost ciphertexts and additions. Compared with lookups, this is almost nothing while planes are few.
-MOST_PLANES = 32
+# Planes cost ciphertexts and additions. Compared with lookups, this is almost nothing while planes are few,
+# or while each result comes with many lookups.
+MOST_PLANES, LOOKUPS_A_RESULT = 32, 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,8 +38,10 @@ class Planes:
     accumulator_bits: int
 
 
-def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int) -> Planes:
+def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int, lookups: int = 0) -> Planes:
     """Return the fewest planes of a layer that cost nothing extra with lookups of up to `lookup_bits` bits.
+
+    There are at most `MOST_PLANES`, or more while `LOOKUPS_A_RESULT` of the `lookups` come with each result.
 
     If all planes cost something, return the cheapest, and the fewest of those. `shapes` are the shapes of the
     network's tensors. Without lookups (`lookup_bits` is 0) the result is one plane: the layer as it is.
@@ -58,7 +54,8 @@ def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int) 
     if not lookup_bits:
         return best
     free, least = max(FREE_BITS, lookup_bits), _price_bits(layer, bounds, shapes)
-    for base, digits, blocks in _divisions(layer):
+    most = max(MOST_PLANES, lookups // (LOOKUPS_A_RESULT * math.prod(layer.shape)))
+    for base, digits, blocks in _divisions(layer, most):
         if least <= free:
             break
         divided = _divided(layer, shapes, base, digits, blocks)
@@ -75,18 +72,18 @@ def _price_bits(layer: QuantizedLayer, bounds: AccumulatorBounds, shapes: Sequen
     return bounds.offset_bits + float(norm_bits(layer, shapes).max())
 
 
-def _divisions(layer: QuantizedLayer) -> Iterator[tuple[int, int, int]]:
-    """Yield (base, number of digits, number of blocks). Divisions with the fewest planes come first."""
+def _divisions(layer: QuantizedLayer, most: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (base, number of digits, number of blocks) of at most `most` planes, the fewest planes first."""
     greatest = max(int(np.abs(term.weighted()[1].weight).max(initial=0)) for term in layer.terms)
     bases: dict[int, int] = {}
-    for digits in range(1, MOST_PLANES + 1):
+    for digits in range(1, most + 1):
         # Digits go from −base/2 to base/2. With base 2 they would be −1 and 0 only: the base is at least 3.
         base = next(b for b in range(3, 2 * greatest + 4) if (b**digits - 1) // 2 >= greatest)
         bases.setdefault(base, digits)
         if base == 3:
             break
-    blocks = [2**n for n in range(MOST_PLANES.bit_length()) if 2**n <= max(layer.taps, 1)]
-    divisions = [(base, n, b) for base, n in bases.items() for b in blocks if 1 < n * b <= MOST_PLANES]
+    blocks = [2**n for n in range(most.bit_length()) if 2**n <= max(layer.taps, 1)]
+    divisions = [(base, n, b) for base, n in bases.items() for b in blocks if 1 < n * b <= most]
     yield from sorted(divisions, key=lambda division: division[1] * division[2])
 
 

@@ -48,8 +48,7 @@ class Plain:
 
     `weight` (K', C'/groups, *k') are the remaining weights.
     `inputs` (C', *S') are the values of the kernel's input that it reads, `OUTSIDE` for the padding.
-    `outputs` (K', *Out') are the values of the kernel's output that it computes. `constant` (K',) is the sum
-    that is added by the taps that read nothing but padding.
+    `outputs` (K', *Out') are the values of the kernel's output that it computes.
     """
 
     weight: Array
@@ -58,7 +57,6 @@ class Plain:
     dilation: tuple[int, ...]
     groups: int
     outputs: Grid
-    constant: Array
 
     def nonzero_taps(self) -> list[tuple[int, ...]]:
         """Return the taps at which some filter has a weight that is not zero."""
@@ -85,8 +83,8 @@ class Plain:
         return column[:, None, :, None], row[:, None, None, :]
 
 
-def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
-    """Return the part of a kernel that must be computed, on inputs of `shape` padded with `pad`.
+def prune(kernel: Kernel, shape: Shape, wanted: Array) -> Plain:
+    """Return the part of a kernel that must be computed, on inputs of `shape` padded with 0.
 
     `wanted` is a mask (K, *Out) of the outputs that are read. Outputs are computed on a grid, so unread
     outputs that lie between read ones on the grid are computed too.
@@ -104,15 +102,13 @@ def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
         steps.append(step * geometry.stride[axis])
         counts.append(len(outputs[-1]))
         grids.append(geometry.grid(axis, size))
-    # Taps that read nothing but padding contribute a constant.
-    kept = weight
+    # Taps that read nothing but padding add nothing.
     for axis, grid in enumerate(grids):
         places = starts[axis] + np.arange(counts[axis])[:, None] * steps[axis]
         taps = places + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
         reads = (grid[taps] != OUTSIDE).any(axis=0)
-        kept = kept * reads.reshape(-1, *[1] * (len(grids) - 1 - axis))
-    constant = (weight - kept).reshape(len(weight), -1).sum(axis=1) * pad
-    weight, groups = kept, geometry.groups
+        weight = weight * reads.reshape(-1, *[1] * (len(grids) - 1 - axis))
+    groups = geometry.groups
     channels, filters = np.arange(shape[0]), np.arange(len(weight))
     used = weight.reshape(len(weight), -1).any(axis=1) & wanted.reshape(len(weight), -1).any(axis=1)
     if used.any():
@@ -141,5 +137,4 @@ def prune(kernel: Kernel, shape: Shape, wanted: Array, pad: int) -> Plain:
         dilation=geometry.dilation,
         groups=groups,
         outputs=Grid(axes=(filters, *outputs), within=wanted.shape),
-        constant=constant[filters],
     )

@@ -22,6 +22,14 @@ from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.quantization import twos_complement_bits
 
+# In a circuit with lookups, a sum costs nothing extra while the bits of it that are looked up or decrypted,
+# and its `norm_bits`, are together below this. tests/benchmarks/planes.py prints the complexity of TinyCNN by
+# the total for its results, at p_error 0.01 and 0.05. With lookups of 5 bits, exact or rounded, it is 22.9e9
+# and 20.9e9 up to 11.4 bits, and 33.0e9 and 30.6e9 from 13 bits on. With lookups of 6 bits the step lies
+# between 10.3 and 11.4 bits. With lookups of 3 and 4 bits there is a smaller step below, at 7 bits; to stay
+# under it would take six times the planes.
+FREE_BITS = 10.5
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AccumulatorBounds:

@@ -54,10 +54,10 @@ class Lookup:
         """The activations from which the entries of each row are counted in the circuit, (rows,).
 
         Where images can leave the window, it is the middle of the first and the last entry, or as near to it
-        as keeps mirrored entries in the range of `output`.
+        as keeps mirrored entries in the range of `output`. Elsewhere it is the least activation.
         """
         if self.proved:
-            return np.zeros(len(self.tables), np.int64)
+            return np.full(len(self.tables), self.output.minimum)
         least = -(-(self.tables.max(axis=1) - self.output.minimum) // 2) + self.output.minimum
         greatest = (self.tables.min(axis=1) + self.output.maximum) // 2
         centers: Array = np.clip((self.tables[:, 0] + self.tables[:, -1]) // 2, least, greatest)

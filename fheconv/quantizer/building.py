@@ -8,14 +8,14 @@ import numpy as np
 from fheconv.basics.arrays import Array, first_position, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.networks.bounds import AccumulatorBounds, layer_bounds
+from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.gains import gained, row_gains
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.tables import compressed, lookup
-from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains, room, width
+from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains, quiet_gains, room, width
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
@@ -144,7 +144,11 @@ class Building:
         bits = self._check_width(layer, int(span.max()), rounding_bits, proved=proved)
         if not proved and rounding_bits is not None:
             bits = max(bits, self.width_limit(layer) or 0)
-        gains = row_gains(rows, filling_gains(span, bits, rounding_bits, proved=proved))
+        gain = filling_gains(span, bits, rounding_bits, proved=proved)
+        if gain.max() > 1 and rounding_bits is not None and (noise := self._noise(bare)):
+            norms = norm_bits(bare, self.source.shapes) + np.log2(noise) / 2
+            gain = np.minimum(gain, quiet_gains(norms, rounding_bits))
+        gains = row_gains(rows, gain)
         by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
         window = Window(
             minimum=minimum * by_channel,
@@ -155,6 +159,17 @@ class Building:
             gain=by_channel,
         )
         return window, gains
+
+    def _noise(self, layer: QuantizedLayer) -> int:
+        """Return the noise of the values that a layer reads, in units of a lookup's noise.
+
+        A maximum adds a lookup to one of its values for each of the others. The noise of an image counts as
+        0: it is far smaller.
+        """
+        noises = [0]
+        for before in self._layers:
+            noises.append(noises[before.source] + len(before.index) - 1 if isinstance(before, Maximum) else 1)
+        return max(noises[source] for source in layer.sources)
 
     def _check_width(self, layer: Layer, span: int, rounding_bits: int | None, *, proved: bool = True) -> int:
         """Return the width that holds a span. Raise `AccumulatorOverflowError` if that is not allowed."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import AccumulatorOverflowError
+from fheconv.networks.bounds import FREE_BITS
 
 # Concrete supports lookups of at most this many bits.
 LOOKUP_LIMIT = 16
@@ -126,6 +127,15 @@ def cheap_width(input_bits: int, taps: int, rounding_bits: int) -> int:
     """
     norm_bits = max(4 if rounding_bits < 6 else 5, round(math.log2(taps) / 2))
     return min(max(input_bits + norm_bits, rounding_bits + 2), WIDEST)
+
+
+def quiet_gains(norm_bits: Array, rounding_bits: int) -> Array:
+    """Return for each channel the greatest integer by which weights may grow before noise costs something.
+
+    `norm_bits` (C,) is log2 of the norm by which a sum multiplies the noise of its summands. A gain
+    multiplies the norm, and Concrete takes larger parameters above `FREE_BITS`.
+    """
+    return np.maximum(2.0 ** (FREE_BITS - rounding_bits - norm_bits), 1).astype(np.int64)
 
 
 def filling_gains(span: Array, bits: int, rounding_bits: int | None, *, proved: bool) -> Array:

@@ -10,6 +10,7 @@ import pytest
 import fheconv
 from fheconv.analysis.affordability import check_cost
 from fheconv.circuits import circuit
+from fheconv.lowering.lower import lower
 from tests.support.nets import quantize, random_net
 
 
@@ -72,7 +73,7 @@ def test_a_long_run_is_warned_of_once(wide):
     config = fheconv.CompileConfig(most_seconds=None, most_key_bytes=None)
     assert wide.forecast(config).seconds > 60
     with pytest.warns(fheconv.CostWarning, match="an image") as warned:
-        check_cost(wide, config)
+        check_cost(lower(wide), config)
     assert len(warned) == 1
 
 
@@ -81,7 +82,7 @@ def test_a_cheap_circuit_is_not_warned_of(net):
     cheap = quantize(module, images, overflow="defined", rounding_bits=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_cost(cheap, fheconv.CompileConfig(p_error=1e-2))
+        check_cost(lower(cheap), fheconv.CompileConfig(p_error=1e-2))
 
 
 def test_without_parameters_it_is_refused_even_without_limits(wide, no_concrete, monkeypatch):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import fheconv
 from fheconv.lowering.interface import recombined
 from fheconv.lowering.lower import lower
-from fheconv.lowering.planes import MOST_PLANES, in_planes
-from fheconv.networks.bounds import layer_bounds, without_bias
+from fheconv.lowering.planes import LOOKUPS_A_RESULT, MOST_PLANES, in_planes
+from fheconv.networks.bounds import layer_bounds, norm_bits, without_bias
 from fheconv.networks.floats import Maximum
 from tests.support.nets import integer_images, quantize, random_net, real_images
 from tests.support.strategies import integer_layers, integer_sums
@@ -102,6 +102,17 @@ def test_as_few_planes_as_do():
     assert counts[-1] == 1
     assert counts == sorted(counts, reverse=True)
     assert widths == sorted(widths)
+
+
+@given(layers(), st.integers(0, 10**4))
+def test_results_are_far_fewer_than_many_lookups(problem, lookups):
+    layer, shapes = problem
+    with mock.patch("fheconv.lowering.planes.FREE_BITS", 0):  # as many planes as may be
+        few, many = (in_planes(layer, shapes, 1, count) for count in (0, lookups))
+    results = len(many.factors) * np.prod(layer.shape)
+    assert len(many.factors) <= MOST_PLANES or results * LOOKUPS_A_RESULT <= lookups
+    prices = [one.bounds.offset_bits + norm_bits(one.layer, shapes).max() for one in (few, many)]
+    assert prices[1] <= prices[0]
 
 
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts", "auto"])

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.bounds import FREE_BITS, layer_bounds
 from fheconv.networks.expression import Expression
 from fheconv.networks.integers import QuantizedLayer, blank_image
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.tables import lookup
-from fheconv.quantizer.windows import LOOKUP_LIMIT, Window, filling_gains, room, width
+from fheconv.quantizer.windows import LOOKUP_LIMIT, Window, filling_gains, quiet_gains, room, width
 from tests.support.nets import integer_images, quantize, quantized, random_net
 
 SEEDS = range(8)
@@ -234,3 +234,34 @@ def test_an_entry_is_the_activation_at_the_mean_of_the_accumulators_that_read_it
             assert table.tables[0, column] * output.scale == pytest.approx(own.mean(), abs=1e-5)
             seen += 1
     assert seen >= 12
+
+
+@given(st.lists(st.floats(0, 12), min_size=1, max_size=5), st.integers(2, 8))
+def test_a_quiet_gain_is_the_greatest_whose_noise_is_free(norms, kept):
+    norm_bits = np.array(norms)
+    gain = quiet_gains(norm_bits, kept)
+    assert (gain >= 1).all()
+    assert ((kept + norm_bits + np.log2(gain) <= FREE_BITS + 1e-9) | (gain == 1)).all()
+    assert (kept + norm_bits + np.log2(gain + 1) > FREE_BITS - 1e-9).all()
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_gains_keep_the_noise_of_sums_free(seed, pool):
+    """A window of 13 bits would allow gains of 4 and more."""
+    torch.manual_seed(seed)
+    between = nn.MaxPool2d(2) if pool else nn.Identity()
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    images = np.random.default_rng(seed).uniform(0, 1, (20, 1, 10, 10))
+    options = {"overflow": "defined", "method": "gptq", "weight_bits": 3, "accumulator_bits": {"3": 13}}
+    network = quantize(module.double().eval(), images, **options, rounding_bits=5, activation_bits=3)
+    layer = next(layer for _, layer in looked_up(network) if layer.name == "3")
+    gain = layer.gain.ravel()
+    assert (layer.lookup.bits, gain.max() > 1) == (13, True)
+    squares = torch.tensor(layer.convolution.weight).double().square().sum((1, 2, 3)).numpy()
+    # A value of a lookup has the noise of one. The maxima of columns add one, and those of rows another.
+    bits = 5 + np.log2(squares * (3 if pool else 1)) / 2
+    assert ((bits <= FREE_BITS) | (gain == 1)).all()
+    assert (bits + np.log2((gain + 1) / gain) > FREE_BITS).all()
