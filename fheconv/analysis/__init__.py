@@ -1,6 +1,6 @@
 """Tells what a network costs and how it fails, before anything is compiled.
 
-seconds: tells how long lookups take on this machine.
+seconds: tells how long lookups and compiling take.
 parameters: chooses TFHE parameters as Concrete does.
 sums: finds the encrypted sums whose noise must stay small.
 wide: gives the price of lookups that are too wide for one bootstrap.

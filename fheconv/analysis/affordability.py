@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.filesize import decimal
 
 from fheconv.analysis.forecast import Forecast, forecast_of
+from fheconv.analysis.seconds import compiling_seconds, numbers_of
 from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import CostError
@@ -14,8 +15,8 @@ from fheconv.lowering.lower import Lowered
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
 
-# Above these, a user is warned.
-LONG_SECONDS, LARGE_KEYS = 60.0, 2 * 10**9
+# Above these, a user is warned: seconds of an image, bytes of keys, seconds of compiling.
+LONG_SECONDS, LARGE_KEYS, LONG_COMPILING = 60.0, 2 * 10**9, 30.0
 # The remedies that are tried: the width to which accumulators are rounded (None: as they are), and the
 # failure probability of a lookup (None: as it was). Those that change least come first.
 REMEDIES: tuple[tuple[int | None, float | None], ...] = (
@@ -35,11 +36,19 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
     if not expected.possible and not expected.lookups:
         return
     if expected.possible and _within(expected, config):
+        sentences = []
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
-            warn(
-                f"This circuit will take {_costs(expected)}. {_advice(lowered, config)[0]}",
-                CostWarning,
+            sentences += [f"This circuit will take {_costs(expected)}.", _advice(lowered, config)[0]]
+        if (seconds := compiling_seconds(lowered)) > LONG_COMPILING:
+            numbers, layer = max(
+                zip(numbers_of(lowered), lowered.layers, strict=True), key=lambda one: one[0]
             )
+            sentences.append(
+                f"Concrete will take about {_long(seconds)} to compile it. Of what it reads, {numbers:,} "
+                f"numbers are of layer {layer.name!r}: fewer channels or smaller images before it help."
+            )
+        if sentences:
+            warn(" ".join(sentences), CostWarning)
         return
     advice, remedy = _advice(lowered, config)
     if not expected.possible:
@@ -63,12 +72,17 @@ def _within(expected: Forecast, config: CompileConfig) -> bool:
 
 def _costs(expected: Forecast) -> str:
     """Return seconds and bytes of keys in words."""
-    seconds, unit = expected.seconds, "s"
+    return f"{_long(expected.seconds)} an image and {decimal(int(expected.key_bytes))} of keys"
+
+
+def _long(seconds: float) -> str:
+    """Return seconds in words."""
+    unit = "s"
     for size, longer in ((60, "minutes"), (60, "hours"), (24, "days")):
         if seconds < 2 * size:
             break
         seconds, unit = seconds / size, longer
-    return f"{seconds:.2g} {unit} an image and {decimal(int(expected.key_bytes))} of keys"
+    return f"{seconds:.2g} {unit}"
 
 
 def _advice(lowered: Lowered, config: CompileConfig) -> tuple[str, str | None]:

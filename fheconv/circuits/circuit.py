@@ -297,10 +297,11 @@ class FheCircuit(KeyOwner):
 def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
     """Compile a quantized network to an FHE circuit. No key is made yet.
 
-    Warns (`CostWarning`) of a circuit that takes over a minute an image, or has over 2 GB of keys. Raises
-    `CostError` before Concrete starts for a circuit that costs more than `config` allows, or for which there
-    are no parameters; both say what brings the cost down. Raises `AccumulatorOverflowError` for accumulators
-    wider than Concrete can hold, `CompilationError` if Concrete cannot compile the network.
+    Warns (`CostWarning`) of a circuit that takes over a minute an image or over 30 s to compile, or has over
+    2 GB of keys. Raises `CostError` before Concrete starts for a circuit that costs more than `config`
+    allows, or for which there are no parameters; both say what brings the cost down. Raises
+    `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if Concrete
+    cannot compile the network.
 
     Example:
         >>> import numpy as np

@@ -19,8 +19,8 @@ from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Kernel, Select, Step
 
 # Planes cost ciphertexts and additions. Compared with lookups, this is almost nothing while planes are few,
-# or while each result comes with many lookups.
-MOST_PLANES, LOOKUPS_A_RESULT = 32, 32
+# or while each result comes with many lookups. But Concrete reads all weights as text, a million in 3 s.
+MOST_PLANES, LOOKUPS_A_RESULT, MOST_WEIGHTS = 32, 32, 10**6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,8 @@ class Planes:
 def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int, lookups: int = 0) -> Planes:
     """Return the fewest planes of a layer that cost nothing extra with lookups of up to `lookup_bits` bits.
 
-    There are at most `MOST_PLANES`, or more while `LOOKUPS_A_RESULT` of the `lookups` come with each result.
+    There are at most `MOST_PLANES`, or more while `LOOKUPS_A_RESULT` of the `lookups` come with each result
+    and all results together have at most `MOST_WEIGHTS`.
 
     If all planes cost something, return the cheapest, and the fewest of those. `shapes` are the shapes of the
     network's tensors. Without lookups (`lookup_bits` is 0) the result is one plane: the layer as it is.
@@ -54,7 +55,8 @@ def in_planes(layer: QuantizedLayer, shapes: Sequence[Shape], lookup_bits: int, 
     if not lookup_bits:
         return best
     free, least = max(FREE_BITS, lookup_bits), _price_bits(layer, bounds, shapes)
-    most = max(MOST_PLANES, lookups // (LOOKUPS_A_RESULT * math.prod(layer.shape)))
+    enough = min(lookups // LOOKUPS_A_RESULT, MOST_WEIGHTS // max(layer.taps, 1))
+    most = max(MOST_PLANES, enough // math.prod(layer.shape))
     for base, digits, blocks in _divisions(layer, most):
         if least <= free:
             break

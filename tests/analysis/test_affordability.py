@@ -6,9 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 import fheconv
+from fheconv.analysis import affordability
 from fheconv.analysis.affordability import check_cost
+from fheconv.analysis.seconds import compiling_seconds, numbers_of
 from fheconv.circuits import circuit
 from fheconv.lowering.lower import lower
 from tests.support.nets import quantize, random_net
@@ -75,6 +78,26 @@ def test_a_long_run_is_warned_of_once(wide):
     with pytest.warns(fheconv.CostWarning, match="an image") as warned:
         check_cost(lower(wide), config)
     assert len(warned) == 1
+
+
+def test_long_compiling_is_warned_of_once(net, monkeypatch):
+    module, images = net
+    lowered = lower(quantize(module, images, overflow="defined", rounding_bits=5))
+    monkeypatch.setattr(affordability, "LONG_COMPILING", compiling_seconds(lowered) / 2)
+    with pytest.warns(fheconv.CostWarning, match="to compile it") as warned:
+        check_cost(lowered, fheconv.CompileConfig(p_error=1e-2))
+    assert len(warned) == 1
+    numbers, layer = max(zip(numbers_of(lowered), lowered.layers, strict=True), key=lambda one: one[0])
+    assert f"{numbers:,} numbers are of layer {layer.name!r}" in str(warned[0].message)
+
+
+def test_concrete_reads_a_filter_once_and_a_matrix_whole():
+    conv = torch.nn.Conv2d(2, 3, 3)
+    images = np.random.default_rng(0).uniform(size=(4, 2, 6, 5))
+    network = quantize(conv.eval(), images, weight_bits=8)
+    outputs = conv(torch.zeros(1, 2, 6, 5)).numel()
+    assert numbers_of(lower(network, "conv")) == [conv.weight.numel()]
+    assert numbers_of(lower(network, "matrix")) == [images[0].size * outputs]
 
 
 def test_a_cheap_circuit_is_not_warned_of(net):
