@@ -13,6 +13,7 @@ from fheconv.analysis.forecast import Forecast, forecast_of
 from fheconv.analysis.trials import MOST_SECONDS, narrower, requantized
 from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
+from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CostError, FheConvError
 from fheconv.basics.warning import CostWarning, warn
 from fheconv.lowering.lower import Lowered, lower
@@ -133,6 +134,8 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
     network = lowered.network
     if config.parameters is not None:
         yield {"parameters": None}
+    if config.engine != "matrix" and not forecast_of(lowered, config).possible:
+        yield {"engine": "matrix"}  # of the engines, only this one does for the widest lookups
     asked = max(config.p_error or 0.0, config.global_p_error or 0.0)
     other = {} if config.global_p_error is None else {"global_p_error": None}
     if not lowered.lookups:
@@ -142,8 +145,14 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
     widest = max((t.column_bits for layer in network.layers if (t := _table(layer)) is not None), default=0)
     for bits, p_error in REMEDIES:
         if (bits is None or bits < widest) and (p_error is None or p_error > asked):
-            rounding = {} if bits is None else {"overflow": "defined", "rounding_bits": bits}
+            rounding = {} if bits is None else rounded(network.config, bits)
             yield {**rounding, **({} if p_error is None else {"p_error": p_error, **other})}
+
+
+def rounded(config: QuantConfig, bits: int) -> dict[str, Any]:
+    """Return the settings with which accumulators are rounded to `bits` bits, in windows as wide as needed."""
+    wide = {} if config.accumulator_bits is None else {"accumulator_bits": None}
+    return {"overflow": "defined", "rounding_bits": bits, **wide}
 
 
 def _tried(
@@ -159,18 +168,16 @@ def _tried(
     Quantizing takes long. So what does not help by an estimate is not quantized.
     """
     quant, compiling = applied(settings, lowered.network.config, config)
-    if quant == lowered.network.config:
-        expected = forecast_of(lowered, compiling)
-        return expected if helps(expected) else None
     if "rounding_bits" in settings:
         expected = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
         if not helps(expected) or not quantizing:
             return expected if helps(expected) else None
     try:
-        network = requantized(lowered.network, quant)
+        same = quant == lowered.network.config
+        network = lowered.network if same else requantized(lowered.network, quant)
+        expected = forecast_of(lower(network, compiling.engine), compiling)
     except (FheConvError, MemoryError):
         return None
-    expected = forecast_of(lower(network, config.engine), compiling)
     return expected if helps(expected) else None
 
 

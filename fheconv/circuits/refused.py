@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from fheconv.analysis.advice import Advice, applied, difference, sentence
-from fheconv.analysis.affordability import LINEAR_P_ERRORS
+from fheconv.analysis.affordability import LINEAR_P_ERRORS, rounded
 from fheconv.analysis.trials import MOST_SECONDS, P_ERRORS, narrower, requantized
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, FheConvError
@@ -59,6 +59,11 @@ def _changes(network: QuantizedNetwork, config: CompileConfig) -> Iterator[dict[
     for name in ("parameters", "configuration"):
         if getattr(config, name) is not None:
             yield {**first, name: None}
+    if config.engine != "matrix":
+        yield {
+            **first,
+            "engine": "matrix",
+        }  # Concrete cannot take values of a tensor one by one if all are wide
     looks_up = len(network.layers) > 1
     asked = max(config.p_error or 0.0, config.global_p_error or 0.0)
     other = {} if config.global_p_error is None else {"global_p_error": None}
@@ -66,6 +71,6 @@ def _changes(network: QuantizedNetwork, config: CompileConfig) -> Iterator[dict[
         if p_error > asked:
             yield {**first, "p_error": p_error, **other}
     for bits in ROUNDED if looks_up else ():
-        yield {"overflow": "defined", "rounding_bits": bits}
+        yield {**rounded(network.config, bits), **first}
     for smaller in narrower(network.config):
         yield {**difference(network.config, smaller), **first}

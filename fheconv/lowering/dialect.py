@@ -71,6 +71,12 @@ def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
     return hint(each[x], twos_complement_bits(int(rows.min()), greatest))
 
 
+def gathers(index: Array, width: int) -> bool:
+    """Return True if `take` does more than give all `width` values another shape."""
+    places = index.ravel()
+    return len(places) != width or bool((places != np.arange(width)).any())
+
+
 def take(x: Any, index: Array, pad: int) -> Any:
     """Return the values of x (N, n) at `index`, (N, *index.shape), and `pad` where `index` is `OUTSIDE`."""
     places, width = index.ravel(), x.shape[1]
@@ -85,7 +91,7 @@ def take(x: Any, index: Array, pad: int) -> Any:
     if outside.any():
         flat = np.concatenate((flat, fhe.zeros((1,)) + pad))
         places = np.where(outside, width, places)
-    if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
+    if gathers(places, flat.shape[0]):
         flat = flat[places]
     return flat.reshape((1, *index.shape))
 

@@ -46,6 +46,16 @@ class LoweredLayer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """Holds the function of a layer, its description, and what `Lowered` says of all layers."""
+
+    function: Function
+    layer: LoweredLayer
+    pads: bool
+    gathers: Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Lowered:
     """A circuit's function, with everything needed to make its inputs and to read its results.
 
@@ -53,13 +63,16 @@ class Lowered:
     `interface.prepare` makes the integers, and `interface.accumulators` turns the results into accumulators.
     The results are the `planes` of the last accumulators, in offset form: never negative, and at most `bits`
     wide by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends on are
-    left out, and so are constant results. `padded` tells which layers read a padding.
+    left out, and so are constant results. `padded` tells which layers read a padding. `gathers()` is True if
+    some layer takes values of a tensor one by one, which Concrete cannot do with the widest values. It
+    makes arrays as large as tensors.
     """
 
     function: Callable[[Any], Any]
     network: IntegerNetwork
     layers: tuple[LoweredLayer, ...]
     padded: tuple[bool, ...]
+    gathers: Callable[[], bool]
     planes: Planes
     interface: Interface
 
@@ -100,7 +113,7 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
         elif (table := layer.lookup) is not None:
             steps.append(_layer(layer, masks, wanted, engine, table.minimum, table.bits))
     # The engine "separable" needs filters of rank one. The digits of such a filter may have a higher rank.
-    lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
+    lookup_bits = max((step.layer.lookup_bits for step in steps), default=0) if engine != "separable" else 0
     planes = in_planes(network.last, network.shapes, lookup_bits)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
     changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
@@ -111,9 +124,9 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
     # narrower image than it is given.
     least = twos_complement_bits(min(ends[0], 0), ends[1])
-    function, last, pads = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
-    last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
-    functions = [*(step[0] for step in steps), function]
+    last = _layer(planes.layer, masks, computed, engine, start, bits, riding.every, least)
+    described = replace(last.layer, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
+    functions = [*(step.function for step in steps), last.function]
     image_bits = riding.width(network.input.integer_bits)
 
     def circuit(x: Any) -> Any:
@@ -125,8 +138,9 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     return Lowered(
         function=circuit,
         network=network,
-        layers=(*(step[1] for step in steps), last),
-        padded=(*(step[2] for step in steps), pads),
+        layers=(*(step.layer for step in steps), described),
+        padded=tuple(step.pads for step in (*steps, last)),
+        gathers=lambda: any(step.gathers() for step in (*steps, last)),
         planes=planes,
         interface=Interface(
             input=network.input,
@@ -153,8 +167,8 @@ def _layer(
     bits: int,
     every: int = 1,
     least: int = 0,
-) -> tuple[Function, LoweredLayer, bool]:
-    """Return the function of a layer, its description, and whether it reads a padding.
+) -> _Step:
+    """Return a layer's function, and what is to be known of it.
 
     The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits` wide,
     and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext, `Lanes.every` for
@@ -205,7 +219,12 @@ def _layer(
         planes=1,
         plane_bits=bits,
     )
-    return function, description, any(plan.pads for plan in plans)
+
+    def gathers() -> bool:
+        constant = () if table is None else table.constant[made()[2]]
+        return (any(constant) and not all(constant)) or any(plan.gathers for plan in plans)
+
+    return _Step(function=function, layer=description, pads=any(plan.pads for plan in plans), gathers=gathers)
 
 
 def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
@@ -214,9 +233,7 @@ def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:
     return int((wanted & ~table.constant[which]).sum())
 
 
-def _maximum(
-    layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork
-) -> tuple[Function, LoweredLayer, bool]:
+def _maximum(layer: Maximum, masks: list[Array], wanted: Array, network: IntegerNetwork) -> _Step:
     """Return what `_layer` does for a layer of maxima. Each maximum of two is one lookup."""
     places = np.full(masks[layer.source].size, OUTSIDE)
     places[np.flatnonzero(masks[layer.source])] = np.arange(masks[layer.source].sum())
@@ -246,4 +263,5 @@ def _maximum(
         planes=1,
         plane_bits=table.bits,
     )
-    return function, description, bool((candidates == OUTSIDE).any())
+    pads = bool((candidates == OUTSIDE).any())
+    return _Step(function=function, layer=description, pads=pads, gathers=lambda: True)

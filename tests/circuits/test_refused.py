@@ -61,7 +61,7 @@ def test_what_is_advised_is_what_was_compiled(needed):
             raise Refused("Concrete refuses.")
         return network, config
 
-    with pytest.raises(fheconv.CompilationError, match="Concrete refuses. .* This was tried") as refused:
+    with pytest.raises(fheconv.CompilationError, match=r"Concrete refuses\. .* This was tried") as refused:
         compiled(make, linear(), asked)
     error = refused.value
     assert type(error) is fheconv.CompilationError
@@ -88,6 +88,6 @@ def test_what_ends_otherwise_is_not_tried_again():
         tries.append(config)
         raise fheconv.CompilationError("It took too long.")
 
-    with pytest.raises(fheconv.CompilationError, match="^It took too long.$"):
+    with pytest.raises(fheconv.CompilationError, match=r"^It took too long\.$"):
         compiled(slow, linear(), CompileConfig(lanes=4))
     assert len(tries) == 1
