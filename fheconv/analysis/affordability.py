@@ -1,27 +1,35 @@
 """Refuses circuits that cost too much before Concrete starts, and says what would bring the cost down."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import takewhile
+from time import monotonic
+from typing import Any
 
 from rich.filesize import decimal
 
+from fheconv.analysis.advice import Advice, applied, difference, sentence
 from fheconv.analysis.forecast import Forecast, forecast_of
 from fheconv.analysis.seconds import compiling_seconds, numbers_of
+from fheconv.analysis.trials import MOST_SECONDS, narrower, requantized
 from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
-from fheconv.basics.errors import CostError
+from fheconv.basics.config import QuantConfig
+from fheconv.basics.errors import CostError, FheConvError
 from fheconv.basics.warning import CostWarning, warn
-from fheconv.lowering.lower import Lowered
+from fheconv.lowering.lower import Lowered, lower
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
 
 # Above these, a user is warned: seconds of an image, bytes of keys, seconds of compiling.
 LONG_SECONDS, LARGE_KEYS, LONG_COMPILING = 60.0, 2 * 10**9, 30.0
-# The remedies that are tried: the width to which accumulators are rounded (None: as they are), and the
-# failure probability of a lookup (None: as it was). Those that change least come first.
+# What is tried in a network with lookups: the width to which accumulators are rounded (None: as they are),
+# and the failure probability of a lookup (None: as it was). Those that change least come first.
 REMEDIES: tuple[tuple[int | None, float | None], ...] = (
     (None, 1e-3), (None, 1e-2), (6, None), (6, 1e-2), (5, None), (5, 1e-2), (4, 1e-2), (3, 1e-2)
 )  # fmt: skip
+# In a network without, the failure probability of a result.
+LINEAR_P_ERRORS = (1e-15, 1e-12, 1e-9, 1e-6)
 
 
 def check_cost(lowered: Lowered, config: CompileConfig) -> None:
@@ -38,7 +46,8 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
     if expected.possible and _within(expected, config):
         sentences = []
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
-            sentences += [f"This circuit will take {_costs(expected)}.", _advice(lowered, config)[0]]
+            words = _advice(lowered, config, quantizing=False).words
+            sentences.append(f"This circuit will take {_costs(expected)}. {words}".rstrip())
         if (seconds := compiling_seconds(lowered)) > LONG_COMPILING:
             numbers, layer = max(
                 zip(numbers_of(lowered), lowered.layers, strict=True), key=lambda one: one[0]
@@ -50,19 +59,23 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
         if sentences:
             warn(" ".join(sentences), CostWarning)
         return
-    advice, remedy = _advice(lowered, config)
     if not expected.possible:
         widest = max(expected.layers, key=lambda layer: layer.looked_up)
-        raise CostError(
+        what = (
             f"Concrete has no parameters for this network: the lookups of layer {widest.name!r} have "
-            f"{widest.looked_up} bits, and may fail with a probability of {expected.p_error:.1e}. {advice}",
-            remedy=remedy,
+            f"{widest.looked_up} bits, and may fail with a probability of {expected.p_error:.1e}."
         )
-    raise CostError(
-        f"This circuit would take {_costs(expected)}; allowed are {config.most_seconds} s and "
-        f"{config.most_key_bytes} bytes (CompileConfig.most_seconds and most_key_bytes). {advice}",
-        remedy=remedy,
-    )
+    else:
+        what = (
+            f"This circuit would take {_costs(expected)}; allowed are {config.most_seconds} s and "
+            f"{config.most_key_bytes} bytes (CompileConfig.most_seconds and most_key_bytes)."
+        )
+    raise _advice(lowered, config).after(CostError(what))
+
+
+def advice_for(network: IntegerNetwork, config: CompileConfig) -> Advice:
+    """Return advice with which a network has parameters, and costs no more than allowed. It was tried."""
+    return _advice(lower(network, config.engine), config)
 
 
 def _within(expected: Forecast, config: CompileConfig) -> bool:
@@ -85,45 +98,103 @@ def _long(seconds: float) -> str:
     return f"{seconds:.2g} {unit}"
 
 
-def _advice(lowered: Lowered, config: CompileConfig) -> tuple[str, str | None]:
-    """Return a sentence with the least change that makes the circuit cheap, and that change alone.
+def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True) -> Advice:
+    """Return the least change that makes a circuit cheap, or else the one that helps most.
 
-    Each change is tried: its cost is forecast for this network with its lookups rounded. If none makes it
-    cheap, take the one that helps most, if it halves the cost.
+    A change counts if the circuit is then allowed. It must halve the seconds of one that is allowed already.
+    With `quantizing`, what is to be quantized in another way is tried. Otherwise its cost is an estimate.
     """
     as_it_is = best = forecast_of(lowered, config)
-    seconds = min(LONG_SECONDS, config.most_seconds or LONG_SECONDS)
-    keys = min(LARGE_KEYS, config.most_key_bytes or LARGE_KEYS)
-    remedy = None
-    for bits, p_error in _changes(lowered.network, config):
-        changed = config if p_error is None else replace(config, p_error=p_error, global_p_error=None)
-        tried = forecast_of(lowered if bits is None else _rounded(lowered, bits), changed)
-        cheap = tried.seconds <= seconds and tried.key_bytes <= keys
-        if cheap or tried.seconds < min(best.seconds, as_it_is.seconds / 2):
-            words = [] if bits is None else [f'quantize with overflow="defined" and rounding_bits={bits}']
-            words += [] if p_error is None else [f"compile with p_error={p_error:g}"]
-            best, remedy = tried, " and ".join(words)
-        if cheap:
+    allowed = as_it_is.possible and _within(as_it_is, config)
+    least, chosen = as_it_is.seconds / 2 if allowed else float("inf"), dict[str, Any]()
+
+    def helps(tried: Forecast) -> bool:
+        return tried.possible and _within(tried, config) and (_cheap(tried, config) or tried.seconds < least)
+
+    end = monotonic() + MOST_SECONDS
+    for settings in takewhile(lambda _: monotonic() < end, _changes(lowered, config)):
+        tried = _tried(lowered, config, settings, helps, quantizing=quantizing)
+        if tried is None:
+            continue
+        best, chosen, least = tried, settings, tried.seconds
+        if _cheap(tried, config):
             break
-    sentences = []
-    if remedy is not None:
-        sentences.append(f"{remedy[0].upper()}{remedy[1:]}: then it is forecast to take {_costs(best)}.")
-    if best.seconds > seconds:
+    words = []
+    if chosen:
+        verb = "it is forecast to" if quantizing else "by an estimate it will"
+        words.append(f"{sentence(chosen)[:-1]}: then {verb} take {_costs(best)}.")
+    elif not as_it_is.possible:
+        words.append(
+            "Nothing that was tried gives it parameters; fewer bits in a lookup need larger ones less."
+        )
+    if best.possible and best.lookups and best.seconds > _most_seconds(config):
         layer = max(best.layers, key=lambda layer: layer.lookups)
-        sentences.append(
+        words.append(
             f"Of its {best.lookups:,} lookups, {layer.lookups:,} are in layer {layer.name!r}: fewer "
             "channels, a stride or smaller images there bring it down."
         )
-    return " ".join(sentences), remedy
+    return Advice(words=" ".join(words), settings=chosen)
 
 
-def _changes(network: IntegerNetwork, config: CompileConfig) -> Iterator[tuple[int | None, float | None]]:
-    """Yield the remedies that change something."""
+def _most_seconds(config: CompileConfig) -> float:
+    return min(LONG_SECONDS, config.most_seconds or LONG_SECONDS)
+
+
+def _cheap(expected: Forecast, config: CompileConfig) -> bool:
+    keys = min(LARGE_KEYS, config.most_key_bytes or LARGE_KEYS)
+    return expected.seconds <= _most_seconds(config) and expected.key_bytes <= keys
+
+
+def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]]:
+    """Yield the settings to try, those that change least first."""
+    network = lowered.network
+    if config.parameters is not None:
+        yield {"parameters": None}
+    if config.engine != "matrix" and not forecast_of(lowered, config).possible:
+        yield {"engine": "matrix"}  # of the engines, only this one does for the widest lookups
+    asked = max(config.p_error or 0.0, config.global_p_error or 0.0)
+    other = {} if config.global_p_error is None else {"global_p_error": None}
+    if not lowered.lookups:
+        yield from ({"p_error": p_error, **other} for p_error in LINEAR_P_ERRORS if p_error > asked)
+        yield from (difference(network.config, smaller) for smaller in narrower(network.config))
+        return
     widest = max((t.column_bits for layer in network.layers if (t := _table(layer)) is not None), default=0)
     for bits, p_error in REMEDIES:
-        asked = config.p_error or config.global_p_error or 0.0
         if (bits is None or bits < widest) and (p_error is None or p_error > asked):
-            yield bits, p_error
+            rounding = {} if bits is None else rounded(network.config, bits)
+            yield {**rounding, **({} if p_error is None else {"p_error": p_error, **other})}
+
+
+def rounded(config: QuantConfig, bits: int) -> dict[str, Any]:
+    """Return the settings with which accumulators are rounded to `bits` bits, in windows."""
+    wide = {} if config.accumulator_bits is None else {"accumulator_bits": None}
+    return {"overflow": "defined", "rounding_bits": bits, **wide}
+
+
+def _tried(
+    lowered: Lowered,
+    config: CompileConfig,
+    settings: Mapping[str, Any],
+    helps: Callable[[Forecast], bool],
+    *,
+    quantizing: bool,
+) -> Forecast | None:
+    """Return the forecast with other settings if it helps, None otherwise.
+
+    Quantizing takes long. So what does not help by an estimate is not quantized.
+    """
+    quant, compiling = applied(settings, lowered.network.config, config)
+    if "rounding_bits" in settings:
+        expected = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
+        if not helps(expected) or not quantizing:
+            return expected if helps(expected) else None
+    try:
+        same = quant == lowered.network.config
+        network = lowered.network if same else requantized(lowered.network, quant)
+        expected = forecast_of(lower(network, compiling.engine), compiling)
+    except (FheConvError, MemoryError):
+        return None
+    return expected if helps(expected) else None
 
 
 def _table(layer: object) -> Lookup | None:

@@ -1,12 +1,14 @@
 """Compares the proved bounds of a network's accumulators with a given width."""
 
 import math
+from functools import partial
 
 import numpy as np
 
+from fheconv.analysis.affordability import advice_for
 from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
 from fheconv.analysis.forecast import forecast_of
-from fheconv.analysis.remedy import remedy_for
+from fheconv.analysis.remedy import remedy_for, remedy_for_proof
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.lowering.lower import LoweredLayer, lower
@@ -16,7 +18,7 @@ from fheconv.networks.integers import IntegerNetwork
 
 
 def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
-    """Return the budget of a network, with a remedy if it does not fit `limit` bits.
+    """Return the budget of a network, with a remedy if it does not fit `limit` bits or has no parameters.
 
     Raises `InvalidArgumentError` for a limit that is not a positive integer.
     """
@@ -24,18 +26,32 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
         check_integer("accumulator_bits", limit, 1)
         limit = int(limit)
     lowered = lower(network)
-    shares = [layer.share for layer in forecast_of(lowered, CompileConfig()).layers]
+    expected = forecast_of(lowered, CompileConfig())
+    shares = [layer.share for layer in expected.layers]
     layers = tuple(
         _layer(network, number, low, share)
         for number, (low, share) in enumerate(zip(lowered.layers, shares, strict=True))
     )
-    over = [layer for layer in layers if limit is not None and layer.accumulator_bits > limit]
-    remedy = (
-        remedy_for(network, limit, lambda tried: report(tried).accumulator_bits)
-        if limit is not None and over
-        else None
+    if limit is not None and any(layer.accumulator_bits > limit for layer in layers):
+        advice = remedy_for(network, limit, _widest)
+    elif not expected.possible:
+        advice = advice_for(network, CompileConfig())
+    else:
+        advice = None
+    return BudgetReport(
+        layers=layers,
+        limit=limit,
+        remedy=None if advice is None else advice.words,
+        settings={} if advice is None else advice.settings,
+        possible=expected.possible,
+        proving=partial(remedy_for_proof, network, limit, _widest),
     )
-    return BudgetReport(layers=layers, limit=limit, remedy=remedy)
+
+
+def _widest(network: IntegerNetwork) -> int:
+    """Return the width of the widest accumulator."""
+    lowered = lower(network)
+    return max(_layer(network, n, low, 0.0).accumulator_bits for n, low in enumerate(lowered.layers))
 
 
 def _layer(network: IntegerNetwork, number: int, lowered: LoweredLayer, share: float) -> LayerBudget:

@@ -1,6 +1,6 @@
 """Shows the accumulator widths of a network in a terminal, a notebook and JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,11 +8,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fheconv.analysis.advice import Advice
 from fheconv.basics.arrays import Shape
-from fheconv.basics.errors import AccumulatorOverflowError
+from fheconv.basics.errors import AccumulatorOverflowError, CostError
 from fheconv.basics.report import Report
 from fheconv.networks.quantization import twos_complement_bits
 from fheconv.quantizer.evidence import PRIOR_IMAGES
+
+_IMPOSSIBLE = "Concrete has no parameters for this network at the usual failure probability."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,10 @@ class BudgetReport(Report):
 
     The circuit holds accumulators in offset form: it subtracts each channel's minimum inside the convolution.
     So a channel needs bit_length(span) bits, unsigned, and no bias widens it. `accumulator_bits` is the width
-    that the network needs, `limit` the width it was compared with (None if there was no limit), and `remedy`
-    what to change if it does not fit.
+    that the network needs, and `limit` the width it was compared with (None if there was no limit).
+    `possible` is False if Concrete has no parameters for the network at the usual failure probability.
+    `remedy` is what to change if it does not fit or is not possible. `settings` are the fields of
+    `QuantConfig` and `CompileConfig` that the remedy sets.
 
     Example:
         >>> import numpy as np
@@ -130,6 +135,10 @@ class BudgetReport(Report):
     layers: tuple[LayerBudget, ...]
     limit: int | None
     remedy: str | None
+    settings: Mapping[str, Any]
+    possible: bool
+    # Finds what proves all windows. It quantizes several times, so it is called only if that is asked for.
+    proving: Callable[[], Advice] = field(repr=False, compare=False)
 
     @property
     def accumulator_bits(self) -> int:
@@ -154,16 +163,19 @@ class BudgetReport(Report):
     def require(self, *, proved: bool = False) -> "BudgetReport":
         """Return the report itself, or raise `AccumulatorOverflowError` if something does not fit.
 
-        With `proved`, also raise it if an image could leave the window of a lookup.
+        With `proved`, also raise it if an image could leave the window of a lookup. Raises `CostError` if
+        Concrete has no parameters for the network at the usual failure probability.
         """
         open_ended = [layer for layer in self.layers if not layer.proved]
         if proved and open_ended:
-            raise AccumulatorOverflowError(
+            unproved = AccumulatorOverflowError(
                 f"Layer {open_ended[0].name!r} has windows that hold what calibration reaches, not what the "
-                'worst image needs; only overflow="proved" proves them.',
+                "worst image needs.",
                 layer=open_ended[0].name,
-                remedy='overflow="proved"',
             )
+            raise self.proving().after(unproved)
+        if self.fits and not self.possible:
+            raise CostError(f"{_IMPOSSIBLE} {self.remedy}", remedy=self.remedy, settings=self.settings)
         if self.fits or self.limit is None:
             return self
         layer = max((one for one in self.layers if one.channels), key=lambda one: one.accumulator_bits)
@@ -174,6 +186,7 @@ class BudgetReport(Report):
             value=layer.worst.span,
             limit=2**self.limit - 1,
             remedy=self.remedy,
+            settings=self.settings,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +195,9 @@ class BudgetReport(Report):
             "fits": self.fits,
             "accumulator_bits": self.accumulator_bits,
             "limit": self.limit,
+            "possible": self.possible,
             "remedy": self.remedy,
+            "settings": dict(self.settings),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -268,6 +283,8 @@ class BudgetReport(Report):
                 f"{', '.join(poor)}. Below {PRIOR_IMAGES}, weights are rounded mostly for inputs of any "
                 "kind; calibrate on more images, or on images that differ more."
             )
+        if not self.possible:
+            yield _IMPOSSIBLE
         if self.remedy:
             yield self.remedy
 

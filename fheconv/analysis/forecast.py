@@ -12,7 +12,7 @@ from rich.text import Text
 from fheconv.analysis.failures import failing_lookups
 from fheconv.analysis.parameters import IMAGE, Parameters, choose, linear_dimension
 from fheconv.analysis.seconds import USUAL, read_times, seconds_of
-from fheconv.analysis.sums import Sums, sums_of
+from fheconv.analysis.sums import SHIFTED, Sums, sums_of
 from fheconv.analysis.wide import WIDE_DIMENSION, wide_lookup
 from fheconv.basics.compile_config import GLOBAL_P_ERROR, LINEAR_P_ERROR, ROUNDED_P_ERROR, CompileConfig
 from fheconv.basics.report import Report
@@ -119,7 +119,10 @@ def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
     network, config = lowered.network, completed(lowered.network, config)
     sums = sums_of(lowered)
     p_error = _p_error(sums.lookups, config)
-    price = (_price if sums.lookups else _linear_price)(sums, p_error, config)
+    if sums.lookups:
+        price = _price(sums, p_error, config) or _wide_price(lowered, sums, p_error)
+    else:
+        price = _linear_price(sums, p_error, config)
     if sums.lookups and price.possible:
         seconds = seconds_of(read_times() or USUAL, sums.lookups, price.complexity)
     else:
@@ -187,21 +190,31 @@ def _linear_price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
     return _Price(layers=layers, complexity=float(dimension), key_bytes=0, dimension=dimension)
 
 
-def _price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
-    """Return the price of a circuit with lookups. If they are too wide for one bootstrap each, see `wide`."""
+def _price(sums: Sums, p_error: float, config: CompileConfig) -> _Price | None:
+    """Return the price of a circuit with lookups, None if some are too wide for one bootstrap each."""
     every = [one for layer in sums.by_layer for one in layer]
     chosen = choose(every, sums.conversions, p_error, config.security_level, config.parameters)
-    if chosen is not None:
-        costs = _costs(sums, chosen)
-        return _Price(
-            layers=tuple(costs),
-            complexity=sum(costs),
-            key_bytes=chosen.key_bytes,
-            dimension=max(one.big for one in chosen.partitions),
-        )
-    greatest = max(sum(one.noise.values()) for one in every)
+    if chosen is None:
+        return None
+    costs = _costs(sums, chosen)
+    return _Price(
+        layers=tuple(costs),
+        complexity=sum(costs),
+        key_bytes=chosen.key_bytes,
+        dimension=max(one.big for one in chosen.partitions),
+    )
+
+
+def _wide_price(lowered: Lowered, sums: Sums, p_error: float) -> _Price:
+    """Return the price of a circuit whose lookups take several bootstraps each (see `wide`).
+
+    Concrete has no parameters for them beside narrow lookups. And it cannot take values one by one there: it
+    says "Lowering from FHE to TFHE failed".
+    """
+    greatest = max(sum(one.noise.values()) for layer in sums.by_layer for one in layer)
     found = wide_lookup(max(sums.looked_up), greatest, p_error)
-    if found is None:
+    narrow = any(0 < bits <= SHIFTED for bits in sums.looked_up)
+    if found is None or narrow or lowered.gathers():
         return _impossible(sums)
     each, keys = found
     counts = [sum(one.count for one in layer if one.lookup is not None) for layer in sums.by_layer]

@@ -1,27 +1,22 @@
-"""Says what to change when a network's accumulators are wider than the limit."""
+"""Says what to change when a network's accumulators are wider than the limit, or not proved."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
-import numpy as np
-
-from fheconv.analysis.trials import NO_PARAMETERS, WIDEST, Trials, narrower
-from fheconv.basics.arrays import Array
+from fheconv.analysis.advice import Advice, difference
+from fheconv.analysis.trials import WIDEST, Trials, narrower, requantized
 from fheconv.basics.config import QuantConfig
 from fheconv.networks.bounds import accumulator_bounds
 from fheconv.networks.floats import Layer
 from fheconv.networks.integers import IntegerNetwork
 from fheconv.networks.linear import Kernel
 from fheconv.quantizer.activations import input_quantization
-from fheconv.quantizer.layerwise import quantize_network
 from fheconv.quantizer.rounding.mse import round_mse
 
-# The number of images that stand in for those of calibration, to try widths with.
-STAND_INS = 4
 
-
-def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNetwork], int]) -> str:
+def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNetwork], int]) -> Advice:
     """Return advice that makes the network fit `limit` bits: a way to quantize it, or another change.
 
     It was tried. `widest` returns the width of a network's widest accumulator.
@@ -30,25 +25,46 @@ def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNet
     nearest = config.method == "mse" or (config.method == "auto" and config.accumulator_bits is None)
     if kernel is not None and len(network.layers) == 1 and nearest:
         return _smaller_bits(network, kernel, limit)
-    images = _stand_ins(network)
 
     def trials(most: int) -> Trials:
-        return Trials(
-            lambda config: quantize_network(network.source, images, network.calibrated, config),
-            lambda tried: widest(tried) <= most,
-        )
+        return Trials(partial(requantized, network), lambda tried: widest(tried) <= most)
 
     kept, tried = replace(config, overflow="proved", method="auto", per_channel=True), trials(limit)
     found = tried.first(_keeping(kept, limit, tried))
     if found is not None:
-        words = f"the weights are then chosen to keep to {found.accumulator_bits} bits."
-        return f"Quantize with {found}: {words}" + (f" {NO_PARAMETERS}" if found is tried.second_best else "")
+        return Advice(
+            words=f"Quantize with {found.config}: the weights are then chosen to keep to "
+            f"{found.config.accumulator_bits} bits. {found.words}".rstrip(),
+            settings=found.settings(config),
+        )
     # Where maxima look up differences, even the narrowest values may need more bits.
     for bits in range(limit + 1, WIDEST + 1):
         *_, least = narrower(replace(kept, accumulator_bits=bits))
         if trials(bits).works(least):
-            return f"No widths that were tried fit {limit} bits. Allow {bits}, and quantize with {least}."
-    return f"No widths that were tried fit {limit} bits: give the layers fewer taps."
+            return Advice(
+                words=f"No widths that were tried fit {limit} bits. Allow {bits}, and quantize with {least}.",
+                settings=difference(config, least),
+            )
+    return Advice(words=f"No widths that were tried fit {limit} bits; fewer taps need fewer bits.")
+
+
+def remedy_for_proof(
+    network: IntegerNetwork, limit: int | None, widest: Callable[[IntegerNetwork], int]
+) -> Advice:
+    """Return advice that makes all windows of the network proved, within `limit` bits if there is a limit."""
+    most = WIDEST if limit is None else limit
+    proved = replace(network.config, overflow="proved")
+    kept = replace(proved, method="auto", per_channel=True)
+    trials = Trials(partial(requantized, network), lambda tried: widest(tried) <= most)
+
+    def configs() -> Iterator[QuantConfig]:
+        yield proved
+        yield from _keeping(kept, most, trials)
+
+    found = trials.first(configs())
+    if found is None:
+        return Advice(words='Nothing that was tried with overflow="proved" fits.')
+    return found.advice(network.config)
 
 
 def _keeping(config: QuantConfig, limit: int, tried: Trials) -> Iterator[QuantConfig]:
@@ -57,21 +73,13 @@ def _keeping(config: QuantConfig, limit: int, tried: Trials) -> Iterator[QuantCo
         kept = replace(config, accumulator_bits=bits)
         for one in (kept, *narrower(kept)):
             yield one
-            if tried.second_best is not None:
+            if tried.lacked_parameters:
                 break
         else:
             return
 
 
-def _stand_ins(network: IntegerNetwork) -> Array:
-    """Return images in the range of the calibration images, which the network has not kept."""
-    low, high = network.calibrated.minimum, network.calibrated.maximum
-    shape = (STAND_INS, *network.input_shape)
-    images = np.random.default_rng(0).uniform(low, high, shape)
-    return np.rint(images).astype(np.int64) if network.calibrated.integral else images
-
-
-def _smaller_bits(network: IntegerNetwork, kernel: Kernel, limit: int) -> str:
+def _smaller_bits(network: IntegerNetwork, kernel: Kernel, limit: int) -> Advice:
     """Try smaller (weight_bits, input_bits) on the float weights, and return advice with the first that fits.
 
     Pairs with the most bits in all are tried first, and among them those with the most weight bits.
@@ -97,10 +105,14 @@ def _smaller_bits(network: IntegerNetwork, kernel: Kernel, limit: int) -> str:
             pad_value=inputs.zero_point,
         ).offset_bits
         if bits <= limit:
-            return f"Quantize with {smaller}: that is proved to need {bits} bits."
+            return Advice(
+                words=f"Quantize with {smaller}: that is proved to need {bits} bits.",
+                settings=difference(config, smaller),
+            )
         tried.append((bits, smaller))
     least, smaller = min(tried, key=lambda attempt: attempt[0])
-    return (
-        f"No width of weights and inputs fits: with {smaller} it still needs {least}. Allow "
-        f"accumulator_bits={least}, or give the layer fewer taps (groups, a smaller kernel)."
+    return Advice(
+        words=f"No width of weights and inputs fits: with {smaller} it still needs {least}. Allow "
+        f"accumulator_bits={least}; fewer taps (groups, a smaller kernel) need fewer bits.",
+        settings=difference(config, smaller),
     )

@@ -1,32 +1,67 @@
 """Finds a configuration that a network fits, by quantizing it in other ways until one works."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from time import monotonic
 from typing import Any, cast
 
-from fheconv.analysis.forecast import forecast
+import numpy as np
+
+from fheconv.analysis.advice import Advice, difference, sentence
+from fheconv.analysis.forecast import forecast_of
+from fheconv.basics.arrays import Array
+from fheconv.basics.compile_config import ROUNDED_P_ERROR, CompileConfig
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, FheConvError
+from fheconv.lowering.lower import lower
 from fheconv.networks.integers import IntegerNetwork
+from fheconv.quantizer.layerwise import quantize_network
 
 # The widest accumulators of a lookup, and the widest values, that `QuantConfig` takes.
 WIDEST, MOST_BITS = 16, 8
 # Remedies are tried for so long.
 MOST_SECONDS = 60.0
-# What a message says of a configuration that fits and yet cannot be compiled as it is.
-NO_PARAMETERS = (
-    "This was tried and fits, but Concrete has no parameters for its lookups at the usual failure "
-    "probability: compile with a larger p_error, or quantize with rounding_bits too."
-)
+# The failure probabilities of a lookup that are tried where Concrete has no parameters at the usual one.
+P_ERRORS = (1e-3, 1e-2, ROUNDED_P_ERROR)
+# The number of images that stand in for those of calibration, to try numbers of bits with.
+STAND_INS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Holds a configuration that fits, and the failure probability that it needs (None: the usual one)."""
+
+    config: QuantConfig
+    p_error: float | None = None
+
+    def settings(self, old: QuantConfig) -> dict[str, Any]:
+        """Return what changes `old`, and the failure probability if the usual one does not do."""
+        return difference(old, self.config) | ({} if self.p_error is None else {"p_error": self.p_error})
+
+    @property
+    def words(self) -> str:
+        """A sentence about the failure probability, empty if it is the usual one."""
+        if self.p_error is None:
+            return ""
+        return (
+            f"Compile it with p_error={self.p_error:g}: at the usual failure probability, Concrete has no "
+            "parameters for its lookups."
+        )
+
+    def advice(self, old: QuantConfig) -> Advice:
+        """Return the advice to quantize with what changes `old`."""
+        changed = sentence(difference(old, self.config))
+        words = f"{changed} This was tried, and fits. {self.words}".rstrip()
+        return Advice(words=words, settings=self.settings(old))
 
 
 class Trials:
     """Quantizes with one configuration after another. `fits` says whether a network is as it should be.
 
     `failed` is what the last configuration was refused with, None if it was quantized. `second_best` is the
-    first that fits, but for which Concrete has no parameters at the usual failure probability.
+    first that fits, but for which Concrete only has parameters at a larger failure probability than usual.
+    `lacked_parameters` is True once one fits that has none at the usual failure probability.
     """
 
     def __init__(
@@ -36,7 +71,8 @@ class Trials:
     ) -> None:
         self._quantize, self._fits = quantize, fits
         self.failed: FheConvError | None = None
-        self.second_best: QuantConfig | None = None
+        self.second_best: Found | None = None
+        self.lacked_parameters = False
 
     def works(self, config: QuantConfig) -> bool:
         """Return whether a network is quantized with this, fits, and has parameters."""
@@ -50,19 +86,37 @@ class Trials:
             return False
         if not self._fits(network):
             return False
-        possible = forecast(network).possible
+        lowered = lower(network)
+        possible = forecast_of(lowered, CompileConfig()).possible
+        self.lacked_parameters |= not possible
         if not possible and self.second_best is None:
-            self.second_best = config
+            enough = (p for p in P_ERRORS if forecast_of(lowered, CompileConfig(p_error=p)).possible)
+            p_error = next(enough, None)
+            self.second_best = None if p_error is None else Found(config=config, p_error=p_error)
         return possible
 
-    def first(self, configs: Iterator[QuantConfig]) -> QuantConfig | None:
+    def first(self, configs: Iterator[QuantConfig]) -> Found | None:
         """Return the first of the configurations that works, or the second best, or None.
 
         Large networks take long to quantize, so nothing new is tried after `MOST_SECONDS`.
         """
         end = monotonic() + MOST_SECONDS
         in_time = takewhile(lambda _: monotonic() < end, configs)
-        return next(filter(self.works, in_time), self.second_best)
+        found = next(filter(self.works, in_time), None)
+        return self.second_best if found is None else Found(config=found)
+
+
+def requantized(network: IntegerNetwork, config: QuantConfig) -> IntegerNetwork:
+    """Return the network quantized in another way, on images that stand in for those of calibration."""
+    return quantize_network(network.source, _stand_ins(network), network.calibrated, config)
+
+
+def _stand_ins(network: IntegerNetwork) -> Array:
+    """Return images in the range of the calibration images, which the network has not kept."""
+    low, high = network.calibrated.minimum, network.calibrated.maximum
+    shape = (STAND_INS, *network.input_shape)
+    images = np.random.default_rng(0).uniform(low, high, shape)
+    return np.rint(images).astype(np.int64) if network.calibrated.integral else images
 
 
 def tried(
@@ -70,27 +124,14 @@ def tried(
 ) -> AccumulatorOverflowError:
     """Return the error with a remedy that was tried. `quantize` has raised it for `config`.
 
-    It is the error itself if its own remedy works. The remedy is None if none was found that does.
+    The remedy is None if none was found that works.
     """
     trials = Trials(quantize)
     found = trials.first(_changed(error, config, trials))
-    remedy = None if found is None else difference(config, found)
-    if remedy == error.remedy and found is not trials.second_best:
-        return error
-    if remedy is None:
-        advice = "None of the other numbers of bits that were tried fits: give the layer fewer taps."
-    else:
-        advice = f"Quantize with {remedy}."
-        advice += f" {NO_PARAMETERS}" if found is trials.second_best else " This was tried, and fits."
-    fact, _, _ = str(error).rpartition("; ")
-    return AccumulatorOverflowError(
-        f"{fact}. {advice}",
-        layer=error.layer,
-        channel=error.channel,
-        value=error.value,
-        limit=error.limit,
-        remedy=remedy,
-    )
+    if found is None:
+        words = "None of the other numbers of bits that were tried fits; fewer taps need fewer bits."
+        return Advice(words=words).after(error)
+    return found.advice(config).after(error)
 
 
 def _changed(error: AccumulatorOverflowError, config: QuantConfig, trials: Trials) -> Iterator[QuantConfig]:
@@ -135,16 +176,3 @@ def narrower(config: QuantConfig) -> Iterator[QuantConfig]:
 def _at_most(value: Any, bits: int) -> int:
     """Return a number of bits that is at most `bits`, for all layers. What was left open is at most 4."""
     return min(value if isinstance(value, int) else 4, bits)
-
-
-def difference(old: QuantConfig, new: QuantConfig) -> str:
-    """Return what `new` changes, such as 'method="accumulator" and accumulator_bits=8'."""
-    words = []
-    for field in fields(old):
-        value = getattr(new, field.name)
-        if value != getattr(old, field.name):
-            shown = f'"{value}"' if isinstance(value, str) else repr(value)
-            words.append(f"{field.name}={shown}")
-    # Accumulators come first: they are what did not fit.
-    words.sort(key=lambda word: not word.startswith("accumulator_bits"))
-    return " and ".join(words)

@@ -30,8 +30,8 @@ def exact_dtypes(a: Array, b: Array, terms: int, bias: Array | None) -> tuple[np
     bound = max(bound, *(_max_abs(operand) for operand in operands))
     if bound >= 2**63:
         raise AccumulatorOverflowError(
-            f"A sum of {terms} integer products may reach {bound}, past int64 (2**63 − 1); use "
-            "narrower weights or inputs.",
+            f"A sum of {terms} integer products may reach {bound}, past int64 (2**63 − 1). "
+            "Narrower weights or inputs reach less far.",
             value=bound,
             limit=2**63 - 1,
         )

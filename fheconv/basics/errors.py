@@ -16,8 +16,12 @@ FheConvError
 ├── RemoteError               a server that cannot be reached, is busy or full, or refuses the token
 └── MissingExtraError         a package of an optional extra that is not installed
 
-A message says what was wrong, the value, the limit and the next step.
+A message says what was wrong, the value, the limit and the next step. What it advises as a remedy was tried
+before, and worked.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class FheConvError(Exception):
@@ -74,12 +78,13 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
     """A proved accumulator range does not fit its width.
 
     Attributes: `layer` and `channel` (where it happens), `value` (what is needed), `limit` (what is
-    available) and `remedy` (what to change). Each is None if it does not apply.
+    available) and `remedy` (what to change, in words). Each is None if it does not apply. `settings` are the
+    fields of `QuantConfig` and `CompileConfig` that the remedy sets, empty if there is none.
 
     Example:
         >>> error = AccumulatorOverflowError("Too wide.", layer="conv1", value=300, limit=127)
-        >>> error.layer, error.value - error.limit, error.remedy
-        ('conv1', 173, None)
+        >>> error.layer, error.value - error.limit, error.remedy, error.settings
+        ('conv1', 173, None, {})
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
         value: int | None = None,
         limit: int | None = None,
         remedy: str | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.layer = layer
@@ -98,6 +104,7 @@ class AccumulatorOverflowError(FheConvError, OverflowError):
         self.value = value
         self.limit = limit
         self.remedy = remedy
+        self.settings = dict(settings or {})
 
 
 class InputRangeError(FheConvError, ValueError):
@@ -113,23 +120,30 @@ class InputRangeError(FheConvError, ValueError):
 
 
 class CompilationError(FheConvError):
-    """Concrete cannot compile the circuit."""
+    """Concrete cannot compile the circuit.
+
+    Attributes: `remedy`, what to change, in words, None if nothing was found that helps, and `settings`, the
+    fields of `QuantConfig` and `CompileConfig` that the remedy sets, empty if there is none.
+
+    Example:
+        >>> error = CompilationError("No parameters.", remedy="p_error=0.01", settings={"p_error": 0.01})
+        >>> error.remedy, error.settings
+        ('p_error=0.01', {'p_error': 0.01})
+    """
+
+    def __init__(
+        self, message: str, *, remedy: str | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        self.settings = dict(settings or {})
 
 
 class CostError(CompilationError):
     """A circuit would cost more than `CompileConfig` allows, or Concrete has no parameters for it.
 
-    It is raised before Concrete starts. `remedy` is a change that brings the cost down, None if none was
-    found that does.
-
-    Example:
-        >>> CostError("Too slow.", remedy="rounding_bits=5").remedy
-        'rounding_bits=5'
+    It is raised before Concrete starts. `remedy` is a change with which the circuit is allowed.
     """
-
-    def __init__(self, message: str, *, remedy: str | None = None) -> None:
-        super().__init__(message)
-        self.remedy = remedy
 
 
 class ExecutionError(FheConvError):

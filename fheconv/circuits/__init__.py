@@ -9,6 +9,7 @@ keys: holds evaluation keys, and writes and reads key files.
 owner: holds the keys, encrypts and decrypts.
 verification: compares encrypted results with clear ones.
 together: decides how many images share a ciphertext.
+refused: finds out what does compile, where Concrete refuses.
 circuit: the entry: compiles a circuit with both sides at once.
 client: the side with the keys.
 server: the side without secret keys.

@@ -29,6 +29,7 @@ from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
+from fheconv.circuits.refused import compiled
 from fheconv.circuits.together import images_together
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
@@ -301,7 +302,7 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
     2 GB of keys. Raises `CostError` before Concrete starts for a circuit that costs more than `config`
     allows, or for which there are no parameters; both say what brings the cost down. Raises
     `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if Concrete
-    cannot compile the network.
+    cannot compile the network. What these advise was compiled before.
 
     Example:
         >>> import numpy as np
@@ -316,7 +317,11 @@ def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> F
         raise InvalidArgumentError(
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
-    config = CompileConfig() if config is None else config
+    return compiled(_checked, network, CompileConfig() if config is None else config)
+
+
+def _checked(network: QuantizedNetwork, config: CompileConfig) -> FheCircuit:
+    """Compile a network that costs no more than allowed."""
     lowered = None
     if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
         lowered = lower(network, config.engine)

@@ -24,6 +24,7 @@ from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.circuit import Fhe, FheCircuit
 from fheconv.circuits.cost import TiledCost
+from fheconv.circuits.refused import compiled
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.networks.floats import Conv, Network
 from fheconv.networks.linear import Term
@@ -54,7 +55,7 @@ class TiledCircuit(Brief):
         layer, kernel = network.last, network.last.convolution
         if kernel is None or len(network.layers) > 1:
             raise InvalidArgumentError(
-                "Tiles are for networks of a single convolution; compile this one whole."
+                "Tiles are for networks of a single convolution; fheconv.compile takes others."
             )
         self._kernel, geometry = kernel, kernel.geometry
         axes = len(geometry.kernel)
@@ -233,4 +234,8 @@ def compile_tiled(
         raise InvalidArgumentError(
             f"compile_tiled takes what fheconv.quantize returned, not {type(network).__name__}."
         )
-    return TiledCircuit(network, tile, CompileConfig() if config is None else config)
+
+    def of_tiles(network: QuantizedNetwork, config: CompileConfig) -> TiledCircuit:
+        return TiledCircuit(network, tile, config)
+
+    return compiled(of_tiles, network, CompileConfig() if config is None else config)

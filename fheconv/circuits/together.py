@@ -42,15 +42,13 @@ def images_together(one: Lowered, config: CompileConfig) -> int:
     else:
         lanes = config.lanes
     if all_lanes(lanes) > LINEAR_LIMIT:
-        remedy = "use fewer weight_bits or input_bits" + (", or fewer lanes" if lanes > 1 else "")
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r} needs {one.bits} accumulator bits for each of {lanes} images in a "
             f"ciphertext, and with weights of Euclidean norm 2^{norms[channel]:.1f} in channel {channel} "
-            f"that is {all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has; {remedy}.",
+            f"that is {all_lanes(lanes):.1f} bits of the {LINEAR_LIMIT:.0f} that Concrete has.",
             layer=layer.name,
             channel=channel,
             value=math.ceil(all_lanes(lanes)),
             limit=int(LINEAR_LIMIT),
-            remedy=remedy,
         )
     return lanes

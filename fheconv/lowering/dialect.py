@@ -82,6 +82,12 @@ def _looked_up(table: Lookup, which: Array, x: Any) -> Any:
     return hint(each[x], twos_complement_bits(int(rows.min()), greatest))
 
 
+def gathers(index: Array, width: int) -> bool:
+    """Return True if `take` does more than give all `width` values another shape."""
+    places = index.ravel()
+    return len(places) != width or bool((places != np.arange(width)).any())
+
+
 def take(x: Any, index: Array) -> Any:
     """Return the values of x (N, n) at `index`, (N, *index.shape), and 0 where `index` is `OUTSIDE`."""
     places, width = index.ravel(), x.shape[1]
@@ -96,7 +102,7 @@ def take(x: Any, index: Array) -> Any:
     if outside.any():
         flat = np.concatenate((flat, fhe.zeros((1,))))
         places = np.where(outside, width, places)
-    if len(places) != flat.shape[0] or (places != np.arange(len(places))).any():
+    if gathers(places, flat.shape[0]):
         flat = flat[places]
     return flat.reshape((1, *index.shape))
 

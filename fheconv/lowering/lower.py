@@ -45,6 +45,16 @@ class LoweredLayer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """Holds the function of a layer, its description, and what `Lowered` says of all layers."""
+
+    function: Function
+    layer: LoweredLayer
+    pads: bool
+    gathers: Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Lowered:
     """A circuit's function, with everything needed to make its inputs and to read its results.
 
@@ -52,13 +62,16 @@ class Lowered:
     `interface.prepare` makes the integers, and `interface.accumulators` turns the results into accumulators.
     The results are the `planes` of the last accumulators, in offset form: never negative, and at most `bits`
     wide by the proof in `planes.bounds` (which leaves the bias out). Values that no result depends on are
-    left out, and so are constant results. `padded` tells which layers read a padding.
+    left out, and so are constant results. `padded` tells which layers read a padding. `gathers()` is True if
+    some layer takes values of a tensor one by one, which Concrete cannot do with the widest values. It
+    makes arrays as large as tensors.
     """
 
     function: Callable[[Any], Any]
     network: IntegerNetwork
     layers: tuple[LoweredLayer, ...]
     padded: tuple[bool, ...]
+    gathers: Callable[[], bool]
     planes: Planes
     interface: Interface
 
@@ -100,8 +113,8 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
         elif (table := layer.lookup) is not None:
             steps.append(lowering.layer(layer, wanted, table.minimum, table.bits))
     # The engine "separable" needs filters of rank one. The digits of such a filter may have a higher rank.
-    lookup_bits = max((step[1].lookup_bits for step in steps), default=0) if engine != "separable" else 0
-    lookups = sum(step[1].lookups for step in steps)
+    lookup_bits = max((step.layer.lookup_bits for step in steps), default=0) if engine != "separable" else 0
+    lookups = sum(step.layer.lookups for step in steps)
     planes = in_planes(network.last, network.shapes, lookup_bits, lookups)
     start, bounds = planes.bounds.channel_minimum, planes.bounds
     changes = bounds.maximum != along_channels(start, bounds.maximum.ndim)
@@ -112,9 +125,9 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     # A result of fewer bits than the image, next to which it is computed, would make Concrete expect a
     # narrower image than it is given.
     least = twos_complement_bits(min(ends[0], 0), ends[1])
-    function, last, pads = lowering.layer(planes.layer, computed, start, bits, riding.every, least)
-    last = replace(last, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
-    functions = [*(step[0] for step in steps), function]
+    last = lowering.layer(planes.layer, computed, start, bits, riding.every, least)
+    described = replace(last.layer, bits=riding.width(planes.accumulator_bits), planes=len(planes.factors))
+    functions = [*(step.function for step in steps), last.function]
     image_bits = riding.width(network.input.integer_bits)
 
     def circuit(x: Any) -> Any:
@@ -126,8 +139,9 @@ def lower(network: IntegerNetwork, engine: Engine = "auto", lanes: int = 1) -> L
     return Lowered(
         function=circuit,
         network=network,
-        layers=(*(step[1] for step in steps), last),
-        padded=(*(step[2] for step in steps), pads),
+        layers=(*(step.layer for step in steps), described),
+        padded=tuple(step.pads for step in (*steps, last)),
+        gathers=lambda: any(step.gathers() for step in (*steps, last)),
         planes=planes,
         interface=Interface(
             input=network.input,
@@ -171,8 +185,8 @@ class _Lowering:
 
     def layer(
         self, layer: QuantizedLayer, wanted: Array, start: Array, bits: int, every: int = 1, least: int = 0
-    ) -> tuple[Function, LoweredLayer, bool]:
-        """Return the function of a layer, its description, and whether it reads a padding.
+    ) -> _Step:
+        """Return a layer's function, and what is to be known of it.
 
         The function computes the accumulators at `wanted`, subtracts `start` (C,), so that they are `bits`
         wide, and looks them up. Constants are multiplied by `every`: 1 for one image in a ciphertext,
@@ -214,9 +228,15 @@ class _Lowering:
             planes=1,
             plane_bits=bits,
         )
-        return function, description, any(plan.pads for plan in plans)
 
-    def maximum(self, layer: Maximum, wanted: Array) -> tuple[Function, LoweredLayer, bool]:
+        def gathers() -> bool:
+            constant = () if table is None else table.constant[made()[2]]
+            return (any(constant) and not all(constant)) or any(plan.gathers for plan in plans)
+
+        pads = any(plan.pads for plan in plans)
+        return _Step(function=function, layer=description, pads=pads, gathers=gathers)
+
+    def maximum(self, layer: Maximum, wanted: Array) -> _Step:
         """Return what `layer` does for a layer of maxima. Each maximum of two is one lookup."""
         mask = self.masks[layer.source]
         places = np.full(mask.size, OUTSIDE)
@@ -245,7 +265,8 @@ class _Lowering:
             planes=1,
             plane_bits=table.bits,
         )
-        return function, description, bool((candidates == OUTSIDE).any())
+        pads = bool((candidates == OUTSIDE).any())
+        return _Step(function=function, layer=description, pads=pads, gathers=lambda: True)
 
 
 def _lookups(table: Lookup, layer: QuantizedLayer, wanted: Array) -> int:

@@ -16,7 +16,7 @@ from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import Engine
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.lowering import engines
-from fheconv.lowering.dialect import take
+from fheconv.lowering.dialect import gathers, take
 from fheconv.lowering.engines import ENGINES, MATRIX_COST, multiply_adds
 from fheconv.lowering.pruning import Plain, prune
 from fheconv.networks.linear import Kernel, Select, Term
@@ -89,6 +89,16 @@ class Plan:
             for axis in ((one.index,) if isinstance(one, Select) else one[1].inputs.axes)
         )
         return self.engine != "matrix" and any((place == OUTSIDE).any() for place in places)
+
+    @property
+    def gathers(self) -> bool:
+        """True if the program takes some values of a tensor, or all in another order."""
+        program, width = self.program(), int(self.read.sum())
+        for _, plain, places in program.stages:
+            if gathers(places, width):
+                return True
+            width = math.prod(plain.outputs.shape)
+        return program.matrix is None and gathers(program.places, width)
 
     def program(self) -> "TermProgram":
         """Return the program that computes the term."""

@@ -178,17 +178,11 @@ class Building:
         bits = width(layer.name, span, rounding_bits, proved=proved) if looks_up else span.bit_length()
         if limit is None or bits <= limit:
             return bits
-        advice, remedy = 'use method="accumulator", which keeps to them', 'method="accumulator"'
-        if self._windows_are_chosen:
-            remedy = f"accumulator_bits={bits}"
-            advice = f"allow as many with {remedy}, or fewer bits for the inputs"
         raise AccumulatorOverflowError(
-            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed; "
-            f"{advice}.",
+            f"Layer {layer.name!r} needs {bits} accumulator bits, and accumulator_bits={limit} are allowed.",
             layer=layer.name,
             value=span,
             limit=2**limit - 1,
-            remedy=remedy,
         )
 
     def network(self) -> IntegerNetwork:

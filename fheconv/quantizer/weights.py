@@ -13,7 +13,7 @@ from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.moments import Moments
 from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
 from fheconv.quantizer.rows import IntegerTerms, Rows
-from fheconv.quantizer.windows import Budget, width
+from fheconv.quantizer.windows import Budget
 
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -85,7 +85,7 @@ class FittedWeights:
         floats: Sequence[Array],
         tensors: Sequence[Array],
     ) -> None:
-        self._layer, self._inputs = layer, inputs
+        self._layer = layer
         self._rows = rows = Rows(layer, inputs, shapes)
         self._reach = rows.reach(layer.sums(floats))
         moments = Moments(rows, inputs, shapes, tensors, floats)
@@ -126,18 +126,12 @@ class FittedWeights:
         layer, least = self._layer, min(part.range for part in self._rows.parts)
         if budget.steps >= least:
             return
-        enough = f"accumulator_bits={width(layer.name, least, budget.rounding_bits)}"
-        activations = [q.bits for term, q in zip(layer.terms, self._inputs, strict=True) if term.source]
-        if activations:  # by default, wider accumulators would give them more bits
-            enough += f" and activation_bits={max(activations)}"
         raise AccumulatorOverflowError(
             f"Layer {layer.name!r}: a single weight of 1 already lets the accumulator span {least} steps, "
-            f"where {budget.steps} are allowed; quantize with {enough}, or use fewer bits for the inputs of "
-            "the layer.",
+            f"where {budget.steps} are allowed.",
             layer=layer.name,
             value=least,
             limit=budget.steps,
-            remedy=enough,
         )
 
 

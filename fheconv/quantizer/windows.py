@@ -107,12 +107,10 @@ def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = Tru
     most = room(LOOKUP_LIMIT, rounding_bits, proved=proved)
     raise AccumulatorOverflowError(
         f"Layer {name!r} spans {span} accumulator steps, more than the {most} that the {LOOKUP_LIMIT} bits "
-        "of a lookup hold; quantize with accumulator_bits, or with fewer weight_bits, activation_bits or "
-        "input_bits.",
+        "of a lookup hold.",
         layer=name,
         value=span,
         limit=most,
-        remedy=f"accumulator_bits={LOOKUP_LIMIT} or less",
     )
 
 

@@ -1,6 +1,5 @@
 """Circuits that cost too much are refused before Concrete starts, with a change that helps."""
 
-import re
 import time
 import warnings
 
@@ -10,6 +9,7 @@ import torch
 
 import fheconv
 from fheconv.analysis import affordability
+from fheconv.analysis.advice import applied
 from fheconv.analysis.affordability import check_cost
 from fheconv.analysis.seconds import compiling_seconds, numbers_of
 from fheconv.circuits import circuit
@@ -24,7 +24,14 @@ def net():
 
 @pytest.fixture(scope="module")
 def wide(net):
-    """Lookups of many bits: minutes an image."""
+    """Lookups of 8 bits: over a minute an image."""
+    module, images = net
+    return quantize(module, images, weight_bits=6, activation_bits=6, input_bits=6, accumulator_bits=8)
+
+
+@pytest.fixture(scope="module")
+def impossible(net):
+    """Lookups of 15 bits, whose values are taken one by one: Concrete cannot do that."""
     module, images = net
     return quantize(module, images, weight_bits=6, activation_bits=6, input_bits=6)
 
@@ -46,14 +53,10 @@ def test_a_dear_circuit_is_refused_at_once_with_a_remedy_that_holds(net, wide, n
     with pytest.raises(fheconv.CostError, match="most_seconds") as refused:
         fheconv.compile(wide, limits)
     assert time.perf_counter() - started < 5
-    promised = refused.value.remedy
-    assert promised in str(refused.value).lower()
-    bits = re.search(r"rounding_bits=(\d)", promised)
-    p_error = re.search(r"p_error=([\d.e-]+)", promised)
-    module, images = net
-    changed = quantize(module, images, overflow="defined", rounding_bits=int(bits[1])) if bits else wide
-    config = fheconv.CompileConfig(most_seconds=20, p_error=float(p_error[1]) if p_error else None)
-    assert changed.forecast(config).seconds < 20
+    error, (module, images) = refused.value, net
+    assert error.remedy in str(error)
+    quant, config = applied(error.settings, wide.config, limits)
+    check_cost(lower(fheconv.quantize(module, images, quant)), config)
 
 
 def test_what_no_change_of_bits_makes_cheap_is_told_where_its_lookups_are(net, no_concrete):
@@ -108,12 +111,48 @@ def test_a_cheap_circuit_is_not_warned_of(net):
         check_cost(lower(cheap), fheconv.CompileConfig(p_error=1e-2))
 
 
-def test_without_parameters_it_is_refused_even_without_limits(wide, no_concrete, monkeypatch):
-    monkeypatch.setattr("fheconv.analysis.forecast.wide_lookup", lambda *arguments: None)
-    config = fheconv.CompileConfig(most_seconds=None, most_key_bytes=None)
-    assert not wide.forecast(config).possible
-    with pytest.raises(fheconv.CostError, match="no parameters"):
+UNLIMITED = fheconv.CompileConfig(most_seconds=None, most_key_bytes=None)
+
+
+def test_without_parameters_it_is_refused_even_without_limits(net, impossible, no_concrete):
+    assert not impossible.forecast(UNLIMITED).possible
+    with pytest.raises(fheconv.CostError, match="no parameters") as refused:
+        fheconv.compile(impossible, UNLIMITED)
+    error, (module, images) = refused.value, net
+    assert error.settings
+    quant, config = applied(error.settings, impossible.config, UNLIMITED)
+    check_cost(lower(fheconv.quantize(module, images, quant)), config)
+
+
+def test_a_budget_says_what_has_no_parameters(net, impossible):
+    report = impossible.budget()
+    assert report.fits
+    assert not report.possible
+    assert "no parameters" in str(report)
+    with pytest.raises(fheconv.CostError, match="no parameters") as refused:
+        report.require()
+    error, (module, images) = refused.value, net
+    assert error.settings == report.settings
+    quant, config = applied(error.settings, impossible.config, fheconv.CompileConfig())
+    fheconv.compile(fheconv.quantize(module, images, quant), config)
+
+
+def test_where_no_change_gives_parameters_none_is_promised(impossible, no_concrete, monkeypatch):
+    for name in ("choose", "wide_lookup"):
+        monkeypatch.setattr(f"fheconv.analysis.forecast.{name}", lambda *arguments: None)
+    with pytest.raises(fheconv.CostError, match="Nothing that was tried") as refused:
+        fheconv.compile(impossible, UNLIMITED)
+    assert (refused.value.remedy, refused.value.settings) == (None, {})
+    assert "fewer channels" not in str(refused.value)
+
+
+def test_a_range_without_parameters_is_dropped_before_anything_is_quantized_in_another_way(wide, no_concrete):
+    tiny = fheconv.ParameterRange(log2_polynomial_sizes=(8,), glwe_dimensions=(1,))
+    config = fheconv.CompileConfig(most_seconds=None, most_key_bytes=None, parameters=tiny)
+    with pytest.raises(fheconv.CostError, match="no parameters") as refused:
         fheconv.compile(wide, config)
+    assert refused.value.settings == {"parameters": None}
+    check_cost(lower(wide), UNLIMITED)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, np.nan, "1", True])

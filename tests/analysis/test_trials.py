@@ -116,7 +116,7 @@ def test_concrete_compiles_what_a_remedy_advises():
 @pytest.mark.parametrize("width", [3, None, {"conv": 3}])
 def test_where_nothing_that_is_tried_works_no_numbers_are_promised(kind, width):
     error = fheconv.AccumulatorOverflowError(
-        "Layer 'conv' spans 9; use any", layer="conv", channel=1, value=9, limit=7, remedy="any"
+        "Layer 'conv' spans 9.", layer="conv", channel=1, value=9, limit=7
     )
 
     def never(config):

@@ -240,12 +240,11 @@ def test_weights_on_which_the_native_compiler_would_abort_are_refused_before_it_
     if bits < 59:  # at 59 the bounds themselves pass 2**63
         assert caught.value.layer == "conv"
         assert caught.value.limit == 58
-        assert caught.value.remedy in str(caught.value)
 
 
-def test_what_concrete_cannot_compile_names_the_layer_its_width_and_the_remedy(network):
+def test_what_concrete_cannot_compile_names_the_layer_and_its_width(network):
     """Just below the widths that are refused: no crypto parameters reach 2**-64 there."""
-    with pytest.raises(fheconv.CompilationError, match=r"NoParametersFound.*'conv', 31 bits.*weight_bits"):
+    with pytest.raises(fheconv.CompilationError, match=r"NoParametersFound.*'conv', 31 bits"):
         fheconv.compile(with_weight(network, 2**24 - 1))
 
 
@@ -290,7 +289,7 @@ def test_a_batch_rides_in_lanes_and_every_image_comes_out_right(network):
 
 
 def test_lanes_that_do_not_fit_are_refused_and_auto_takes_what_fits(network):
-    with pytest.raises(fheconv.AccumulatorOverflowError, match="fewer lanes"):
+    with pytest.raises(fheconv.AccumulatorOverflowError, match="each of 9 images"):
         fheconv.compile(network, fheconv.CompileConfig(lanes=9))
     rng = np.random.default_rng(0)
     wide = fheconv.quantize(

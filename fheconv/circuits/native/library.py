@@ -19,7 +19,7 @@ from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, Compi
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of
 from fheconv.circuits.keys import StoredKeys
-from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened
+from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
 from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.lower import lower
@@ -70,10 +70,9 @@ class NativeCircuits:
             )
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
-            raise CompilationError(
+            raise Refused(
                 f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
-                f"of layer {widest.name!r}, {widest.plane_bits} bits. What may help: fewer accumulator_bits "
-                "or rounding_bits (or fewer weight_bits and input_bits), fewer lanes, or a larger p_error."
+                f"of layer {widest.name!r}, {widest.plane_bits} bits."
             ) from error
         self._folders[number].add(_folder(circuit.server))
         output = next(iter(circuit.graph.output_nodes.values())).output

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fheconv.basics.compile_config import CompileConfig
-from fheconv.basics.errors import FheConvError
+from fheconv.basics.errors import CompilationError, FheConvError
 from fheconv.circuits.sizes import Sizes
 
 
@@ -47,6 +47,10 @@ class Compiled(Opened):
     sizes: Sizes
     p_error: float
     global_p_error: float
+
+
+class Refused(CompilationError):
+    """Concrete ran, and cannot compile this network with these options. Others may do."""
 
 
 class CircuitForgotten(FheConvError):
