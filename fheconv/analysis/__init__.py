@@ -2,6 +2,7 @@
 
 advice: holds what a message advises.
 seconds: tells how long lookups and compiling take.
+noise: tells how often the noise of encrypted values makes them wrong.
 parameters: chooses TFHE parameters as Concrete does.
 sums: finds the encrypted sums whose noise must stay small.
 wide: gives the price of lookups that are too wide for one bootstrap.

@@ -1,6 +1,7 @@
 """Tells what a circuit will cost from the integer network alone, before anything is compiled."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.analysis.failures import failing_lookups
-from fheconv.analysis.parameters import IMAGE, Parameters, choose, linear_dimension
+from fheconv.analysis.parameters import IMAGE, Pair, Parameters, Sum, choose, linear_dimension
 from fheconv.analysis.seconds import USUAL, read_times, seconds_of
 from fheconv.analysis.sums import SHIFTED, Sums, sums_of
 from fheconv.analysis.wide import WIDE_DIMENSION, wide_lookup
@@ -23,6 +24,9 @@ from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 MULTIPLY_ADD = 1.2
 # The bytes of a ciphertext of each bit of its key.
 WORD = 8
+# Of lookups that fail unequally, Concrete lets some fail about so many times as often as the mean, at most.
+# How often is found by halving.
+MOST_UNEVEN, HALVINGS = 1.15, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,8 @@ class Forecast(Report):
 
     `complexity` and `key_bytes` are what `compile` will say. `seconds` are those of this machine if lookups
     were timed on it, otherwise those of two usual cores. `memory` is about what the server's process needs:
-    keys and encrypted values. `p_error` is the failure probability of a lookup, or of a result without
-    lookups. If only that of a whole image is given (`global_p_error`), it is that of each lookup if all fail
-    equally often; those that fail most do so up to a quarter more often. If `possible` is False, Concrete has
-    no parameters for the network, and all costs are infinite.
+    keys and encrypted values. `p_error` is the failure probability of the lookup or result that fails most.
+    If `possible` is False, Concrete has no parameters for the network, and all costs are infinite.
 
     Example:
         >>> import numpy as np
@@ -146,7 +148,7 @@ def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
         seconds=seconds if price.possible else math.inf,
         key_bytes=price.key_bytes,
         memory=2 * price.key_bytes + values * (price.dimension + 1) * WORD,
-        p_error=p_error,
+        p_error=price.p_error,
         possible=price.possible,
     )
 
@@ -163,21 +165,25 @@ def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _Price:
-    """Holds what a circuit costs: the complexity of each layer, its keys and their greatest dimension."""
+    """Holds what a circuit costs: the complexity of each layer, its keys and their greatest dimension.
+
+    `p_error` is the failure probability of the lookup or result that fails most.
+    """
 
     layers: tuple[float, ...]
     complexity: float
     key_bytes: float
     dimension: int
+    p_error: float
 
     @property
     def possible(self) -> bool:
         return self.complexity < math.inf
 
 
-def _impossible(sums: Sums) -> _Price:
+def _impossible(sums: Sums, p_error: float) -> _Price:
     layers = tuple(math.inf if bits else 0.0 for bits in sums.looked_up)
-    return _Price(layers=layers, complexity=math.inf, key_bytes=math.inf, dimension=0)
+    return _Price(layers=layers, complexity=math.inf, key_bytes=math.inf, dimension=0, p_error=p_error)
 
 
 def _linear_price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
@@ -185,15 +191,17 @@ def _linear_price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
     (result,) = sums.by_layer[-1]
     dimension = linear_dimension(result.bits, result.noise.get(IMAGE, 0.0), p_error, config.security_level)
     if dimension is None:
-        return _impossible(sums)
+        return _impossible(sums, p_error)
     layers = (0.0,) * len(sums.bits)
-    return _Price(layers=layers, complexity=float(dimension), key_bytes=0, dimension=dimension)
+    return _Price(
+        layers=layers, complexity=float(dimension), key_bytes=0, dimension=dimension, p_error=p_error
+    )
 
 
 def _price(sums: Sums, p_error: float, config: CompileConfig) -> _Price | None:
     """Return the price of a circuit with lookups, None if some are too wide for one bootstrap each."""
     every = [one for layer in sums.by_layer for one in layer]
-    chosen = choose(every, sums.conversions, p_error, config.security_level, config.parameters)
+    chosen = _chosen(every, sums.conversions, p_error, config)
     if chosen is None:
         return None
     costs = _costs(sums, chosen)
@@ -202,6 +210,7 @@ def _price(sums: Sums, p_error: float, config: CompileConfig) -> _Price | None:
         complexity=sum(costs),
         key_bytes=chosen.key_bytes,
         dimension=max(one.big for one in chosen.partitions),
+        p_error=max(chosen.failures(every, config.security_level)),
     )
 
 
@@ -215,7 +224,7 @@ def _wide_price(lowered: Lowered, sums: Sums, p_error: float) -> _Price:
     found = wide_lookup(max(sums.looked_up), greatest, p_error)
     narrow = any(0 < bits <= SHIFTED for bits in sums.looked_up)
     if found is None or narrow or lowered.gathers():
-        return _impossible(sums)
+        return _impossible(sums, p_error)
     each, keys = found
     counts = [sum(one.count for one in layer if one.lookup is not None) for layer in sums.by_layer]
     return _Price(
@@ -223,7 +232,34 @@ def _wide_price(lowered: Lowered, sums: Sums, p_error: float) -> _Price:
         complexity=sum(counts) * each,
         key_bytes=keys,
         dimension=WIDE_DIMENSION,
+        p_error=p_error,
     )
+
+
+def _chosen(
+    sums: Sequence[Sum], conversions: Mapping[Pair, int], p_error: float, config: CompileConfig
+) -> Parameters | None:
+    """Return the parameters that Concrete chooses, None if there are none.
+
+    If only the failure probability of a whole image is given, lookups that fail most may do so more often
+    than the even share `p_error`, because others fail less often.
+    """
+    level = config.security_level
+    chosen = choose(sums, conversions, p_error, level, config.parameters)
+    if config.p_error is not None or chosen is None:
+        return chosen
+    whole = config.global_p_error or GLOBAL_P_ERROR
+    low, high = p_error, MOST_UNEVEN * p_error
+    for _ in range(HALVINGS):
+        tried = math.sqrt(low * high)
+        found = choose(sums, conversions, tried, level, config.parameters)
+        odds = () if found is None else found.failures(sums, level)
+        failing = sum(one.count * each for one, each in zip(sums, odds, strict=True))
+        if found is not None and failing <= whole:
+            chosen, low = found, tried
+        else:
+            high = tried
+    return chosen
 
 
 def _p_error(lookups: int, config: CompileConfig) -> float:

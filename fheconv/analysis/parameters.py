@@ -14,19 +14,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fheconv.analysis.noise import LEVELS, UNIT, failure, fresh_variance, greatest_variance, switch_variances
 from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import ParameterRange
-from fheconv.basics.security import FLOOR, LEAST_DIMENSION, LINES
+from fheconv.basics.security import LEAST_DIMENSION
 
 # What is tried: bits of the small key, log2 of polynomial sizes, GLWE dimensions, and levels. Larger ones are
 # never the cheapest.
 SMALL = tuple(range(LEAST_DIMENSION, 1400))
-SIZES, DIMENSIONS, LEVELS = tuple(range(8, 18)), tuple(range(1, 7)), np.arange(1, 33)
+SIZES, DIMENSIONS = tuple(range(8, 18)), tuple(range(1, 7))
 # The dimensions that Concrete tries for the key of a circuit without lookups.
 LINEAR = np.arange(512, 2600)
 # The choices for partitions depend on each other. Concrete repeats them until nothing changes, at most so
@@ -34,7 +34,6 @@ LINEAR = np.arange(512, 2600)
 ROUNDS = 10
 # In `Sum.noise`: the variance of an encrypted image.
 IMAGE = -1
-UNIT = 2.0**-64
 
 
 # Two partitions: from the big key of one to a key of the other.
@@ -111,6 +110,32 @@ class Parameters:
         home, to = (self.partitions[one].big for one in pair)
         return float(_switch_cost(home, to, self.conversions[pair])) if self.conversions[pair] else 0.0
 
+    def failures(self, sums: Sequence[Sum], security_level: int = 128) -> list[float]:
+        """Return the probability that each of the sums goes wrong."""
+        found = []
+        for one in sums:
+            home = self.partitions[one.home]
+            variances: dict[int | Pair, float] = {IMAGE: fresh_variance(home.big, security_level)}
+            variances |= {number: partition.variance for number, partition in enumerate(self.partitions)}
+            variances |= {
+                pair: self._switched(pair, self.partitions[pair[1]].big, level, security_level)
+                for pair, level in self.conversions.items()
+            }
+            variance = sum(times * variances[source] for source, times in one.noise.items())
+            if one.lookup is not None:
+                pair, to = (one.home, one.lookup), self.partitions[one.lookup]
+                variance += to.rounding_variance
+                variance += self._switched(pair, to.small, self.key_switches[pair], security_level)
+            found.append(failure(one.bits, variance))
+        return found
+
+    def _switched(self, pair: Pair, dimension: int, level: int, security_level: int) -> float:
+        """Return the variance that a switch from the big key of `pair` to a key of `dimension` bits adds."""
+        if not level:
+            return 0.0
+        (variances,) = switch_variances((dimension,), security_level)
+        return float(self.partitions[pair[0]].big * variances[level - 1])
+
     @property
     def key_bytes(self) -> int:
         """The bytes of evaluation keys in memory."""
@@ -163,15 +188,9 @@ def linear_dimension(bits: int, noise: float, p_error: float, security_level: in
 
     Its results have `bits` bits, and contain `noise` times the variance of an encrypted image.
     """
-    fresh = np.array([_fresh(dimension, security_level) for dimension in LINEAR.tolist()])
+    fresh = np.array([fresh_variance(dimension, security_level) for dimension in LINEAR.tolist()])
     enough = np.flatnonzero(noise * fresh <= greatest_variance(bits, p_error))
     return int(LINEAR[enough[0]]) if len(enough) else None
-
-
-def greatest_variance(bits: int, p_error: float) -> float:
-    """Return the variance with which a value of `bits` bits goes wrong with a probability of `p_error`."""
-    deviations = -NormalDist().inv_cdf(max(p_error / 2, 1e-300))
-    return float((2.0 ** -(bits + 2) / deviations) ** 2)
 
 
 @dataclass(kw_only=True)
@@ -196,7 +215,7 @@ class _Search:
                 if dimension << log_size < LEAST_DIMENSION:
                     continue
                 tried = _bootstraps(dimension, log_size, self.security_level)
-                switched = LEAST_DIMENSION * _switch_noises(SMALL, self.security_level)[:, -1:]
+                switched = LEAST_DIMENSION * switch_variances(SMALL, self.security_level)[:, -1:]
                 (rows,) = np.nonzero((tried.rounding_variance + switched <= room).ravel())
                 if not len(rows):
                     continue
@@ -269,7 +288,7 @@ class _Search:
                 if isinstance(source, tuple):
                     variance = self._converted(*(partitions[one] for one in source))[1]
                 elif source == IMAGE:
-                    variance = _fresh(partitions[one.home].big, self.security_level)
+                    variance = fresh_variance(partitions[one.home].big, self.security_level)
                 else:
                     variance = partitions[source].variance
                 left = left - times * variance
@@ -286,24 +305,18 @@ class _Search:
         """
         if (home.dimension, home.size) == (to.dimension, to.size):
             return np.zeros(np.shape(home.variance), int), np.zeros(np.shape(home.variance))
-        noises = home.big * _switch_noises((to.big,), self.security_level)[0]
+        noises = home.big * switch_variances((to.big,), self.security_level)[0]
         place = np.searchsorted(-noises, -np.asarray(home.variance))
         place = np.minimum(place, len(LEVELS) - 1)
         return LEVELS[place], noises[place]
 
     def _levels(self, home: Bootstrap, to: Bootstrap, room: Any) -> Array:
         """Return the places in `LEVELS` of the fewest levels that add no more variance than `room`."""
-        noises = home.big * _switch_noises(tuple(np.ravel(to.small).tolist()), self.security_level)
+        noises = home.big * switch_variances(tuple(np.ravel(to.small).tolist()), self.security_level)
         found = np.full(np.shape(room), len(LEVELS))
         for place in reversed(range(len(LEVELS))):
             found[noises[:, place].reshape(np.shape(to.small)) <= room] = place
         return found
-
-
-def _fresh(dimension: int, security_level: int) -> float:
-    """Return the variance of fresh encryptions under a key of `dimension` bits."""
-    slope, bias = LINES[security_level]
-    return float(4.0 ** max(slope * dimension + bias, FLOOR))
 
 
 @cache
@@ -313,7 +326,7 @@ def _bootstraps(dimension: int, log_size: int, security_level: int) -> Bootstrap
     big, parts = dimension * size, dimension + 1
     level, base = LEVELS[:, None].astype(float), 2.0 ** np.arange(1, 33)
     step = 2.0 ** np.minimum(2 * level * np.log2(base), 128)
-    key = level * parts * size * (base**2 + 2) / 12 * _fresh(int(big), security_level)
+    key = level * parts * size * (base**2 + 2) / 12 * fresh_variance(int(big), security_level)
     rest = (1 / step - UNIT**2) / 24 * (1 + big / 2) + UNIT**2 * (big / 32 + (1 - big) ** 2 / 64)
     # Fourier transforms compute with 53 bits. The exponent was measured by the makers of Concrete.
     fourier = 2.0 ** (22 - 2.57722494) * level * (base * size) ** 2 * parts * UNIT**2
@@ -329,17 +342,6 @@ def _bootstraps(dimension: int, log_size: int, security_level: int) -> Bootstrap
         variance=small * noise[useful],
         cost=small * turn,
     )
-
-
-@cache
-def _switch_noises(dimensions: tuple[int, ...], security_level: int) -> Array:
-    """Return the variance that switches to some keys add, (n, l), for each bit of the source's key."""
-    key = np.array([_fresh(dimension, security_level) for dimension in dimensions])[:, None, None]
-    level, base = LEVELS[None, :, None].astype(float), 2.0 ** np.arange(1, 33)
-    step = 2.0 ** np.minimum(2 * level * np.log2(base), 128)
-    noise = (1 / step - UNIT**2) / 24 + UNIT**2 / 16 + level * key * (base**2 + 2) / 12
-    found: Array = np.minimum.accumulate(noise.min(axis=2), axis=1)
-    return found
 
 
 def _switch_cost(big: int, small: Any, levels: Any) -> Any:
