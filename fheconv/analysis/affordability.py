@@ -9,7 +9,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from fheconv.analysis.advice import Advice, applied, difference, sentence
-from fheconv.analysis.forecast import Forecast, forecast_of
+from fheconv.analysis.forecast import Forecast, allowed, forecast_of
 from fheconv.analysis.trials import MOST_SECONDS, narrower, requantized
 from fheconv.basics.arrays import frozen
 from fheconv.basics.compile_config import CompileConfig
@@ -43,7 +43,7 @@ def check_cost(network: IntegerNetwork, config: CompileConfig) -> None:
     expected = forecast_of(lowered, config)
     if not expected.possible and not expected.lookups:
         return
-    if expected.possible and _within(expected, config):
+    if allowed(expected, config):
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
             words = _advice(lowered, config, quantizing=False).words
             warn(f"This circuit will take {_costs(expected)}. {words}".rstrip(), CostWarning)
@@ -67,11 +67,6 @@ def advice_for(network: IntegerNetwork, config: CompileConfig) -> Advice:
     return _advice(lower(network, config.engine), config)
 
 
-def _within(expected: Forecast, config: CompileConfig) -> bool:
-    seconds, keys = config.most_seconds, config.most_key_bytes
-    return (seconds is None or expected.seconds <= seconds) and (keys is None or expected.key_bytes <= keys)
-
-
 def _costs(expected: Forecast) -> str:
     """Return seconds and bytes of keys in words."""
     seconds, unit = expected.seconds, "s"
@@ -89,11 +84,10 @@ def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True)
     With `quantizing`, what is to be quantized in another way is tried. Otherwise its cost is an estimate.
     """
     as_it_is = best = forecast_of(lowered, config)
-    allowed = as_it_is.possible and _within(as_it_is, config)
-    least, chosen = as_it_is.seconds / 2 if allowed else float("inf"), dict[str, Any]()
+    least, chosen = as_it_is.seconds / 2 if allowed(as_it_is, config) else float("inf"), dict[str, Any]()
 
     def helps(tried: Forecast) -> bool:
-        return tried.possible and _within(tried, config) and (_cheap(tried, config) or tried.seconds < least)
+        return allowed(tried, config) and (_cheap(tried, config) or tried.seconds < least)
 
     end = monotonic() + MOST_SECONDS
     for settings in takewhile(lambda _: monotonic() < end, _changes(lowered, config)):
@@ -105,7 +99,8 @@ def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True)
             break
     words = []
     if chosen:
-        verb = "it is forecast to" if quantizing else "by an estimate it will"
+        same = applied(chosen, lowered.network.config, config)[0] == lowered.network.config
+        verb = "it is forecast to" if same or quantizing else "by an estimate it will"
         words.append(f"{sentence(chosen)[:-1]}: then {verb} take {_costs(best)}.")
     elif not as_it_is.possible:
         words.append(
@@ -150,7 +145,7 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
 
 
 def rounded(config: QuantConfig, bits: int) -> dict[str, Any]:
-    """Return the settings with which accumulators are rounded to `bits` bits, in windows as wide as needed."""
+    """Return the settings that round accumulators to `bits` bits, in windows as wide as needed."""
     wide = {} if config.accumulator_bits is None else {"accumulator_bits": None}
     return {"overflow": "defined", "rounding_bits": bits, **wide}
 
