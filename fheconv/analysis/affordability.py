@@ -27,6 +27,8 @@ LONG_SECONDS, LARGE_KEYS = 60.0, 2 * 10**9
 REMEDIES: tuple[tuple[int | None, float | None], ...] = (
     (None, 1e-3), (None, 1e-2), (6, None), (6, 1e-2), (5, None), (5, 1e-2), (4, 1e-2), (3, 1e-2)
 )  # fmt: skip
+# The width to which accumulators are rounded where values get fewer bits too.
+CHEAP = 5
 # In a network without, the failure probability of a result.
 LINEAR_P_ERRORS = (1e-15, 1e-12, 1e-9, 1e-6)
 
@@ -142,6 +144,11 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
         if (bits is None or bits < widest) and (p_error is None or p_error > asked):
             rounding = {} if bits is None else rounded(network.config, bits)
             yield {**rounding, **({} if p_error is None else {"p_error": p_error, **other})}
+    if not forecast_of(
+        lowered, config
+    ).possible:  # maxima look up differences, which no rounding makes narrow
+        start = replace(network.config, **rounded(network.config, CHEAP))
+        yield from (difference(network.config, smaller) for smaller in narrower(start))
 
 
 def rounded(config: QuantConfig, bits: int) -> dict[str, Any]:
@@ -163,7 +170,7 @@ def _tried(
     Quantizing takes long. So what does not help by an estimate is not quantized.
     """
     quant, compiling = applied(settings, lowered.network.config, config)
-    if "rounding_bits" in settings:
+    if "rounding_bits" in settings and "activation_bits" not in settings:
         expected = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
         if not helps(expected) or not quantizing:
             return expected if helps(expected) else None

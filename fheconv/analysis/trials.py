@@ -60,8 +60,8 @@ class Trials:
     """Quantizes with one configuration after another. `fits` says whether a network is as it should be.
 
     `failed` is what the last configuration was refused with, None if it was quantized. `second_best` is the
-    first that fits, but compiles only with a larger failure probability than usual. `fitted` is True once one
-    fits that does not compile with the usual one.
+    first that fits, but compiles only with a larger failure probability than usual. `fitted` is True if
+    the last one fits, whether it compiles or not.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trials:
 
     def works(self, config: QuantConfig) -> bool:
         """Return whether a network is quantized with this, fits, has parameters and costs not too much."""
-        self.failed = None
+        self.failed, self.fitted = None, False
         try:
             network = self._quantize(config)
         except FheConvError as error:
@@ -86,14 +86,13 @@ class Trials:
             return False
         if not self._fits(network):
             return False
-        lowered = lower(network)
+        self.fitted, lowered = True, lower(network)
 
         def compiles(options: CompileConfig) -> bool:
             return allowed(forecast_of(lowered, options), options)
 
         if compiles(CompileConfig()):
             return True
-        self.fitted = True
         if self.second_best is None:
             p_error = next((p for p in P_ERRORS if compiles(CompileConfig(p_error=p))), None)
             self.second_best = None if p_error is None else Found(config=config, p_error=p_error)
