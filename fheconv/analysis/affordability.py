@@ -9,7 +9,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from fheconv.analysis.advice import Advice, applied, difference, sentence
-from fheconv.analysis.forecast import Forecast, forecast_of
+from fheconv.analysis.forecast import Forecast, allowed, forecast_of
 from fheconv.analysis.seconds import compiling_seconds, numbers_of
 from fheconv.analysis.trials import MOST_SECONDS, narrower, requantized
 from fheconv.basics.arrays import frozen
@@ -28,6 +28,8 @@ LONG_SECONDS, LARGE_KEYS, LONG_COMPILING = 60.0, 2 * 10**9, 30.0
 REMEDIES: tuple[tuple[int | None, float | None], ...] = (
     (None, 1e-3), (None, 1e-2), (6, None), (6, 1e-2), (5, None), (5, 1e-2), (4, 1e-2), (3, 1e-2)
 )  # fmt: skip
+# The width to which accumulators are rounded where values get fewer bits too.
+CHEAP = 5
 # In a network without, the failure probability of a result.
 LINEAR_P_ERRORS = (1e-15, 1e-12, 1e-9, 1e-6)
 
@@ -43,7 +45,7 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
     expected = forecast_of(lowered, config)
     if not expected.possible and not expected.lookups:
         return
-    if expected.possible and _within(expected, config):
+    if allowed(expected, config):
         sentences = []
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
             words = _advice(lowered, config, quantizing=False).words
@@ -78,11 +80,6 @@ def advice_for(network: IntegerNetwork, config: CompileConfig) -> Advice:
     return _advice(lower(network, config.engine), config)
 
 
-def _within(expected: Forecast, config: CompileConfig) -> bool:
-    seconds, keys = config.most_seconds, config.most_key_bytes
-    return (seconds is None or expected.seconds <= seconds) and (keys is None or expected.key_bytes <= keys)
-
-
 def _costs(expected: Forecast) -> str:
     """Return seconds and bytes of keys in words."""
     return f"{_long(expected.seconds)} an image and {decimal(int(expected.key_bytes))} of keys"
@@ -105,11 +102,10 @@ def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True)
     With `quantizing`, what is to be quantized in another way is tried. Otherwise its cost is an estimate.
     """
     as_it_is = best = forecast_of(lowered, config)
-    allowed = as_it_is.possible and _within(as_it_is, config)
-    least, chosen = as_it_is.seconds / 2 if allowed else float("inf"), dict[str, Any]()
+    least, chosen = as_it_is.seconds / 2 if allowed(as_it_is, config) else float("inf"), dict[str, Any]()
 
     def helps(tried: Forecast) -> bool:
-        return tried.possible and _within(tried, config) and (_cheap(tried, config) or tried.seconds < least)
+        return allowed(tried, config) and (_cheap(tried, config) or tried.seconds < least)
 
     end = monotonic() + MOST_SECONDS
     for settings in takewhile(lambda _: monotonic() < end, _changes(lowered, config)):
@@ -121,7 +117,8 @@ def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True)
             break
     words = []
     if chosen:
-        verb = "it is forecast to" if quantizing else "by an estimate it will"
+        same = applied(chosen, lowered.network.config, config)[0] == lowered.network.config
+        verb = "it is forecast to" if same or quantizing else "by an estimate it will"
         words.append(f"{sentence(chosen)[:-1]}: then {verb} take {_costs(best)}.")
     elif not as_it_is.possible:
         words.append(
@@ -163,10 +160,15 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
         if (bits is None or bits < widest) and (p_error is None or p_error > asked):
             rounding = {} if bits is None else rounded(network.config, bits)
             yield {**rounding, **({} if p_error is None else {"p_error": p_error, **other})}
+    if not forecast_of(
+        lowered, config
+    ).possible:  # maxima look up differences, which no rounding makes narrow
+        start = replace(network.config, **rounded(network.config, CHEAP))
+        yield from (difference(network.config, smaller) for smaller in narrower(start))
 
 
 def rounded(config: QuantConfig, bits: int) -> dict[str, Any]:
-    """Return the settings with which accumulators are rounded to `bits` bits, in windows."""
+    """Return the settings that round accumulators to `bits` bits, in windows as wide as needed."""
     wide = {} if config.accumulator_bits is None else {"accumulator_bits": None}
     return {"overflow": "defined", "rounding_bits": bits, **wide}
 
@@ -184,7 +186,7 @@ def _tried(
     Quantizing takes long. So what does not help by an estimate is not quantized.
     """
     quant, compiling = applied(settings, lowered.network.config, config)
-    if "rounding_bits" in settings:
+    if "rounding_bits" in settings and "activation_bits" not in settings:
         expected = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
         if not helps(expected) or not quantizing:
             return expected if helps(expected) else None

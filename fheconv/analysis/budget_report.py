@@ -119,8 +119,8 @@ class BudgetReport(Report):
     So a channel needs bit_length(span) bits, unsigned, and no bias widens it. `accumulator_bits` is the width
     that the network needs, and `limit` the width it was compared with (None if there was no limit).
     `possible` is False if Concrete has no parameters for the network at the usual failure probability.
-    `remedy` is what to change if it does not fit or is not possible. `settings` are the fields of
-    `QuantConfig` and `CompileConfig` that the remedy sets.
+    `remedy` says what to change if it does not fit or is not possible. `settings` are the fields of
+    `QuantConfig` and `CompileConfig` that the remedy sets, empty if nothing was found that works.
 
     Example:
         >>> import numpy as np
@@ -174,20 +174,22 @@ class BudgetReport(Report):
                 layer=open_ended[0].name,
             )
             raise self.proving().after(unproved)
+        advice = Advice(words=self.remedy or "", settings=self.settings)
         if self.fits and not self.possible:
-            raise CostError(f"{_IMPOSSIBLE} {self.remedy}", remedy=self.remedy, settings=self.settings)
+            raise (self.proving() if proved else advice).after(CostError(_IMPOSSIBLE))
         if self.fits or self.limit is None:
             return self
         layer = max((one for one in self.layers if one.channels), key=lambda one: one.accumulator_bits)
-        raise AccumulatorOverflowError(
-            f"{_verdict(layer, self.limit)} {self.remedy}",
+        wide = AccumulatorOverflowError(
+            _verdict(layer, self.limit),
             layer=layer.name,
             channel=layer.worst.channel,
             value=layer.worst.span,
             limit=2**self.limit - 1,
-            remedy=self.remedy,
-            settings=self.settings,
         )
+        told = advice.after(wide)
+        told.remedy = self.remedy  # in the words of the report: it may say to allow more bits
+        raise told
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON."""

@@ -153,6 +153,13 @@ def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
     )
 
 
+def allowed(expected: Forecast, config: CompileConfig) -> bool:
+    """Return True if a circuit is possible, and costs no more than `config` allows."""
+    seconds, keys = config.most_seconds, config.most_key_bytes
+    cheap = (seconds is None or expected.seconds <= seconds) and (keys is None or expected.key_bytes <= keys)
+    return expected.possible and cheap
+
+
 def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
     """Return `config` with the failure probability of rounded lookups, if it leaves that open."""
     chosen = (config.p_error, config.global_p_error, config.configuration)

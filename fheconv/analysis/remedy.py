@@ -73,7 +73,7 @@ def _keeping(config: QuantConfig, limit: int, tried: Trials) -> Iterator[QuantCo
         kept = replace(config, accumulator_bits=bits)
         for one in (kept, *narrower(kept)):
             yield one
-            if tried.lacked_parameters:
+            if tried.fitted:
                 break
         else:
             return

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from fheconv.analysis.advice import Advice, difference, sentence
-from fheconv.analysis.forecast import forecast_of
+from fheconv.analysis.forecast import allowed, forecast_of
 from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import ROUNDED_P_ERROR, CompileConfig
 from fheconv.basics.config import QuantConfig
@@ -46,7 +46,7 @@ class Found:
             return ""
         return (
             f"Compile it with p_error={self.p_error:g}: at the usual failure probability, Concrete has no "
-            "parameters for its lookups."
+            "parameters for its lookups, or they cost more than is allowed."
         )
 
     def advice(self, old: QuantConfig) -> Advice:
@@ -60,8 +60,8 @@ class Trials:
     """Quantizes with one configuration after another. `fits` says whether a network is as it should be.
 
     `failed` is what the last configuration was refused with, None if it was quantized. `second_best` is the
-    first that fits, but for which Concrete only has parameters at a larger failure probability than usual.
-    `lacked_parameters` is True once one fits that has none at the usual failure probability.
+    first that fits, but compiles only with a larger failure probability than usual. `fitted` is True if
+    the last one fits, whether it compiles or not.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Trials:
         self._quantize, self._fits = quantize, fits
         self.failed: FheConvError | None = None
         self.second_best: Found | None = None
-        self.lacked_parameters = False
+        self.fitted = False
 
     def works(self, config: QuantConfig) -> bool:
-        """Return whether a network is quantized with this, fits, and has parameters."""
-        self.failed = None
+        """Return whether a network is quantized with this, fits, has parameters and costs not too much."""
+        self.failed, self.fitted = None, False
         try:
             network = self._quantize(config)
         except FheConvError as error:
@@ -86,14 +86,17 @@ class Trials:
             return False
         if not self._fits(network):
             return False
-        lowered = lower(network)
-        possible = forecast_of(lowered, CompileConfig()).possible
-        self.lacked_parameters |= not possible
-        if not possible and self.second_best is None:
-            enough = (p for p in P_ERRORS if forecast_of(lowered, CompileConfig(p_error=p)).possible)
-            p_error = next(enough, None)
+        self.fitted, lowered = True, lower(network)
+
+        def compiles(options: CompileConfig) -> bool:
+            return allowed(forecast_of(lowered, options), options)
+
+        if compiles(CompileConfig()):
+            return True
+        if self.second_best is None:
+            p_error = next((p for p in P_ERRORS if compiles(CompileConfig(p_error=p))), None)
             self.second_best = None if p_error is None else Found(config=config, p_error=p_error)
-        return possible
+        return False
 
     def first(self, configs: Iterator[QuantConfig]) -> Found | None:
         """Return the first of the configurations that works, or the second best, or None.

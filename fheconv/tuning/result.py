@@ -1,6 +1,7 @@
 """Holds the circuits that `fheconv.tune` found, with their accuracy and cost, and picks the best of them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -151,9 +152,23 @@ class TuneResult(Report):
         fast = min(self.points, key=lambda point: point.seconds)
         return (
             f"{said}. The most accurate is right for {accurate.accuracy:.1%} in {accurate.seconds:.2g} s "
-            f"({accurate.setting}), the fastest for {fast.accuracy:.1%} in {fast.seconds:.2g} s. Give tune "
-            "training data, which it fine-tunes on, or allow more."
+            f"({accurate.setting}), the fastest for {fast.accuracy:.1%} in {fast.seconds:.2g} s. "
+            f"{' or '.join(self._enough(max_drop, max_seconds))} would do."
         )
+
+    def _enough(self, max_drop: float | None, max_seconds: float | None) -> Iterator[str]:
+        """Yield limits that some point keeps to, one changed if that is enough, otherwise both."""
+        drops = [self.float_accuracy - point.accuracy for point in self.points]
+        pairs = [(drop, point.seconds) for drop, point in zip(drops, self.points, strict=True)]
+        within = [drop for drop, seconds in pairs if max_seconds is None or seconds <= max_seconds]
+        if max_drop is not None and within:
+            yield f"max_drop={_above(min(within))}"
+        accurate = [seconds for drop, seconds in pairs if max_drop is None or drop <= max_drop + 1e-9]
+        if max_seconds is not None and accurate:
+            yield f"max_seconds={_above(min(accurate))}"
+        if not within and not accurate:
+            drop, seconds = min(pairs)
+            yield f"max_drop={_above(drop)} with max_seconds={_above(seconds)}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the points and the front, with matplotlib (the extra `plots`); return the axes."""
@@ -188,3 +203,8 @@ def front_of(points: Sequence[TunePoint], objective: Objective) -> tuple[TunePoi
         if not front or point.accuracy > front[-1].accuracy:
             front.append(point)
     return tuple(front)
+
+
+def _above(number: float) -> str:
+    """Return the least number of four decimals that is not below a number."""
+    return f"{math.ceil(number * 1e4) / 1e4:g}"

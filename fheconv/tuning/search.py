@@ -152,7 +152,7 @@ def tune(
             if point.accuracy >= right - max_drop - 1e-9:
                 found.append(point)
         if not found:
-            reason = f"No circuit stays within max_drop={max_drop:g}; allow more, or give training data."
+            reason = f"No circuit stays within max_drop={max_drop:g}."
         for point in spread(front_of(found, objective)) if measure else ():
             found.extend(_timed(point))
             found.remove(point)

@@ -44,7 +44,7 @@ def limited(limits):
 def test_a_compilation_over_its_time_is_ended():
     start = time.monotonic()
     with pytest.raises(
-        fheconv.CompilationError, match=r"compile took longer than time_limit=1\.5 seconds. Raise.*conv"
+        fheconv.CompilationError, match=r"compile took longer than time_limit=1\.5 seconds. Raise.*smaller"
     ):
         fheconv.compile(square(48), fheconv.CompileConfig(engine="matrix", time_limit=1.5))
     assert time.monotonic() - start < 20  # with the start of a worker, and lowering
@@ -115,12 +115,13 @@ def test_a_compilation_over_its_memory_is_ended():
 
 @pytest.mark.slow
 def test_an_encryption_over_its_memory_is_ended_and_fewer_images_go_through():
-    circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=300 * MEBI))
+    # One image takes half of that, and under load a little more.
+    circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=600 * MEBI))
     circuit.keygen()
     one = unlike_calibration(circuit.network, 4)
     before = circuit.encrypt(one)
     with pytest.raises(fheconv.ExecutionError, match=r"during encrypt it held.*fewer images"):
-        circuit.encrypt(np.repeat(one, 40, axis=0))  # of 21 MB each
+        circuit.encrypt(np.repeat(one, 80, axis=0))  # of 21 MB each
     np.testing.assert_array_equal(circuit.decrypt(circuit.run(before)), circuit.network(one))
 
 

@@ -126,7 +126,7 @@ one = None if everything else make()
 for _ in range(10):
     work()
 pid, before = worker().pid, memory(worker().pid)
-handled = sum(work() for _ in range(40))
+handled = sum(work() for _ in range(int(sys.argv[3])))
 assert worker().pid == pid
 print(before, handled, memory(pid))
 """
@@ -134,12 +134,14 @@ print(before, handled, memory(pid))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, /proc does not tell the memory")
-@pytest.mark.parametrize("what", ["runs", "everything"])
+@pytest.mark.parametrize(("what", "times"), [("runs", 100), ("everything", 40)])
 @pytest.mark.parametrize("engine", ["linear", "lookups"])
-def test_forty_more_circuits_or_runs_leave_the_worker_its_size(engine, what):
+def test_a_hundred_more_runs_or_forty_circuits_leave_the_worker_its_size(engine, what, times):
     """Ciphertexts and keys that stayed would be ten times what is allowed here."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", REPEATED, engine, what], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", REPEATED, engine, what, str(times)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     before, handled, after = map(int, done.stdout.split())

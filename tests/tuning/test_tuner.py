@@ -1,12 +1,15 @@
 """The search itself; how it is used on a trained network, its benchmark and notebook show."""
 
 import itertools
+import re
 from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
@@ -252,6 +255,24 @@ def test_where_nothing_is_best_the_nearest_are_named(limits):
     assert "97.5%" in str(refused.value)
     with pytest.raises(fheconv.TuningError, match="there are none"):
         found().best(**limits)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.5, 0.98)), min_size=1, max_size=5),
+    st.none() | st.floats(0, 0.3),
+    st.none() | st.floats(0.01, 100),
+)
+def test_the_limits_that_are_said_to_do_do(pairs, max_drop, max_seconds):
+    result, limits = found(*pairs), {"max_drop": max_drop, "max_seconds": max_seconds}
+    assume(max_drop is not None or max_seconds is not None)
+    try:
+        result.best(**limits)
+    except fheconv.TuningError as error:
+        advice = re.search(r"s\. (max_.*) would do\.$", str(error))[1]
+        for one in advice.split(" or "):
+            changed = {name: float(number) for name, number in re.findall(r"(max_\w+)=([\d.]+)", one)}
+            assert changed
+            result.best(**{**limits, **changed})
 
 
 def test_best_of_what_must_be_said():

@@ -61,11 +61,12 @@ def check_sizes(sizes: Sizes, manifest: Manifest) -> None:
     for name, size in (("An image", sizes.input_bytes), ("A result", sizes.output_bytes)):
         if size > MAX_BYTES:
             raise ArtifactError(
-                f"{name} takes {size:,} bytes encrypted; a ciphertext has at most {MAX_BYTES:,}. Compile for "
-                "smaller images or tiles (fheconv.compile_tiled), or with compress_input=True."
+                f"{name} takes {size:,} bytes encrypted; a ciphertext has at most {MAX_BYTES:,}. Smaller "
+                "images or tiles (fheconv.compile_tiled) take less; so do images with compress_input=True."
             )
     if sizes.sent_key_bytes > KEY_BYTES:
         raise ArtifactError(
             f"The evaluation keys would take {sizes.sent_key_bytes:,} bytes; a key file has at most "
-            f"{KEY_BYTES:,}. Quantize with fewer accumulator_bits."
+            f"{KEY_BYTES:,}. Compiled with most_key_bytes={KEY_BYTES}, it is refused at once, and what makes "
+            "keys smaller is tried."
         )

@@ -27,11 +27,12 @@ from fheconv.circuits.native.process import CannotStart, Process
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, drain
 
 WATCH_SECONDS = 0.02
-_REMEDY = {
-    "compile": 'a smaller image or engine="conv"',
-    "encrypt": "fewer images at a time",
-    "decrypt": "fewer images at a time",
-    "run": "a smaller image",
+# What takes less, for each call.
+_LESS = {
+    "compile": "a smaller image takes",
+    "encrypt": "fewer images at a time take",
+    "decrypt": "fewer images at a time take",
+    "run": "a smaller image takes",
 }
 
 
@@ -116,7 +117,7 @@ def _watched(process: Process, method: str, limits: Limits, exceeded: list[str])
         return
     start = time.monotonic()
     done = threading.Event()
-    smaller = f", or use {_REMEDY[method]}" if method in _REMEDY else ""
+    smaller = f"; {_LESS[method]} less" if method in _LESS else ""
 
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
