@@ -147,7 +147,8 @@ def quantized(
     images = _calibration_images(calibration, conv, image_axes(module if conv is None else conv))
     network = capture(module if conv is None else conv, images.shape[1:], outputs)
     if config is None:
-        config = QuantConfig() if len(network.layers) == 1 else WITH_LOOKUPS
+        exact = len(network.layers) == 1 or network.trained
+        config = QuantConfig() if exact else WITH_LOOKUPS
     config.check_layers([layer.name for layer in network.layers if isinstance(layer, Layer)])
     calibrated = CalibratedInput(
         minimum=float(images.min()),

@@ -10,6 +10,7 @@ probing: whatever torch can show to be linear.
 proof: that a function is affine.
 jacobian: the sparse matrix of a linear function.
 graph: tensors between calls, and the layers they become.
+quantizers: what training for integers left in a network.
 merging: layers in a row with no activation between them.
 elementwise: operators that act on each value.
 poolings: operators that read windows.

@@ -20,6 +20,7 @@ from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Va
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.outputs import Outputs, described, pick, picked_node
 from fheconv.capture.probing import leaves, linear
+from fheconv.capture.quantizers import ROUNDING, as_trained
 from fheconv.capture.tracing import check_channels, dependence, traceable
 from fheconv.networks.floats import Network
 
@@ -122,6 +123,7 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
     (image,) = program.graph_signature.user_inputs
     graph = Graph(input_shape)
     values: dict[Node, Any] = {}
+    rounds = False
     constants = _constants(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -130,6 +132,7 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
             values[node] = getattr(program.graph_module, node.target)
         elif node.op == "call_function" and node.users:  # unread results, such as assertions, are left out
             values[node] = _result(graph, node, values)
+            rounds = rounds or (_operation(node) in ROUNDING and isinstance(values[node], torch.Tensor))
     result = values.get(results[0]) if len(results) == 1 else None
     if isinstance(result, Folded):
         raise UnsupportedLayerError(
@@ -143,7 +146,7 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
             "the tensor you need."
         )
     try:
-        return graph.network(result)
+        return as_trained(graph.network(result), rounds_weights=rounds)
     except Unsupported as error:
         raise UnsupportedLayerError(f"The model's output cannot be compiled: {error}.") from error
 

@@ -9,8 +9,9 @@ expression: functions of one variable: the activations.
 linear: linear steps between tensors, and chains of them.
 composition: convolutions in a row as one convolution, or several that add up.
 matrices: sparse matrices as linear steps.
-floats: networks in floats.
 quantization: which real number each integer stands for.
+grids: the quantization that a function ends with, as training left it.
+floats: networks in floats.
 integers: networks in exact integers.
 bounds: the exact range of every accumulator.
 demand: the values that a network's results depend on.

@@ -116,7 +116,17 @@ def _divide(x: Any, y: Any, rounding_mode: str | None = None) -> Any:
 
 def _fake_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int) -> Any:
     """Round to the nearest of the numbers scale · (low … high − zero_point)."""
-    return (np.clip(np.rint(x / scale) + zero_point, low, high) - zero_point) * scale
+    return _dequantize(_quantize(x, scale, zero_point, low, high), scale, zero_point)
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int) -> Any:
+    """Return the integers that torch quantizes to: it multiplies with the inverse of a scale, in float32."""
+    inverse = np.float64(np.float32(1) / np.float32(scale))
+    return np.clip(np.rint(x * inverse) + zero_point, low, high)
+
+
+def _dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
+    return (x - zero_point) * np.float64(np.float32(scale))
 
 
 # The keys are torch's names; the functions take torch's arguments.
@@ -133,6 +143,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "clamp_min": np.maximum,
     "cos": np.cos,
     "cosh": np.cosh,
+    "dequantize_per_tensor": _dequantize,
     "div": _divide,
     "elu": _elu,
     "eq": np.equal,
@@ -172,6 +183,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "neg": np.negative,
     "or": np.logical_or,
     "pow": np.power,
+    "quantize_per_tensor": _quantize,
     "prelu": lambda x, slope: np.where(x > 0, x, x * slope),
     "reciprocal": lambda x: np.true_divide(1.0, x),
     "remainder": np.mod,

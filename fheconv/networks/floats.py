@@ -17,6 +17,7 @@ from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels, as_ar
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.expression import Expression
 from fheconv.networks.linear import Kernel, Select, Term
+from fheconv.networks.quantization import Quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -202,11 +203,17 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
-    """Computes in floats the model's outputs for images of shape `input_shape`."""
+    """Computes in floats the model's outputs for images of shape `input_shape`.
+
+    `trained` says that the model was trained for integers: it rounds its own weights or activations. `image`
+    is the quantization of images that such a model begins with, None if it has none.
+    """
 
     input_shape: Shape
     layers: tuple[Layer | Maximum, ...]
     finish: Finish | None = None
+    trained: bool = False
+    image: Quantization | None = None
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -216,7 +223,8 @@ class Network:
     @np.errstate(over="ignore", invalid="ignore")  # callers check what is not finite
     def tensors(self, x: Array) -> list[Array]:
         """Return every tensor for a batch of images, float64."""
-        tensors = [x.astype(np.float64)]
+        x = x.astype(np.float64)
+        tensors = [x if self.image is None else self.image.real(self.image.nearest(x))]
         for layer in self.layers:
             tensors.append(layer.output(tensors))
         return tensors

@@ -38,7 +38,8 @@ class Quantization:
 
     Integers lie in [minimum, maximum] (Jacob et al. 2018, formula 1). `integral` says that the real numbers
     are the integers themselves; a fraction among them is then an error. Of images, `slack` is the share of
-    the range by which they may lie outside: they are then clipped.
+    the range by which they may lie outside: they are then clipped. `clips` says that the model itself clips
+    its images, however far outside they are.
     """
 
     scale: float
@@ -47,6 +48,7 @@ class Quantization:
     maximum: int
     integral: bool = False
     slack: float = 0.0
+    clips: bool = False
 
     @property
     def bits(self) -> int:
@@ -66,12 +68,17 @@ class Quantization:
 
     def nearest(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`, clipped to the range."""
-        return np.clip(np.rint(x / self.scale + self.zero_point), self.minimum, self.maximum).astype(np.int64)
+        return np.clip(np.rint(x / self.scale) + self.zero_point, self.minimum, self.maximum).astype(np.int64)
+
+    def real(self, integers: Array) -> Array:
+        """Return the real numbers (float64) that integers stand for."""
+        return (integers - self.zero_point) * self.scale
 
     def integers(self, x: Array) -> Array:
         """Return the int64 integers nearest to the real numbers `x`.
 
-        Numbers outside the range are clipped within `slack`, with an `InputRangeWarning` that counts them.
+        Half a step is rounded to the even number of steps, as torch does. Numbers outside the range are
+        clipped within `slack`, with an `InputRangeWarning` that counts them, and in silence if it `clips`.
         Warns with `InputScaleWarning` if no value is farther from 0 than `SLIVER` times the farthest end of
         the range, and not all are 0. It does not warn where integers are asked: their range is that of the
         data type, and images may need a small part of it.
@@ -86,7 +93,21 @@ class Quantization:
                 f"The value at {where} is {x[where]}; only finite numbers can be encrypted."
             )
         with np.errstate(over="ignore"):  # infinity is outside the range
-            steps = x.astype(np.float64) / self.scale + self.zero_point
+            steps = x.astype(np.float64) / self.scale
+        nearest = np.rint(steps)
+        if not self.clips:
+            self._check_range(x, steps + self.zero_point)
+        if self.integral and (nearest != steps).any():
+            where = first_position(nearest != steps)
+            raise InputRangeError(
+                f"The value {x[where]} at {where} has a fraction, and this network was calibrated on integer "
+                "images; round the images, or calibrate on floats."
+            )
+        self._warn_of_other_scale(x)
+        return np.clip(nearest + self.zero_point, self.minimum, self.maximum).astype(np.int64)
+
+    def _check_range(self, x: Array, steps: Array) -> None:
+        """Refuse real numbers far outside the range, and warn of others outside; `steps` counts from 0."""
         # The zero-point is rounded, so an end of the calibrated range can lie half a step outside.
         rounding = 0.0 if self.integral else 0.5 + 1e-6
         beyond = np.maximum(self.minimum - steps, steps - self.maximum)
@@ -104,15 +125,6 @@ class Quantization:
                 f"{beyond.max() * self.scale:.2g}, and are clipped to it.",
                 InputRangeWarning,
             )
-        nearest = np.rint(steps)
-        if self.integral and (nearest != steps).any():
-            where = first_position(nearest != steps)
-            raise InputRangeError(
-                f"The value {x[where]} at {where} has a fraction, and this network was calibrated on integer "
-                "images; round the images, or calibrate on floats."
-            )
-        self._warn_of_other_scale(x)
-        return np.clip(nearest, self.minimum, self.maximum).astype(np.int64)
 
     def _warn_of_other_scale(self, x: Array) -> None:
         low, high = self.real_range

@@ -9,6 +9,7 @@ evidence: how much calibration images tell.
 rows: filters that must share a scale.
 moments: second moments of what weights multiply.
 weights: integer weights of a layer.
+trained: integer weights that training has left.
 rounding: the methods that round weights.
 tables: lookup tables.
 windows: windows of lookups, and how wide they may be.

@@ -8,8 +8,8 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import CalibrationError
-from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Maximum, Network
+from fheconv.networks.grids import trained_quantization
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.components import connected
 
@@ -17,15 +17,18 @@ from fheconv.quantizer.components import connected
 CLIPS = np.linspace(0.3, 1.0, 36)
 # The error of a clip is measured on at most this many values.
 MOST_VALUES = 200_000
-# An activation has at most 8 bits.
-MOST_LEVELS = 256
 
 
-def input_quantization(images: CalibratedInput, config: QuantConfig) -> Quantization:
+def input_quantization(
+    images: CalibratedInput, config: QuantConfig, trained: Quantization | None = None
+) -> Quantization:
     """Return the quantization of images, by `config` and the range of the calibration images.
 
-    Raises `CalibrationError` if the images leave `input_range`, or if no scale can be chosen.
+    `trained` is what the model itself does to images, and is kept. Raises `CalibrationError` if the images
+    leave `input_range`, or if no scale can be chosen.
     """
+    if trained is not None:
+        return trained
     least, greatest = config.input_ends()
     seen = images.minimum, images.maximum
     low, high = config.input_range or seen
@@ -104,26 +107,6 @@ def activation_quantizations(
     return [found[_origin(network, number)] for number in range(len(found))]
 
 
-def trained_quantization(activation: Expression | None) -> Quantization | None:
-    """Return the quantization that an activation ends with, as training left it, or None.
-
-    The activation ends with one if its last operator is `fake_quantize_per_tensor_affine`, of at most 8 bits.
-
-    Example:
-        >>> from fheconv.networks.expression import X
-        >>> trained = Expression("fake_quantize_per_tensor_affine", (X, 0.5, 2, -1, 6))
-        >>> trained_quantization(trained).real_range
-        (-1.5, 2.0)
-    """
-    if activation is None or activation.operator != "fake_quantize_per_tensor_affine":
-        return None
-    _, scale, zero_point, low, high = activation.arguments
-    one_scale = not np.ndim(scale) and not np.ndim(zero_point)
-    if not one_scale or not 0 < high - low < MOST_LEVELS or not low <= zero_point <= high:
-        return None
-    return Quantization(scale=float(scale), zero_point=int(zero_point) - low, minimum=0, maximum=high - low)
-
-
 def levels_of(network: Network, number: int, config: QuantConfig) -> int:
     """Return how many integers activation `number` can be.
 
@@ -195,8 +178,13 @@ def sharing(network: Network) -> list[list[int]]:
     count = len(network.layers) + 1
     labels = connected(np.array(pairs, np.int64).reshape(-1, 2).T, count)
     groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    # A group with the image is left out, because the scale of the image is fixed.
-    return [group for group in groups if len(group) > 1 and 0 not in group]
+    # A group with the image is left out, because the scale of the image is fixed, like those of training.
+    fixed = {0} | {
+        number
+        for number, layer in enumerate(network.layers, 1)
+        if isinstance(layer, Layer) and trained_quantization(layer.activation)
+    }
+    return [group for group in groups if len(group) > 1 and not fixed & {*group}]
 
 
 def _origin(network: Network, number: int) -> int:

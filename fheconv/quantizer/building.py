@@ -55,6 +55,11 @@ class Building:
         """Return the quantization of the tensor that each term of a layer reads."""
         return [q for source in layer.sources if (q := self.quantizations[source]) is not None]
 
+    @property
+    def output(self) -> Quantization | None:
+        """The quantization of the tensor that the next layer makes, None for the last layer's."""
+        return self.quantizations[len(self.tensors)]
+
     def budget(self, layer: Layer) -> Budget | None:
         """Return the greatest allowed span of a layer's accumulators, None if there is no limit."""
         limit, rounding_bits = self.width_limit(layer), self.rounding_bits(layer)
@@ -105,7 +110,7 @@ class Building:
         """
         quantized = self._bare(layer, rounded)
         step = _steps(layer, rounded.step, bias)
-        output = self.quantizations[len(self.tensors)]
+        output = self.output
         if layer.activation is None or output is None:
             span = layer_bounds(quantized, self.source.shapes).channel_span
             self._check_width(layer, int(span.max()), None)

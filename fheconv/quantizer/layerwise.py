@@ -17,6 +17,7 @@ from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.evidence import middle, trust_in_mean
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.rows import IntegerTerms
+from fheconv.quantizer.trained import trained_weights, with_own_widths
 from fheconv.quantizer.weights import FittedWeights, round_nearest
 
 # How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
@@ -29,14 +30,15 @@ def quantize_network(
 ) -> IntegerNetwork:
     """Quantize a network as `config` says, by calibration images (N, C, *S).
 
-    Raises the errors of `fheconv.quantize`.
+    What training for integers has left is kept: scales and zero-points, and weights unless the configuration
+    names a method to round them. Raises the errors of `fheconv.quantize`.
     """
     floats = network.tensors(images)
     method = chosen_method(network, config)
-    if method.by_output:
+    if method.by_output and not network.trained:
         network = equalized(network, floats, config)
         floats = network.tensors(images)
-    image = input_quantization(calibrated, config)
+    image = input_quantization(calibrated, config, network.image)
     quantizations = activation_quantizations(network, floats, image, config)
     building = Building(network, config, quantizations, calibrated, images)
     for layer in network.layers:
@@ -45,6 +47,11 @@ def quantize_network(
             continue
         inputs = building.inputs(layer)
         bits = config.of_layer("weight_bits", layer.name)
+        if network.trained and config.method == "auto":
+            own = trained_weights(layer, inputs, network.shapes, building.output)
+            if own is not None:
+                building.add(layer, own, layer.bias)
+                continue
         if not method.by_output:
             rounded = round_nearest(
                 layer, inputs, network.shapes, bits, method.round, per_channel=config.per_channel
@@ -59,7 +66,7 @@ def quantize_network(
                     break
             bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
             building.add(layer, rounded, bias)
-    return building.network()
+    return with_own_widths(building.network()) if network.trained else building.network()
 
 
 def _mean_error(

@@ -17,7 +17,8 @@ TWO = {
     "logical_or", "lt", "maximum", "minimum", "mul", "ne", "pow", "prelu", "remainder", "rsub", "sub",
     "and", "or",
 }  # fmt: skip
-OTHER = {"clamp", "fake_quantize_per_tensor_affine", "threshold", "where"}
+QUANTIZERS = {"fake_quantize_per_tensor_affine", "quantize_per_tensor", "dequantize_per_tensor"}
+OTHER = {"clamp", "threshold", "where"} | QUANTIZERS
 ONE = sorted(set(ELEMENTWISE) - TWO - OTHER)
 small = st.floats(-3, 3, allow_subnormal=False).map(lambda v: round(v, 3))
 positive = st.floats(0.05, 3).map(lambda v: round(v, 3))
@@ -161,3 +162,8 @@ def test_fake_quantization(scale, zero_point, low, levels):
     arguments = (X, scale, zero_point, low, low + levels)
     y = Expression("fake_quantize_per_tensor_affine", arguments)(values)
     np.testing.assert_array_equal(y, expected.double().numpy())
+    quantized = Expression("quantize_per_tensor", arguments)
+    real = Expression("dequantize_per_tensor", (quantized, scale, zero_point))
+    np.testing.assert_array_equal(real(values), y)
+    assert (low <= quantized(values)).all()
+    assert (quantized(values) <= low + levels).all()

@@ -34,8 +34,12 @@ def interface_to_dict(interface: Interface) -> dict[str, Any]:
     """Return everything but the lanes as plain data, ready for JSON. `interface_from_dict` reads it."""
     finish = interface.finish
     return {
-        # Files of versions that clipped nothing have no slack.
-        "input": {name: one for name, one in asdict(interface.input).items() if one or name != "slack"},
+        # Files of versions that clipped nothing have no slack, and nothing that clips.
+        "input": {
+            name: one
+            for name, one in asdict(interface.input).items()
+            if one or name not in ("slack", "clips")
+        },
         "input_shape": list(interface.input_shape),
         "inputs": _plain(interface.inputs),
         "shape": list(interface.shape),
@@ -113,6 +117,7 @@ def _interface(data: Any) -> Interface:
 
 def _quantization(data: Any) -> Quantization:
     _require(type(data["integral"]) is bool, "integral is true or false")
+    _require(type(data.get("clips", False)) is bool, "clips is true or false")
     for name in ("zero_point", "minimum", "maximum"):
         _require(type(data[name]) is int and abs(data[name]) < 2**32, f"{name} is an integer")
     _require(type(data["scale"]) in (int, float), "the scale is a number")
