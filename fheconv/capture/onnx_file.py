@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from fheconv.basics.errors import ArtifactError, MissingExtraError, UnsupportedL
 from fheconv.basics.files import check_regular, read_file
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_model import OnnxModel
-from fheconv.capture.onnx_node import STATIC, Node, computed
+from fheconv.capture.onnx_moves import of_any_batch
+from fheconv.capture.onnx_node import SHAPES, STATIC, Node, computed
 from fheconv.capture.onnx_operators import OPERATORS, nearest
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 # The most bytes of a file, and of all that it refers to: what a protobuf message can hold.
 MOST_BYTES = 2**31 - 1
 # The newest version of ONNX's operators that are known here, and the oldest that mean the same.
-OPSETS = range(7, 27)
+OPSETS = range(7, 29)
 
 
 def from_onnx(path: str | os.PathLike[str]) -> OnnxModel:
@@ -57,31 +59,46 @@ def from_onnx(path: str | os.PathLike[str]) -> OnnxModel:
     if graph.sparse_initializer:
         raise UnsupportedLayerError(f"{file} has sparse weights; export them as dense ones.")
     image, sizes = _image(graph, arrays, file)
-    nodes = []
-    unknown = {image}  # the values that depend on the image
-    shapes: set[str] = set()  # the values that depend on its shape alone
-    for number, proto in enumerate(graph.node):
-        node = _node(proto, number, opset, file)
-        node_inputs = {name for name in node.inputs if name}
-        if missing := node_inputs - arrays.keys() - unknown - shapes:
-            raise ArtifactError(f"{file}: {node} reads {', '.join(missing)}, which no node before it makes.")
-        _check_supported(node, proto, bool(node_inputs & unknown), file)
-        if node.operator == "Constant":
-            arrays[node.outputs[0]] = _value(node, file)
-        elif node.operator in STATIC and node_inputs <= arrays.keys():
-            arrays.update(_folded(node, arrays, file))
-        else:
-            nodes.append(node)
-            of_shape = node.operator in ("Shape", "Size") or (
-                node.operator in STATIC and not node_inputs & unknown
-            )
-            (shapes if of_shape else unknown).update(name for name in node.outputs if name)
+    nodes = _unfolded(graph, opset, arrays, image, file)
     outputs = [output.name for output in graph.output]
-    read = {name for node in nodes for name in node.inputs}
-    constants = {name: value for name, value in arrays.items() if name in read or name in outputs}
+    read = {name for node in nodes for name in node.inputs}.union(outputs)
+    constants = {name: value for name, value in arrays.items() if name in read}
     model = OnnxModel(nodes, constants, (image, sizes), outputs).eval()
     _check_shapes(model, file)
     return model
+
+
+def _unfolded(
+    graph: "GraphProto", opset: int, arrays: dict[str, Array], image: str, file: Path
+) -> list[Node]:
+    """Return the nodes that need the image or its shape. What the others make is added to the `arrays`."""
+    nodes = []
+    of_image, of_shape = {image}, set[str]()  # the values that depend on the image, or on its shape alone
+    wanted = {name for proto in graph.node for name in proto.input} | {value.name for value in graph.output}
+    for number, proto in enumerate(graph.node):
+        node = _node(proto, number, opset, file)
+        while node.outputs and node.outputs[-1] not in wanted:
+            node = replace(node, outputs=node.outputs[:-1])
+        if not node.outputs:
+            continue
+        read = {name for name in node.inputs if name}
+        if missing := read - arrays.keys() - of_image - of_shape:
+            raise ArtifactError(f"{file}: {node} reads {', '.join(missing)}, which no node before it makes.")
+        if node.operator == "Constant":
+            arrays[node.outputs[0]] = _value(node, file)
+        elif node.operator in STATIC and read <= arrays.keys():
+            arrays.update(_folded(node, arrays, file))
+        else:
+            if node.operator == "Reshape" and node.inputs[1] in arrays:
+                name = f"{node.inputs[1]} for {node.outputs[0]}"
+                arrays[name] = of_any_batch(arrays[node.inputs[1]])
+                node = replace(node, inputs=(node.inputs[0], name))
+            nodes.append(node)
+            shapes = node.operator in SHAPES or (node.operator in STATIC and not read & of_image)
+            if not shapes and node.operator not in OPERATORS:
+                raise _unsupported(node, "", file)
+            (of_shape if shapes else of_image).update(name for name in node.outputs if name)
+    return nodes
 
 
 def _loaded(file: Path) -> "tuple[GraphProto, int]":
@@ -101,6 +118,7 @@ def _loaded(file: Path) -> "tuple[GraphProto, int]":
         model = onnx.load_model_from_string(data)
         del data
         _load_weights(model, file)
+        _check_operators(model.graph, file)
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError) as error:
         said = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
@@ -183,16 +201,20 @@ def _node(proto: "NodeProto", number: int, opset: int, file: Path) -> Node:
     )
 
 
-def _check_supported(node: Node, proto: "NodeProto", of_image: bool, file: Path) -> None:
-    """Raise `UnsupportedLayerError` for an operator that is not in the tables."""
-    own = proto.domain in ("", "ai.onnx")
-    static = node.operator in ("Constant", "Shape", "Size") or (node.operator in STATIC and not of_image)
-    if not own or not (node.operator in OPERATORS or static):
-        where = "" if own else f" of {proto.domain!r}"
-        raise UnsupportedLayerError(
-            f"{node} of {file} cannot be compiled: there is no operator {node.operator}{where} here; the "
-            f"nearest that is supported: {nearest(node.operator)}."
-        )
+def _check_operators(graph: "GraphProto", file: Path) -> None:
+    """Raise `UnsupportedLayerError` for an operator that is in no table."""
+    for number, proto in enumerate(graph.node):
+        own = proto.domain in ("", "ai.onnx")
+        if not own or proto.op_type not in OPERATORS.keys() | STATIC | {"Constant"}:
+            raise _unsupported(_node(proto, number, 0, file), proto.domain, file)
+
+
+def _unsupported(node: Node, domain: str, file: Path) -> UnsupportedLayerError:
+    kind = f"{node.operator} of {domain!r}" if domain else node.operator
+    return UnsupportedLayerError(
+        f"{node} of {file} cannot be compiled: there is no {kind} of images here; the nearest that is "
+        f"supported: {nearest(node.operator)}."
+    )
 
 
 def _value(node: Node, file: Path) -> Array:

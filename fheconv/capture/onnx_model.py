@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fheconv.basics.arrays import Array
 from fheconv.basics.errors import InputRangeError, UnsupportedLayerError
 from fheconv.capture.graph import Unsupported
-from fheconv.capture.onnx_node import MOST_VALUES, STATIC, Node, computed
+from fheconv.capture.onnx_node import MOST_VALUES, SHAPES, STATIC, Node, computed
 from fheconv.capture.onnx_operators import OPERATORS
 
 
@@ -96,6 +96,8 @@ class OnnxModel(nn.Module):
         for key, node in self._steps:
             try:
                 results = self._results(key, node, values)
+                if len(results) < len(node.outputs):
+                    raise Unsupported(f"its output {node.outputs[len(results)]!r} is not supported")
                 for name, result in zip(node.outputs, results, strict=False):
                     size = result.numel() if isinstance(result, Tensor) else result.size
                     if size > MOST_VALUES * max(1, len(images)):
@@ -109,7 +111,7 @@ class OnnxModel(nn.Module):
 
     def _results(self, key: str, node: Node, values: dict[str, Tensor | Array]) -> Sequence[Any]:
         known = [values.get(name, self._constants.get(name)) for name in node.inputs]
-        if node.operator in ("Shape", "Size") and isinstance(known[0], Tensor):
+        if node.operator in SHAPES and isinstance(known[0], Tensor):
             shape = np.array(known[0].shape, np.int64)
             whole = node.operator == "Shape"
             return [shape[node.get("start", 0) : node.get("end")] if whole else np.prod(shape)]

@@ -1,7 +1,6 @@
 """Moves values as ONNX's operators of shapes and places do, with torch.
 
-The first axis is the batch. A file may hold the batch size that it was exported with; here the batch may have
-any size, so that reshaping keeps the first axis free.
+The first axis is the batch, which may have any size.
 """
 
 import math
@@ -31,19 +30,27 @@ def take(x: Tensor, axis: int, places: Sequence[int]) -> Tensor:
     """Return the values at some places of an axis."""
     if list(places) == list(range(x.shape[axis])):
         return x
-    return x.index_select(axis, torch.tensor(list(places), device=x.device))
+    return x.index_select(axis, torch.tensor(list(places), dtype=torch.int64, device=x.device))
 
 
-def reshape(node: Node, x: Tensor, shape: Array | None = None) -> Tensor:
-    """Compute Reshape, for as many images as there are."""
-    wanted = _list(node.get("shape") if shape is None else shape)
+def of_any_batch(shape: Array) -> Array:
+    """Return the shape of a Reshape, which holds the batch size of the export, for batches of any size.
+
+    Example:
+        >>> of_any_batch(np.array([1, 400])), of_any_batch(np.array([1, 16, -1]))
+        (array([ -1, 400]), array([ 0, 16, -1]))
+    """
+    # The batch axis is what the others do not take. Where another one is free, it is that of the input.
+    free = 0 if (shape[1:] == -1).any() else -1
+    return np.concatenate([[free], shape[1:]]) if len(shape) else shape
+
+
+def reshape(node: Node, x: Tensor, shape: Array) -> Tensor:
+    """Compute Reshape."""
+    wanted = _list(shape)
     if not node.get("allowzero", 0):
         wanted = [x.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
-    if not wanted:
-        raise Unsupported("its shape () has no batch axis")
-    # The batch axis is the first: what the others do not take. Where another one is free, it is that of x.
-    first = x.shape[0] if -1 in wanted[1:] else -1
-    return x.reshape(first, *wanted[1:])
+    return x.reshape(wanted)
 
 
 def flatten(node: Node, x: Tensor) -> Tensor:
@@ -60,8 +67,8 @@ def squeeze(node: Node, x: Tensor, axes: Array | None = None) -> Tensor:
     wanted = axes_of(node, axes, x.ndim)
     if wanted is None:
         wanted = [axis for axis in range(1, x.ndim) if x.shape[axis] == 1]
-    if 0 in wanted:
-        raise Unsupported("it drops the batch axis; export the model without it, for batches of any size")
+    if any(x.shape[axis] != 1 for axis in wanted):
+        raise Unsupported("it drops an axis of more than one element, such as that of the batch")
     return x.squeeze(tuple(wanted))
 
 
@@ -168,6 +175,8 @@ def space_to_depth(node: Node, x: Tensor) -> Tensor:
     """Compute SpaceToDepth."""
     n, c, h, w = x.shape
     b = node.get("blocksize")
+    if node.get("mode", b"DCR") != b"DCR":
+        raise Unsupported("its mode CRD is not supported; DCR is")
     moved = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
     return moved.reshape(n, c * b**2, h // b, w // b)
 
@@ -175,7 +184,7 @@ def space_to_depth(node: Node, x: Tensor) -> Tensor:
 def resize(
     node: Node, x: Tensor, roi: Array | None = None, scales: Array | None = None, sizes: Array | None = None
 ) -> Tensor:
-    """Compute Resize (nearest, or linear between the corners or the centres of pixels)."""
+    """Compute Resize and Upsample."""
     if node.operator == "Upsample":
         roi, scales = None, node.get("scales") if roi is None else roi
     mode = node.get("mode", b"nearest").decode()
@@ -195,15 +204,25 @@ def resize(
         for axis in changed:
             x = take(x, axis, _nearest(node, x.shape[axis], new[axis], factors[axis]))
         return x
-    how = _coordinates(node)
+    return _interpolated(node, x, {axis: new[axis] for axis in changed}, factors)
+
+
+def _interpolated(node: Node, x: Tensor, new: dict[int, int], factors: dict[int, float]) -> Tensor:
+    """Return an image of other sizes, linear or cubic between the corners or the centres of pixels."""
+    mode, how = node.get("mode").decode(), _coordinates(node)
     corners = how == "align_corners"
-    centres = how in ("half_pixel", "pytorch_half_pixel") and not any(new[axis] == 1 for axis in changed)
-    spatial = list(range(2, x.ndim))
-    exact = all(abs(factors[axis] * x.shape[axis] - new[axis]) < 1e-3 for axis in changed)
-    if mode != "linear" or not (corners or centres) or not exact or not set(changed) <= set(spatial):
-        raise Unsupported(f"mode {mode!r} with coordinates {how!r} is not supported; nearest is")
-    name = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(spatial)]
-    size = [new.get(axis, x.shape[axis]) for axis in spatial]
+    centres = how in ("half_pixel", "pytorch_half_pixel") and 1 not in new.values()
+    exact = all(abs(factors[axis] * x.shape[axis] - new[axis]) < 1e-3 for axis in new)
+    names = {("linear", 3): "linear", ("linear", 4): "bilinear", ("linear", 5): "trilinear"}
+    if node.get("cubic_coeff_a", -0.75) == -0.75 and not node.get("exclude_outside", 0):
+        names["cubic", 4] = "bicubic"
+    name = names.get((mode, x.ndim))
+    if not name or not (corners or centres) or not exact or 1 in new:
+        raise Unsupported(
+            f"mode {mode!r} with coordinates {how!r} to these sizes is not supported; export it with "
+            "nearest, or with linear by a whole factor"
+        )
+    size = [new.get(axis, x.shape[axis]) for axis in range(2, x.ndim)]
     return torch.nn.functional.interpolate(x, size, mode=name, align_corners=corners)
 
 

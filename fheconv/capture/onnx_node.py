@@ -13,6 +13,8 @@ from fheconv.capture.graph import Unsupported
 # The most values that a node may make of constants, or of one image: a file of a few bytes could ask for any
 # number of them.
 MOST_VALUES = 2**28
+# What gives the shape of an image or a constant.
+SHAPES = ("Shape", "Size")
 # What is computed with numpy, by the reference of ONNX, where its inputs are constants and shapes.
 STATIC = frozenset((
     "Abs", "Add", "And", "Cast", "Ceil", "Clip", "Concat", "ConstantOfShape", "Div", "Equal", "Exp", "Expand",

@@ -138,6 +138,12 @@ def _cast(node: Node, x: Tensor) -> Tensor:
     raise Unsupported("it casts to a type other than float, bool, int32 and int64")
 
 
+def _dropout(node: Node, x: Tensor, share: Array | None = None, training: Array | None = None) -> Tensor:
+    if training is not None and training.any() and (share is None or share.any()):
+        raise Unsupported("it draws at random; export the model in evaluation mode")
+    return x
+
+
 def _gelu(node: Node, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=node.get("approximate", b"none").decode())
 
@@ -175,7 +181,7 @@ OPERATORS: dict[str, Operator] = {
     "Cos": _each(torch.cos),
     "DepthToSpace": Operator(moves.depth_to_space),
     "Div": _two(_divide),
-    "Dropout": Operator(lambda node, x, *_: x, (1, 2)),
+    "Dropout": Operator(_dropout, (1, 2)),
     "Elu": Operator(lambda node, x: functional.elu(x, node.get("alpha", 1.0))),
     "Equal": _two(torch.eq),
     "Erf": _each(torch.erf),

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fheconv.capture import onnx_moves as moves
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_node import Node
 
@@ -24,9 +26,9 @@ def _options(node: Node, kernel: Sequence[int]) -> tuple[list[int], list[int], l
     return list(node.get("strides", [1] * axes)), dilations, reach
 
 
-def _halves(node: Node, totals: Sequence[int], upper: bytes = b"SAME_UPPER") -> list[Pair]:
-    """Return paddings before and after from their sums; the odd one comes last for `upper`."""
-    last = node.get("auto_pad") == upper
+def _halves(node: Node, totals: Sequence[int]) -> list[Pair]:
+    """Return paddings before and after from their sums; the odd one comes last for SAME_UPPER."""
+    last = node.get("auto_pad") == b"SAME_UPPER"
     return [(t // 2, t - t // 2) if last else (t - t // 2, t // 2) for t in totals]
 
 
@@ -42,6 +44,12 @@ def _paddings(node: Node, sizes: Sequence[int], strides: Sequence[int], reach: S
 
 def _same_on_both_sides(paddings: Sequence[Pair]) -> bool:
     return all(before == after >= 0 for before, after in paddings)
+
+
+def _as_torch_pads(paddings: Sequence[Pair], reach: Sequence[int]) -> bool:
+    """Return whether torch's poolings can pad so: both sides alike, by at most half of a window."""
+    halves = all(2 * before <= r for (before, _), r in zip(paddings, reach, strict=True))
+    return _same_on_both_sides(paddings) and halves
 
 
 def _flat(paddings: Sequence[Pair]) -> list[int]:
@@ -100,25 +108,18 @@ def max_pool(node: Node, x: Tensor) -> Tensor:
     """Compute MaxPool. Padding never wins, as in ONNX."""
     kernel = list(node.get("kernel_shape"))
     strides, dilations, reach = _options(node, kernel)
-    if len(node.outputs) > 1:
-        raise Unsupported("only the values are supported, not the indices where they are")
-    paddings = _paddings(node, x.shape[2:], strides, reach)
-    before = [first for first, _ in paddings]
+    paddings, ceil = _paddings(node, x.shape[2:], strides, reach), bool(node.get("ceil_mode", 0))
     function = _of_axes(x, functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
     made: Tensor
-    if _same_on_both_sides(paddings):
-        made = function(x, kernel, strides, before, dilations, bool(node.get("ceil_mode", 0)))
+    if _as_torch_pads(paddings, reach):
+        made = function(x, kernel, strides, [before for before, _ in paddings], dilations, ceil)
         return made
-    # Torch pads both ends alike; with ceil_mode also a last window that is partly outside counts.
-    made = function(x, kernel, strides, before, dilations, True)
-    for axis, (size, pair, stride, extent) in enumerate(
-        zip(x.shape[2:], paddings, strides, reach, strict=True), 2
-    ):
-        room = size + sum(pair) - extent
-        wanted = (-(-room // stride) if node.get("ceil_mode", 0) else room // stride) + 1
-        if made.shape[axis] < wanted:
-            raise Unsupported(f"it pads by {pair[0]} before and {pair[1]} after; pad both ends alike")
-        made = made.narrow(axis, 0, wanted)
+    if ceil or set(dilations) != {1} or any(max(pair) >= r for pair, r in zip(paddings, reach, strict=True)):
+        raise Unsupported(f"with ceil_mode or dilations it cannot pad by {paddings}; pad both ends alike")
+    # A window that reaches over an edge contains the pixel there, and may see it more than once.
+    for axis, pair in enumerate(paddings, 2):
+        x = moves.take(x, axis, np.pad(np.arange(x.shape[axis]), pair, "edge").tolist())
+    made = function(x, kernel, strides)
     return made
 
 
@@ -132,15 +133,16 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     counts_all, ceil = bool(node.get("count_include_pad", 0)), bool(node.get("ceil_mode", 0))
     function = _of_axes(x, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
     made: Tensor
-    if _same_on_both_sides(paddings):
+    if _as_torch_pads(paddings, reach):
         made = function(x, kernel, strides, [before for before, _ in paddings], ceil, counts_all)
         return made
-    made = function(functional.pad(x, _flat(paddings)), kernel, strides, 0, ceil)
+    if ceil:
+        raise Unsupported(f"with ceil_mode it cannot pad by {paddings}; pad both ends alike")
+    made = function(functional.pad(x, _flat(paddings)), kernel, strides)
     if counts_all:
         return made
     ones = torch.ones(1, *x.shape[1:], dtype=x.dtype, device=x.device)
-    inside = functional.pad(ones, _flat(paddings))
-    return made / function(inside, kernel, strides, 0, ceil)
+    return made / function(functional.pad(ones, _flat(paddings)), kernel, strides)
 
 
 def global_average_pool(node: Node, x: Tensor) -> Tensor:
