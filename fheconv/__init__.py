@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.basics.compile_config import CompileConfig, ParameterRange
     from fheconv.basics.config import QuantConfig
     from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
+    from fheconv.capture.onnx_file import from_onnx
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -76,6 +77,7 @@ _HOMES = {
     "basics.compile_config": ("CompileConfig", "ParameterRange"),
     "basics.config": ("QuantConfig",),
     "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
+    "capture.onnx_file": ("from_onnx",),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -163,6 +165,7 @@ __all__ = [
     "failures",
     "filter_matrix",
     "finetune",
+    "from_onnx",
     "load_client",
     "load_server",
     "max_taps",

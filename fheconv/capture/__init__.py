@@ -16,5 +16,11 @@ elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.
 checkpoint: layers and models from files.
+onnx_file: models from ONNX files.
+onnx_model: an ONNX graph as a torch module.
+onnx_node: nodes of ONNX graphs, and what depends on shapes alone.
+onnx_operators: the table of ONNX's operators.
+onnx_windows: ONNX's convolutions and poolings.
+onnx_moves: ONNX's operators of shapes and places.
 pickles: what to do with files of torch.save.
 """

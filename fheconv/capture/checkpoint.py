@@ -1,7 +1,8 @@
 """Loads layers and models from files.
 
-There are two kinds of files. Safetensors files hold weights; a JSON card beside one describes its layers.
-Files with the suffix `.pt2` hold programs that `torch.export.save` wrote.
+There are three kinds of files. Safetensors files hold weights; a JSON card beside one describes its layers.
+Files with the suffix `.onnx` hold models (see `onnx_file`). Files with the suffix `.pt2` hold programs that
+`torch.export.save` wrote.
 """
 
 import json
@@ -58,22 +59,28 @@ def load_model(path: Path, layer: str | None = None, *, trusted: bool = False) -
     """Return the model of a file, for `fheconv.quantize`.
 
     A safetensors file holds only data. It gives the convolution `layer`, or, without `layer`, a sequence of
-    all layers in the card's list "architecture". A `.pt2` file gives the program that `torch.export.save`
-    wrote. It must be `trusted`, because loading it runs code: torch unpickles its contents, evaluates its
-    expressions and calls the functions that it names.
+    all layers in the card's list "architecture". An `.onnx` file holds only data too; `fheconv.from_onnx`
+    reads it. A `.pt2` file gives the program that `torch.export.save` wrote. It must be `trusted`, because
+    loading it runs code: torch unpickles its contents, evaluates its expressions and calls the functions
+    that it names.
 
     Raises `ArtifactError` for a file or a card that cannot be read or has no such layer, or if weights and
     card do not fit together. Raises `UnsupportedLayerError` for a kind of layer outside `KINDS` and
-    `MODULES`, and `InvalidArgumentError` for a `.pt2` file that is not trusted, for a `layer` of one, and for
-    a file of `torch.save`.
+    `MODULES`, and `InvalidArgumentError` for a `.pt2` file that is not trusted, for a `layer` of a whole
+    model, and for a file of `torch.save`. For `.onnx` files it raises what `fheconv.from_onnx` does.
     """
     check_no_pickle(path)
-    if path.suffix.lower() != ".pt2":
+    kind = path.suffix.lower()
+    if kind not in (".pt2", ".onnx"):
         return _sequence(path) if layer is None else load_layer(path, layer)
     if layer is not None:
         raise InvalidArgumentError(
             f"{path} is a whole model, of which no layer can be taken; leave {layer!r} out."
         )
+    if kind == ".onnx":
+        from fheconv.capture.onnx_file import from_onnx
+
+        return from_onnx(path)
     if not trusted:
         raise InvalidArgumentError(
             f"Loading {path} would run what is in it: torch unpickles it. If it comes from people you trust, "
@@ -170,7 +177,7 @@ def _sequence(path: Path) -> "nn.Sequential":
     if not card.exists():
         raise ArtifactError(
             f"There is no card {card} to say what to do with the weights of {path}; name one layer of it, or "
-            "write the model to a .pt2 file with torch.export.save."
+            "write the model to an .onnx file with torch.onnx.export."
         )
     modules: dict[str, nn.Module] = {}
     for number, entry in enumerate(_entries(card)):
@@ -197,7 +204,7 @@ def _module(entry: dict[str, Any], tensors: "dict[str, Tensor]", where: str) -> 
     if not isinstance(kind, str) or (kind not in KINDS and kind not in MODULES):
         raise UnsupportedLayerError(
             f"{where} kind={kind!r}, and a model's is one of {', '.join((*KINDS, *MODULES))}. Write "
-            "other models to a .pt2 file with torch.export.save."
+            "other models to an .onnx file with torch.onnx.export."
         )
     options = _options(entry, OPTIONS if kind in KINDS else MODULES[kind], where)
     transposed = options.pop("transposed", False)

@@ -76,7 +76,7 @@ def single_convolution(module: Any) -> Conv | None:
 def image_axes(module: Any) -> int | None:
     """Return the number of axes of an image (C, *S) that a model takes, None if it does not show.
 
-    A module shows it by its first convolution or pooling.
+    A module shows it by its first convolution or pooling, a module of `fheconv.from_onnx` by its input.
 
     Example:
         >>> image_axes(Conv.of([[1, 0, -1]]))
@@ -91,6 +91,10 @@ def image_axes(module: Any) -> int | None:
     if isinstance(module, torch.export.ExportedProgram):
         examples = [node.meta["val"] for node in module.graph.nodes if node.name in _inputs(module)]
         return examples[0].ndim - 1 if len(examples) == 1 else None
+    from fheconv.capture.onnx_model import OnnxModel
+
+    if isinstance(module, OnnxModel):
+        return len(module.input_shape)
     parts = module.modules() if isinstance(module, torch.nn.Module) else ()
     kinds = (re.match(SPATIAL, type(part).__name__) for part in parts)
     return next((int(kind[1]) + 1 for kind in kinds if kind), None)

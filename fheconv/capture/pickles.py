@@ -90,8 +90,8 @@ def check_no_checkpoint(value: Any) -> None:
         if path.suffix.lower() in PICKLES:
             check_no_pickle(path)
         raise InvalidArgumentError(
-            f"{str(value)!r} is a path, and no model. Load it first: torch.export.load('model.pt2') if you "
-            "trust it, or fheconv's command line for safetensors."
+            f"{str(value)!r} is a path, and no model. Load it first: fheconv.from_onnx('model.onnx'), "
+            "torch.export.load('model.pt2') if you trust it, or fheconv's command line for safetensors."
         )
     if not isinstance(value, Mapping):
         return

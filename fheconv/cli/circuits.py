@@ -41,8 +41,8 @@ def compile_model(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A .safetensors file, with a .json card for a whole network, or a .pt2 file of "
-            "torch.export.save, with --trusted."
+            help="An .onnx file, a .safetensors file, with a .json card for a whole network, or a .pt2 file "
+            "of torch.export.save, with --trusted."
         ),
     ],
     calibration: Annotated[

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from fheconv.quantized import QuantizedNetwork
 
 ModelFile = Annotated[
-    Path, typer.Argument(help="A .safetensors file with its .json card, or a .pt2 file, with --trusted.")
+    Path,
+    typer.Argument(
+        help="An .onnx file, a .safetensors file with its .json card, or a .pt2 file, with --trusted."
+    ),
 ]
 Calibration = Annotated[Path, typer.Option(help="Images to calibrate on, as for compile.")]
 Evaluation = Annotated[Path, typer.Option(help="Images to measure accuracy on: .npy.")]

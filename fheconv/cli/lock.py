@@ -38,7 +38,8 @@ HEADER = "# Written by `fheconv lock`. `fheconv lock --check` compares the model
 
 def lock(
     model: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file with its .json card, or a .pt2 file.")
+        Path | None,
+        typer.Argument(help="An .onnx file, a .safetensors file with its .json card, or a .pt2 file."),
     ] = None,
     file: Annotated[Path, typer.Option("--file", help="The lock file.")] = Path("fheconv.lock"),
     check: Annotated[bool, typer.Option("--check", help="Compare with the lock file.")] = False,
