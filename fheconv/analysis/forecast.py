@@ -249,11 +249,12 @@ def _chosen(
     """Return the parameters that Concrete chooses, None if there are none.
 
     If only the failure probability of a whole image is given, lookups that fail most may do so more often
-    than the even share `p_error`, because others fail less often.
+    than the even share `p_error`, because others fail less often. This is not looked for with several
+    partitions, whose choice takes long.
     """
     level = config.security_level
     chosen = choose(sums, conversions, p_error, level, config.parameters)
-    if config.p_error is not None or chosen is None:
+    if config.p_error is not None or chosen is None or len(chosen.partitions) > 1:
         return chosen
     whole = config.global_p_error or GLOBAL_P_ERROR
     low, high = p_error, MOST_UNEVEN * p_error
