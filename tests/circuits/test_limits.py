@@ -110,6 +110,7 @@ def test_a_compilation_over_its_memory_is_ended():
     assert circuit.verify(unlike_calibration(circuit.network, 3)).ok
 
 
+@pytest.mark.slow
 def test_an_encryption_over_its_memory_is_ended_and_fewer_images_go_through():
     # One image takes half of that, and under load a little more.
     circuit = fheconv.compile(square(64), fheconv.CompileConfig(memory_limit=600 * MEBI))
