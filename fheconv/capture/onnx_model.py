@@ -72,7 +72,7 @@ class OnnxModel(nn.Module):
             key = name.replace(".", "_")
             while key in self.weights or hasattr(self.weights, key):
                 key += "_"
-            weight = torch.tensor(value.astype(np.float64), dtype=self.dtype)
+            weight = torch.tensor(value, dtype=self.dtype)
             self.weights[key] = nn.Parameter(weight, requires_grad=trained and value.size > 1)
             self._keys[name] = key
 
