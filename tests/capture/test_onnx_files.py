@@ -20,6 +20,7 @@ import fheconv
 from fheconv import ArtifactError, UnsupportedLayerError
 from fheconv.capture.onnx_operators import OPERATORS
 from tests.support import nets
+from tests.support.captured import check
 from tests.support.onnx_files import EXPORTERS, exported, reference, written
 
 node = helper.make_node
@@ -117,10 +118,8 @@ def test_an_export_of_keras_takes_its_own_images(tmp_path):
     path = keras(tmp_path / "k.onnx")
     model = fheconv.from_onnx(path)
     np.testing.assert_allclose(outputs(model, IMAGES), reference(path, IMAGES), rtol=1e-5, atol=1e-6)
-    network = fheconv.quantize(model, IMAGES, fheconv.QuantConfig(weight_bits=6, input_bits=6))
-    assert network.input_shape == (4, 4, 1)
-    floats = outputs(model, IMAGES)
-    assert np.abs(network(IMAGES) - floats).mean() < 0.1 * floats.std()
+    network = check(model, (4, 4, 1), lookups=8)  # after the convolution; maxima are not counted
+    np.testing.assert_allclose(network(IMAGES), outputs(model, IMAGES), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
