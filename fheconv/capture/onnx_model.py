@@ -72,7 +72,7 @@ class OnnxModel(nn.Module):
             key = name.replace(".", "_")
             while key in self.weights or hasattr(self.weights, key):
                 key += "_"
-            weight = torch.tensor(value.astype(np.float64), dtype=self.dtype)
+            weight = torch.tensor(value, dtype=self.dtype)
             self.weights[key] = nn.Parameter(weight, requires_grad=trained and value.size > 1)
             self._keys[name] = key
 
@@ -130,12 +130,13 @@ class OnnxModel(nn.Module):
         return made if isinstance(made, tuple | list) else [made]
 
     def _tensor(self, name: str, values: dict[str, Tensor | Array]) -> Tensor:
-        """Return a value as a tensor, with the weights' type if it is of floats."""
+        """Return a value as a tensor, with the images' type if it is of floats."""
         value = values.get(name)
         if isinstance(value, Tensor):
             return value
         if value is None and name in self._keys:
             return self.weights[self._keys[name]]
         array = self._constants[name] if value is None else value
-        device = values[self.input_name].device  # type: ignore[union-attr]
-        return torch.tensor(array, dtype=self.dtype if array.dtype.kind == "f" else None, device=device)
+        images: Any = values[self.input_name]
+        dtype = images.dtype if array.dtype.kind == "f" and images.is_floating_point() else None
+        return torch.tensor(array, dtype=dtype, device=images.device)

@@ -129,6 +129,13 @@ def gather(node: Node, x: Tensor, indices: Array) -> Tensor:
     return taken.reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
 
 
+def gather_nd(node: Node, x: Tensor, indices: Array) -> Tensor:
+    """Compute GatherND at constant places."""
+    if node.get("batch_dims", 0):
+        raise Unsupported("its batch_dims are not supported; 0 is")
+    return x[tuple(torch.tensor(along, device=x.device) for along in np.moveaxis(indices, -1, 0))]
+
+
 def expand(node: Node, x: Tensor, shape: Array) -> Tensor:
     """Compute Expand."""
     return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(_list(shape))))

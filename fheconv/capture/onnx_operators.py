@@ -190,6 +190,7 @@ OPERATORS: dict[str, Operator] = {
     "Flatten": Operator(moves.flatten),
     "Floor": _each(torch.floor),
     "Gather": Operator(moves.gather, (1,)),
+    "GatherND": Operator(moves.gather_nd, (1,)),
     "Gelu": Operator(_gelu),
     "Gemm": Operator(_gemm),
     "GlobalAveragePool": Operator(windows.global_average_pool),

@@ -158,7 +158,7 @@ def test_a_whole_model_computes_what_torch_computes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({2: {"kind": "Add"}}, UnsupportedLayerError, r"'l\.2' kind='Add'.*\.pt2"),
+        ({2: {"kind": "Add"}}, UnsupportedLayerError, r"'l\.2' kind='Add'.*\.onnx"),
         ({2: {"kind": ["ReLU"]}}, UnsupportedLayerError, r"kind=\['ReLU'\]"),
         ({2: {"inplace": True}}, ArtifactError, "'inplace', which fheconv does not know"),
         ({0: {"stride": "2"}}, ArtifactError, "stride='2'"),
