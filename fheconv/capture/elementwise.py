@@ -8,7 +8,16 @@ import torch
 
 from fheconv.basics.arrays import Array, along_channels
 from fheconv.capture import poolings
-from fheconv.capture.calls import Call, broadcast, constant, gathered, per_channel, plain, with_constant
+from fheconv.capture.calls import (
+    Call,
+    array,
+    broadcast,
+    constant,
+    gathered,
+    per_channel,
+    plain,
+    with_constant,
+)
 from fheconv.capture.graph import Affine, Pending, Unsupported, Value
 from fheconv.networks.expression import Expression, X
 
@@ -158,3 +167,37 @@ def where(call: Call, condition: Any, x: Any, y: Any) -> Value:
 def masked_fill(call: Call, x: Any, mask: Any, value: Any) -> Value:
     """Set a number where a mask holds."""
     return where(replace(call, operation="where"), mask, value, x)
+
+
+def quantize(
+    call: Call, x: Value, scale: Any, zero_point: Any, low: Any = None, high: Any = None, *_: Any, **__: Any
+) -> Value:
+    """Round to integers times a scale, as training for integers does, or to the integers themselves."""
+    if high is None:
+        raise Unsupported(
+            f"{call.operation} makes torch's own quantized tensors, which torch.export does not follow; the "
+            "nearest that is supported: fake_quantize_per_tensor_affine"
+        )
+    return apply(call, x, _number(scale, "scale"), _number(zero_point, "zero-point"), int(low), int(high))
+
+
+def dequantize(call: Call, x: Value, scale: Any, zero_point: Any, *_: Any, **__: Any) -> Value:
+    """Return the real numbers that integers stand for."""
+    return apply(call, x, _number(scale, "scale"), _number(zero_point, "zero-point"))
+
+
+def _number(value: Any, what: str) -> float:
+    """Return the one scale or zero-point of a tensor."""
+    numbers = array(plain(value, f"its {what}"))
+    if numbers.size != 1:
+        raise Unsupported(
+            f"it has {numbers.size} numbers for its {what}; the nearest that is supported: one for the whole "
+            "activation (per_tensor). Weights may have one for each channel"
+        )
+    return float(numbers.item())
+
+
+def quantize_channels(call: Call, x: Any, scale: Any, *_: Any, **__: Any) -> Value:
+    """Refuse activations with a scale for each channel."""
+    _number(scale, "scale")
+    raise Unsupported(f"{call.operation}; the nearest that is supported: per_tensor instead of per_channel")

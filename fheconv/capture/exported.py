@@ -21,7 +21,7 @@ from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.outputs import Outputs, described, pick, picked_node
 from fheconv.capture.probing import leaves, linear
 from fheconv.capture.quantizers import ROUNDING, as_trained
-from fheconv.capture.tracing import check_channels, dependence, traceable
+from fheconv.capture.tracing import check_channels, dependence, evaluate, traceable
 from fheconv.networks.floats import Network
 
 
@@ -45,7 +45,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
     training = [part for part in module.modules() if part.training]
     try:
-        module.eval()
+        evaluate(module)
         with warnings.catch_warnings(), traceable(module):
             warnings.simplefilter("ignore")
             # Its error about a wrong shape is clearer than that of export.
@@ -178,8 +178,15 @@ def _keep_only(graph: torch.fx.Graph, results: list[Any]) -> None:
 def _tidy(graph: torch.fx.Graph) -> None:
     """Remove assertions and copies. The readers of a copy, such as dropout makes, then read the original.
 
-    After this, the users of a node are all the readers of its value.
+    After this, the users of a node are all the readers of its value. PT2E gives each reader of an activation
+    a node of its own that says what its integers stand for: one is enough.
     """
+    first: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _operation(node) == "dequantize_per_tensor":
+            same = first.setdefault((node.target, node.args, *sorted(node.kwargs.items())), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
     for node in list(graph.nodes):
         if node.op == "call_function" and _operation(node) in ("alias", "clone", "detach", "lift_fresh_copy"):
             node.replace_all_uses_with(node.args[0])

@@ -23,8 +23,9 @@ from fheconv.networks.linear import Select, Step, Term, pointwise
 # Functions that never decrease, with any constants; and functions that need constants that are not negative.
 _INCREASING = {
     "atan", "ceil", "clamp", "clamp_max", "clamp_min", "erf", "exp", "expm1",
-    "fake_quantize_per_tensor_affine", "floor", "hardsigmoid",
-    "hardtanh", "log_sigmoid", "relu", "relu6", "round", "selu", "sigmoid", "sign", "softsign", "tanh",
+    "dequantize_per_tensor", "fake_quantize_per_tensor_affine", "floor", "hardsigmoid",
+    "hardtanh", "log_sigmoid", "quantize_per_tensor", "relu", "relu6", "round", "selu", "sigmoid", "sign",
+    "softsign", "tanh",
     "trunc",
 }  # fmt: skip
 _INCREASING_IF_POSITIVE = {"celu", "elu", "leaky_relu", "prelu"}

@@ -34,7 +34,7 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
     held: list[dict[str, Any]] = [*(p._parameters for p in parts), *(p._buffers for p in parts)]
     before = [dict(tensors) for tensors in held]
     try:
-        with torch.inference_mode(False), torch.no_grad(), _Detached():
+        with torch.inference_mode(False), torch.no_grad(), _Detached(), _unguarded(module):
             copies: dict[int, torch.Tensor] = {}  # one of each, because some are shared
             for number, tensors in enumerate(held):
                 for name, value in tensors.items():
@@ -44,6 +44,42 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for tensors, old in zip(held, before, strict=True):
             tensors.update(old)
+
+
+def evaluate(module: torch.nn.Module) -> None:
+    """Set evaluation mode. The modules of exported programs refuse `eval`: their graphs are in one mode."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = False
+
+
+@contextmanager
+def _unguarded(module: torch.nn.Module) -> Iterator[None]:
+    """Let a module that an exported program made take batches of any size.
+
+    It checks the sizes by a hook and by a part of its graph. Whether it depends on the size is found out by
+    running it.
+    """
+    hooks, guards = module._forward_pre_hooks, module._modules.get("_guards_fn")
+    checks = [key for key, hook in hooks.items() if "input_constraints" in getattr(hook, "__name__", "")]
+    held = {key: hooks.pop(key) for key in checks}
+    if guards is not None:
+        module._modules["_guards_fn"] = _Unchecked()
+    try:
+        yield
+    finally:
+        hooks.update(held)
+        if guards is not None:
+            module._modules["_guards_fn"] = guards
+
+
+class _Unchecked(torch.nn.Module):
+    """Stands where a part of a graph checked sizes."""
+
+    def forward(self, *_: Any) -> None:
+        """Check nothing."""
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

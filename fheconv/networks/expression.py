@@ -80,7 +80,7 @@ class Expression:
 
 X = Expression("x")
 # These only scale and shift, if all but one of their arguments are constants.
-_SCALING = ("add", "sub", "rsub", "mul", "div", "neg")
+_SCALING = ("add", "sub", "rsub", "mul", "div", "neg", "dequantize_per_tensor")
 
 
 def _shown(part: Any) -> str:

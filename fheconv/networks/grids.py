@@ -82,8 +82,7 @@ def _grid(function: Expression) -> _Grid | None:
         numbers = _Grid(step=1.0, shift=0.0, low=low, high=high)
         if name == "quantize_per_tensor":
             return numbers
-        step = float(np.float32(scale))
-        return numbers.scaled(step, -float(zero) * step)
+        return _dequantized(numbers, None, scale, zero)
     if name == "where":
         return _of_where(*arguments)
     inner = [part for part in arguments if isinstance(part, Expression)]
@@ -146,6 +145,11 @@ def _quotient(grid: _Grid, x: Any, y: Any, rounding_mode: str | None = None) -> 
     return grid.scaled(1 / float(y)) if usable else None
 
 
+def _dequantized(grid: _Grid, _: Any, scale: Any, zero: Any) -> _Grid:
+    step = float(np.float32(scale))  # torch multiplies with it in float32
+    return grid.scaled(step, -float(zero) * step)
+
+
 def _clamp(grid: _Grid, _: Any, low: Any = None, high: Any = None) -> _Grid | None:
     return grid.clamped(-np.inf if low is None else low, np.inf if high is None else high)
 
@@ -156,7 +160,7 @@ _KEEPING: dict[str, Any] = {
     "clamp": _clamp,
     "clamp_max": lambda grid, x, high: grid.clamped(-np.inf, high),
     "clamp_min": lambda grid, x, low: grid.clamped(low, np.inf),
-    "dequantize_per_tensor": lambda grid, x, scale, zero: grid.scaled(scale, -zero * scale),
+    "dequantize_per_tensor": _dequantized,
     "div": _quotient,
     "hardtanh": lambda grid, x, low=-1.0, high=1.0: grid.clamped(low, high),
     "maximum": lambda grid, x, y: grid.clamped(float(x if isinstance(y, Expression) else y), np.inf),

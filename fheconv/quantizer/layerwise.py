@@ -48,7 +48,8 @@ def quantize_network(
         inputs = building.inputs(layer)
         bits = config.of_layer("weight_bits", layer.name)
         if network.trained and config.method == "auto":
-            own = trained_weights(layer, inputs, network.shapes, building.output)
+            limit = building.width_limit(layer)
+            own = trained_weights(layer, inputs, network.shapes, building.output, limit)
             if own is not None:
                 building.add(layer, own, layer.bias)
                 continue

@@ -28,6 +28,10 @@ FLOAT_ERROR = 2.0**-21
 ERROR = 1e-3
 # Steps are the greatest one divided by at most this number.
 MOST_COUNTS = 4096
+# So many sizes of a step are tried between those that the two steps suggest.
+STEPS = 9
+# With more parts of a step, two steps have a common one by chance.
+MOST_EXACT = 64
 # Sums of two tensors of few integers are compared for all pairs of these, at most so many.
 MOST_PAIRS = 2**16
 
@@ -70,12 +74,19 @@ def grid(weights: Array) -> tuple[Array, Array] | None:
 
 
 def trained_weights(
-    layer: Layer, inputs: Sequence[Quantization], shapes: Sequence[Shape], output: Quantization | None
+    layer: Layer,
+    inputs: Sequence[Quantization],
+    shapes: Sequence[Shape],
+    output: Quantization | None,
+    limit: int | None,
 ) -> IntegerTerms | None:
     """Return the integer weights that training has left in a layer, or None if it has left none.
 
-    `output` is the quantization of the layer's activation, None for the last layer.
+    `output` is the quantization of the layer's activation, None for the last layer. Accumulators may have
+    `limit` bits (None: those of a lookup): where filters have no step in common, this decides how nearly
+    they are counted in one.
     """
+    limit = LOOKUP_LIMIT if limit is None else limit
     rows = Rows(layer, inputs, shapes)
     integers: list[Array] = [np.zeros(0, np.int64)] * len(rows.rows)
     scales = np.zeros(len(rows.rows))
@@ -92,7 +103,7 @@ def trained_weights(
                     return None
                 span = int(np.abs(found[0][at]).sum()) * one
                 filters.append(_Filter(found[0][at], float(found[1][at]), span))
-            meeting = _Meeting(layer, rows, number, inputs, output)
+            meeting = _Meeting(layer, rows, number, inputs, output, limit)
             factors, scales[number] = meeting.common_step(filters)
             integers[number] = np.concatenate(
                 [one.integers * factor for one, factor in zip(filters, factors, strict=True)]
@@ -118,6 +129,7 @@ class _Meeting:
     number: int
     inputs: Sequence[Quantization]
     output: Quantization | None
+    limit: int
 
     def common_step(self, filters: Sequence[_Filter]) -> tuple[list[int], float]:
         """Return the factors by which to multiply the integers of filters, and the real size of a step."""
@@ -129,22 +141,25 @@ class _Meeting:
         counts = np.arange(1, MOST_COUNTS + 1)[:, None]
         factors = np.rint(steps * counts / greatest)
         errors = (np.abs(steps - factors * greatest / counts) * spans).sum(axis=1)
-        narrow = (factors * spans).sum(axis=1) < 2**LOOKUP_LIMIT
+        narrow = (factors * spans).sum(axis=1) < 2**self.limit
         narrow[0] = True
-        exact = errors <= FLOAT_ERROR * float((steps * spans).sum())
-        pairs = self._pairs(filters) if len(filters) == 2 and not exact.any() else None
+        exact = (errors <= FLOAT_ERROR * float((steps * spans).sum())) & (counts[:, 0] <= MOST_EXACT)
+        pairs = self._pairs(filters) if len(filters) == 2 and not exact[0] else None
         if pairs is not None:
-            found = (at for at in np.flatnonzero(narrow) if pairs(factors[at], greatest / (at + 1)))
-        else:
-            close = exact if exact.any() else narrow & (errors <= self._allowed(steps, spans))
-            found = iter(np.flatnonzero(close))
+            for own in factors[narrow & (factors > 0).all(axis=1)]:
+                first, last = (steps / own).tolist()
+                for step in np.linspace(first, last, STEPS):
+                    if pairs(own, step):
+                        return [int(one) for one in own], float(step)
+        close = exact if exact.any() else narrow & (errors <= self._allowed(steps, spans))
+        found = iter(np.flatnonzero(close))
         best = next(found, np.where(narrow, errors, np.inf).argmin())
         return [int(one) for one in factors[best]], float(greatest / counts[best, 0])
 
     def _allowed(self, steps: Array, spans: Array) -> float:
         """Return by how much the sums may be wrong, as a real number."""
         unit = abs(self.rows.parts[0].unit)
-        of_sums = float((steps * spans).sum()) / 2**LOOKUP_LIMIT
+        of_sums = float((steps * spans).sum()) / 2**self.limit
         return of_sums if self.output is None else ERROR * self.output.scale / unit
 
     def _pairs(self, filters: Sequence[_Filter]) -> Callable[[Array, float], bool] | None:
