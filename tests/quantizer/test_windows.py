@@ -179,7 +179,7 @@ def test_reports_tell_of_windows_that_images_can_leave_and_can_demand_proofs():
         report.require(proved=True)
     assert refused.value.layer in [layer.name for layer in report.layers]
     assert report.require() is report
-    proved = quantized(0).budget()
+    proved = quantized(0, accumulator_bits=9).budget()
     assert proved.require(proved=True) is proved
     for layer, own in zip(network.layers, report.layers, strict=True):
         if (table := getattr(layer, "lookup", None)) is not None:
