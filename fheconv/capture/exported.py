@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fheconv.basics.arrays import Shape
-from fheconv.basics.errors import InvalidArgumentError, UnsupportedLayerError
+from fheconv.basics.errors import InputRangeError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.basics.samples import channel_remedy
 from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.folding import MIXES, Folded, folds, followed
@@ -32,8 +32,8 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     of one of several results.
 
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, or for images
-    whose channel axis is missing or last, and `InvalidArgumentError` for `outputs` that the model does not
-    have.
+    whose channel axis is missing or last, `InvalidArgumentError` for `outputs` that the model does not have,
+    and `InputRangeError` for images of another shape than an ONNX file says.
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
@@ -52,7 +52,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
             depends = dependence(lambda x: pick(module(x), outputs), BATCH, input_shape, like)
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             program = torch.export.export(module, (example,), strict=False).run_decompositions({})
-    except InvalidArgumentError:
+    except (InvalidArgumentError, InputRangeError):  # the second is that of a model from an ONNX file
         raise
     except Exception as error:  # the user's forward can raise anything
         check_channels(module, example)

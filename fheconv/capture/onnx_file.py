@@ -15,7 +15,7 @@ from fheconv.basics.files import check_regular, read_file
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_model import OnnxModel
 from fheconv.capture.onnx_moves import of_any_batch
-from fheconv.capture.onnx_node import SHAPES, STATIC, Node, computed
+from fheconv.capture.onnx_node import MOST_VALUES, SHAPES, STATIC, Node, computed
 from fheconv.capture.onnx_operators import OPERATORS, nearest
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _unfolded(
     graph: "GraphProto", opset: int, arrays: dict[str, Array], image: str, file: Path
 ) -> list[Node]:
     """Return the nodes that need the image or its shape. What the others make is added to the `arrays`."""
-    nodes = []
+    nodes, size = [], 0
     of_image, of_shape = {image}, set[str]()  # the values that depend on the image, or on its shape alone
     wanted = {name for proto in graph.node for name in proto.input} | {value.name for value in graph.output}
     for number, proto in enumerate(graph.node):
@@ -87,9 +87,16 @@ def _unfolded(
         if node.operator == "Constant":
             arrays[node.outputs[0]] = _value(node, file)
         elif node.operator in STATIC and read <= arrays.keys():
-            arrays.update(_folded(node, arrays, file))
+            made = _folded(node, arrays, file)
+            arrays.update(made)
+            size += sum(array.size for array in made.values())
+            if size > MOST_VALUES:
+                raise UnsupportedLayerError(
+                    f"{file} makes {size:,} values of its constants, up to {node}, and at most "
+                    f"{MOST_VALUES:,} are made. Export the model with constants folded."
+                )
         else:
-            if node.operator == "Reshape" and node.inputs[1] in arrays:
+            if node.operator == "Reshape" and node.inputs[0] in of_image and node.inputs[1] in arrays:
                 name = f"{node.inputs[1]} for {node.outputs[0]}"
                 arrays[name] = of_any_batch(arrays[node.inputs[1]])
                 node = replace(node, inputs=(node.inputs[0], name))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import InputRangeError, UnsupportedLayerError
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_node import MOST_VALUES, SHAPES, STATIC, Node, computed
@@ -82,15 +82,7 @@ class OnnxModel(nn.Module):
         Raises `InputRangeError` for images of another shape, and `UnsupportedLayerError` naming the node that
         cannot be computed.
         """
-        sizes = tuple(images.shape[1:])
-        if len(sizes) != len(self.input_shape) or any(
-            wanted not in (None, size) for wanted, size in zip(self.input_shape, sizes, strict=True)
-        ):
-            wanted = ", ".join("any" if size is None else str(size) for size in self.input_shape)
-            raise InputRangeError(
-                f"The images have shape (n, {', '.join(map(str, sizes))}), and the input {self.input_name!r} "
-                f"of the ONNX file takes (n, {wanted})."
-            )
+        self._check_shape(tuple(images.shape[1:]))
         # A tensor depends on the image, an array on shapes alone.
         values: dict[str, Tensor | Array] = {self.input_name: images}
         for key, node in self._steps:
@@ -108,6 +100,26 @@ class OnnxModel(nn.Module):
                 raise UnsupportedLayerError(f"{node} cannot be computed with torch: {reason}.") from error
         found = {name: self._tensor(name, values) for name in self.output_names}
         return found if len(found) > 1 else found[self.output_names[0]]
+
+    def _check_shape(self, shape: Shape) -> None:
+        """Raise `InputRangeError` for images of another shape than those of the file, and say what to do."""
+        wanted = self.input_shape
+        if len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape, strict=True)):
+            return
+        remedy = ""
+        if tuple(size for size in wanted if size != 1) == shape:
+            remedy = f" Give them all axes: images.reshape(-1, {', '.join(map(str, wanted))})."
+        elif wanted == (*shape[-1:], *shape[:-1]):
+            remedy = " Move their channels to the front: numpy.moveaxis(images, -1, 1)."
+        elif wanted == (*shape[1:], *shape[:1]):
+            remedy = " Move their channels to the end: numpy.moveaxis(images, 1, -1)."
+        there, here = (
+            ", ".join("any" if size is None else str(size) for size in sizes) for sizes in (wanted, shape)
+        )
+        raise InputRangeError(
+            f"The images have shape (n, {here}), and the input {self.input_name!r} of the ONNX file takes "
+            f"(n, {there}).{remedy}"
+        )
 
     def _results(self, key: str, node: Node, values: dict[str, Tensor | Array]) -> Sequence[Any]:
         known = [values.get(name, self._constants.get(name)) for name in node.inputs]

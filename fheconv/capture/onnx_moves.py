@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fheconv.basics.arrays import Array
 from fheconv.capture.graph import Unsupported
-from fheconv.capture.onnx_node import Node
+from fheconv.capture.onnx_node import Node, check_size
 
 
 def _list(values: Any) -> list[int]:
@@ -43,6 +43,13 @@ def of_any_batch(shape: Array) -> Array:
     # The batch axis is what the others do not take. Where another one is free, it is that of the input.
     free = 0 if (shape[1:] == -1).any() else -1
     return np.concatenate([[free], shape[1:]]) if len(shape) else shape
+
+
+def padded(x: Tensor, axis: int, pair: tuple[int, int], mode: str) -> Tensor:
+    """Return a tensor with values of its own before and after an axis, chosen as numpy's pad does."""
+    check_size(sum(pair))
+    places: Any = np.pad(np.arange(x.shape[axis]), pair, mode)  # type: ignore[call-overload]
+    return take(x, axis, places.tolist())
 
 
 def reshape(node: Node, x: Tensor, shape: Array) -> Tensor:
@@ -163,7 +170,7 @@ def pad(
     if mode not in ("edge", "reflect", "wrap") or min(given) < 0:
         raise Unsupported(f"its mode {mode!r} with pads {given} is not supported")
     for axis, pair in pairs.items():
-        x = take(x, axis, np.pad(np.arange(x.shape[axis]), pair, mode).tolist())
+        x = padded(x, axis, pair, mode)
     return x
 
 
@@ -204,6 +211,7 @@ def resize(
         factors = dict(zip(along, given, strict=True))
         new = {axis: math.floor(x.shape[axis] * factors[axis]) for axis in along}
     new.pop(0, None)  # the batch
+    check_size(max(new.values(), default=0))
     changed = [axis for axis in new if new[axis] != x.shape[axis]]
     if node.get("keep_aspect_ratio_policy", b"stretch") != b"stretch" or node.get("antialias", 0):
         raise Unsupported("it keeps the ratio of sides, or smooths; give the sizes, and no antialias")

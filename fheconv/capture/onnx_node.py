@@ -12,7 +12,7 @@ from fheconv.capture.graph import Unsupported
 
 # The most values that a node may make of constants, or of one image: a file of a few bytes could ask for any
 # number of them.
-MOST_VALUES = 2**28
+MOST_VALUES = 2**27
 # What gives the shape of an image or a constant.
 SHAPES = ("Shape", "Size")
 # What is computed with numpy, by the reference of ONNX, where its inputs are constants and shapes.
@@ -56,8 +56,7 @@ def computed(node: Node, inputs: Sequence[Array | None]) -> list[Array]:
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 
-    if (values := _size(node, inputs)) > MOST_VALUES:
-        raise Unsupported(f"it would make {values:,} values, and at most {MOST_VALUES:,} are made")
+    check_size(_size(node, inputs))
     given = {name: value for name, value in zip(node.inputs, inputs, strict=True) if value is not None}
     graph = helper.make_graph(
         [helper.make_node(node.operator, node.inputs, node.outputs, **node.attributes)],
@@ -67,6 +66,12 @@ def computed(node: Node, inputs: Sequence[Array | None]) -> list[Array]:
     )
     results = ReferenceEvaluator(graph, opsets={"": node.opset}).run(None, given)
     return [np.asarray(result) for result in results]
+
+
+def check_size(values: int) -> None:
+    """Raise `Unsupported` for more than `MOST_VALUES` values."""
+    if values > MOST_VALUES:
+        raise Unsupported(f"it would make {values:,} values, and at most {MOST_VALUES:,} are made")
 
 
 def _size(node: Node, inputs: Sequence[Array | None]) -> int:
@@ -85,8 +90,8 @@ def _size(node: Node, inputs: Sequence[Array | None]) -> int:
             return max(0, math.ceil((end - start) / step))
         case "Tile":
             return given[0].size * math.prod(map(int, given[1]))
-        case "Concat" | "Reshape" | "Slice" | "Split":
-            return sum(value.size for value in given)
+        case "Concat" | "Split":
+            return max(sum(value.size for value in given), node.get("num_outputs", 0))
         case (
             "Add"
             | "And"

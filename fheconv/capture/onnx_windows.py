@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -118,7 +117,7 @@ def max_pool(node: Node, x: Tensor) -> Tensor:
         raise Unsupported(f"with ceil_mode or dilations it cannot pad by {paddings}; pad both ends alike")
     # A window that reaches over an edge contains the pixel there, and may see it more than once.
     for axis, pair in enumerate(paddings, 2):
-        x = moves.take(x, axis, np.pad(np.arange(x.shape[axis]), pair, "edge").tolist())
+        x = moves.padded(x, axis, pair, "edge")
     made = function(x, kernel, strides)
     return made
 
