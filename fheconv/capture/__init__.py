@@ -2,6 +2,7 @@
 
 model: the entry: a model or a single convolution.
 tracing: modules as torch.export takes them, and whether they repeat their results.
+eager: modules of torch.ao.quantization as modules of floats.
 exported: from torch.export's graph to a network.
 outputs: which of several outputs is meant.
 calls: one call of an operator, with its arguments.

@@ -15,13 +15,14 @@ from fheconv.basics.arrays import Shape
 from fheconv.basics.errors import InputRangeError, InvalidArgumentError, UnsupportedLayerError
 from fheconv.basics.samples import channel_remedy
 from fheconv.capture.calls import BATCH, Call
+from fheconv.capture.eager import as_floats
 from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.outputs import Outputs, described, pick, picked_node
 from fheconv.capture.probing import leaves, linear
 from fheconv.capture.quantizers import ROUNDING, as_trained
-from fheconv.capture.tracing import check_channels, dependence, evaluate, traceable
+from fheconv.capture.tracing import check_channels, dependence, evaluate, quiet, traceable
 from fheconv.networks.floats import Network
 
 
@@ -37,6 +38,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
+    module = as_floats(module)
     kind = type(module).__name__
     if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
         raise UnsupportedLayerError(f"This {kind} has layers without weights yet; run it once, or load them.")
@@ -51,7 +53,8 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
             # Its error about a wrong shape is clearer than that of export.
             depends = dependence(lambda x: pick(module(x), outputs), BATCH, input_shape, like)
             # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
-            program = torch.export.export(module, (example,), strict=False).run_decompositions({})
+            with quiet():
+                program = torch.export.export(module, (example,), strict=False).run_decompositions({})
     except (InvalidArgumentError, InputRangeError):  # the second is that of a model from an ONNX file
         raise
     except Exception as error:  # the user's forward can raise anything

@@ -1,7 +1,9 @@
 """Prepares a module for torch.export, and shows what its results depend on, and where channels belong."""
 
+import io
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -80,6 +82,21 @@ class _Unchecked(torch.nn.Module):
 
     def forward(self, *_: Any) -> None:
         """Check nothing."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch.export from printing what it knows of an error, which is pages; the error says enough."""
+    handlers = logging.getLogger("torch").handlers
+    levels = [handler.level for handler in handlers]
+    try:
+        for handler in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

@@ -101,3 +101,14 @@ def test_what_cannot_be_taken_over_is_refused_in_a_few_words(quantizer, words):
     with pytest.raises(fheconv.UnsupportedLayerError, match=words) as refused:
         fheconv.quantize(Model(), IMAGES)
     assert len(str(refused.value)) < 600
+
+
+def test_torch_prints_nothing_of_its_own_about_a_model_that_it_cannot_export(capfd):
+    class Measured(nn.Module):
+        def forward(self, x):
+            return torch.fake_quantize_per_tensor_affine(x, float(x.abs().max()) / 7, 0, 0, 7)
+
+    with pytest.raises(fheconv.UnsupportedLayerError, match="path depends on the values"):
+        fheconv.quantize(Measured(), IMAGES)
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
