@@ -82,8 +82,22 @@ class Functional(nn.Module):
         return x * y
 
 
-def as_floats(module: nn.Module) -> nn.Module:
+class _Bias(nn.Module):
+    """Stands for what rounds a bias in Brevitas, by the scales of a QuantTensor: the bias is a constant."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.register_buffer("value", getattr(value, "value", value).detach().clone())
+
+    def forward(self, *_: Any) -> Any:
+        """Return the rounded bias."""
+        return self.value
+
+
+def as_floats(module: nn.Module, example: Tensor) -> nn.Module:
     """Return a module that computes with plain tensors: a changed copy, or itself if it does already.
+
+    `example` is a batch of images, for which the copy runs once.
 
     Raises `UnsupportedLayerError` naming a quantized module that has no counterpart here.
     """
@@ -95,6 +109,8 @@ def as_floats(module: nn.Module) -> nn.Module:
         return module
     with torch.no_grad():
         copied = copy.deepcopy(module)
+    if wrapped:
+        _round_biases(copied, example)
     for part in copied.modules():
         if getattr(part, _WRAPS, False):
             setattr(part, _WRAPS, False)
@@ -103,6 +119,31 @@ def as_floats(module: nn.Module) -> nn.Module:
         if not any(name.startswith(outer + ".") for outer in found):
             copied.get_submodule(parent)._modules[last] = _replaced(name, part)
     return copied
+
+
+def _round_biases(module: nn.Module, example: Tensor) -> None:
+    """Put the rounded biases of Brevitas in place of what rounds them, in evaluation mode."""
+    found: dict[str, Any] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda part, inputs, output: found.update({name: output})
+
+    hooks = [
+        part.register_forward_hook(record(name))
+        for name, part in module.named_modules()
+        if name.rpartition(".")[2] == "bias_quant"
+    ]
+    try:
+        with torch.no_grad():
+            module.eval()(example)
+    except Exception:  # the user's forward can raise anything, and says so elsewhere
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, value in found.items():
+        if value is not None:
+            module.get_submodule(name.rpartition(".")[0])._modules["bias_quant"] = _Bias(value)
 
 
 def _is_quantized(part: nn.Module) -> bool:

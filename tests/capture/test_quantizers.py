@@ -94,6 +94,26 @@ class ByHand(nn.Module):
         return Wrapped(y, self.scale) if self.return_quant_tensor else y
 
 
+class BiasByHand(nn.Module):
+    """Rounds a bias by the scale of what the layer reads, as Brevitas does; plain tensors have no scale."""
+
+    def forward(self, bias, x):
+        return torch.round(bias / x.scale) * x.scale
+
+
+class Biased(nn.Module):
+    """A convolution with such a bias."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.bias_quant = conv, BiasByHand()
+
+    def forward(self, x, weight):
+        return functional.conv2d(
+            x.value if isinstance(x, Wrapped) else x, weight, self.bias_quant(self.conv.bias, x)
+        )
+
+
 class HandMade(nn.Module):
     """A network of such modules, which takes what they return as it comes."""
 
@@ -101,14 +121,13 @@ class HandMade(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.act, self.w = ByHand(0.17, -8, 7), ByHand(0.23, 0, 15), ByHand(0.11, -3, 3)
-        self.a, self.c = nn.Conv2d(1, 3, 3), nn.Linear(48, 4)
+        self.a, self.c = Biased(nn.Conv2d(1, 3, 3)), nn.Linear(48, 4)
 
     def forward(self, x):
         def plain(y):
             return y.value if isinstance(y, Wrapped) else y
 
-        x = plain(self.first(x))
-        x = functional.conv2d(x, plain(self.w(self.a.weight)), self.a.bias)
+        x = self.a(self.first(x), plain(self.w(self.a.conv.weight)))
         x = plain(self.act(torch.relu(x)))
         return functional.linear(x.flatten(1), plain(self.w(self.c.weight)), self.c.bias)
 
