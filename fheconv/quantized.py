@@ -119,6 +119,16 @@ def quantize(
     (`QuantConfig(overflow="defined", rounding_bits=5)`), and a network without lookups is exact
     (`QuantConfig()`).
 
+    A model that was trained for integers (QAT) is taken over as it is: with `torch.fake_quantize_...`,
+    torch.ao.quantization (prepared or converted), PT2E of torch or torchao (converted), Brevitas (with or
+    without QuantTensor), or rounding written by hand. Its scales, zero-points and widths are kept, whatever
+    `config` says of widths, and calibration chooses nothing. A quantizer at the start becomes the client's:
+    it takes no lookups, and clips images as the model does. The results are the model's to float rounding:
+    without `config`, lookups are exact (`QuantConfig()`), which takes few bits in training, 4 or less; a
+    lookup holds 16. `rounding_bits` makes them cheaper and approximate. Where branches of different scales
+    are added, integers are exact for all pairs of values, if `accumulator_bits` allows it. A `method` other
+    than "auto" rounds the weights anew; widths are then those of `config`.
+
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. If images are
     few or alike, weights are rounded for inputs of any kind; the budget report then says so. Numbers that

@@ -38,13 +38,13 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
-    module = as_floats(module)
     kind = type(module).__name__
     if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
         raise UnsupportedLayerError(f"This {kind} has layers without weights yet; run it once, or load them.")
     floats = (p for p in module.parameters() if p.is_floating_point())
     like = next(floats, torch.zeros(()))
     example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
+    module = as_floats(module, example)
     training = [part for part in module.modules() if part.training]
     try:
         evaluate(module)

@@ -60,11 +60,20 @@ def _of_images(network: Network, number: int) -> Quantization | None:
     if isinstance(layer, Maximum) or layer.activation is None or layer.bias.any() or len(layer.terms) > 1:
         return None
     (term,) = layer.terms
-    moves = [step for step in term.steps if isinstance(step, Select)]
-    if not term.is_plain() or term.factor != 1 or not all(m.is_identity(network.input_shape) for m in moves):
-        return None
-    found = trained_quantization(layer.activation)
-    return found if found is not None and _rounds_to(layer.activation, found) else None
+    factor = term.factor
+    for step in term.steps:
+        if isinstance(step, Select):
+            same = step.is_identity(network.input_shape)
+        else:
+            values = step.weight.ravel()
+            alone = values.size == len(step.weight) == step.geometry.groups
+            same = alone and step.output_shape(network.input_shape) == network.input_shape
+            same, factor = same and bool((values == values[0]).all()), factor * float(values[0])
+        if not same:
+            return None
+    function = layer.activation.of(Expression("mul", (X, factor)))
+    found = trained_quantization(function)
+    return found if found is not None and _rounds_to(function, found) else None
 
 
 def _rounds_to(function: Expression, quantization: Quantization) -> bool:

@@ -1,5 +1,7 @@
 """What training for integers leaves in a model, by the operators of those who write such models."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,78 @@ def test_pt2e(make):
     assert len({*np.round(expected.ravel(), 3)}) > 5
     assert network.input.scale == np.float32(0.11)
     assert len(network.layers) == 6  # none for images, and one for an activation that is read twice
+
+
+class Wrapped(NamedTuple):
+    """What a module returns that says with which scale its values are integers."""
+
+    value: torch.Tensor
+    scale: float
+
+
+class ByHand(nn.Module):
+    """Rounds as Brevitas does: it divides, rounds, chooses, and multiplies again."""
+
+    def __init__(self, scale, low, high):
+        super().__init__()
+        self.scale, self.low, self.high = nn.Parameter(torch.tensor(scale)), low, high
+        self.return_quant_tensor = True
+
+    def forward(self, x):
+        y = torch.round(x / self.scale)
+        high, low = torch.tensor(float(self.high)), torch.tensor(float(self.low))
+        y = torch.where(y > high, high, y)
+        y = torch.where(y < low, low, y) * self.scale
+        return Wrapped(y, self.scale) if self.return_quant_tensor else y
+
+
+class BiasByHand(nn.Module):
+    """Rounds a bias by the scale of what the layer reads, as Brevitas does; plain tensors have no scale."""
+
+    def forward(self, bias, x):
+        return torch.round(bias / x.scale) * x.scale
+
+
+class Biased(nn.Module):
+    """A convolution with such a bias."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.bias_quant = conv, BiasByHand()
+
+    def forward(self, x, weight):
+        return functional.conv2d(
+            x.value if isinstance(x, Wrapped) else x, weight, self.bias_quant(self.conv.bias, x)
+        )
+
+
+class HandMade(nn.Module):
+    """A network of such modules, which takes what they return as it comes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.w = ByHand(0.17, -8, 7), ByHand(0.23, 0, 15), ByHand(0.11, -3, 3)
+        self.a, self.c = Biased(nn.Conv2d(1, 3, 3)), nn.Linear(48, 4)
+
+    def forward(self, x):
+        def plain(y):
+            return y.value if isinstance(y, Wrapped) else y
+
+        x = self.a(self.first(x), plain(self.w(self.a.conv.weight)))
+        x = plain(self.act(torch.relu(x)))
+        return functional.linear(x.flatten(1), plain(self.w(self.c.weight)), self.c.bias)
+
+
+def test_what_divides_rounds_and_multiplies_by_hand_is_taken_over_as_well():
+    model = HandMade().eval()
+    network = fheconv.quantize(model, IMAGES[:1])
+    with torch.no_grad():
+        expected = model(torch.tensor(IMAGES)).numpy()
+    np.testing.assert_allclose(network(IMAGES), expected, atol=1e-5)
+    assert network.input.real_range == pytest.approx((-8 * 0.17, 7 * 0.17))
+    assert [q.maximum for q in network.quantizations] == [15, 15]
+    assert model.first.return_quant_tensor  # the user's model is as it was
 
 
 def test_a_module_of_an_exported_program_keeps_its_checks():

@@ -11,9 +11,11 @@ from torch.nn import functional
 class Quantizer(nn.Module):
     """Rounds to integers of some bits times a scale."""
 
-    def __init__(self, rng: np.random.Generator, greatest: float, *, signed: bool = False) -> None:
+    def __init__(
+        self, rng: np.random.Generator, greatest: float, *, signed: bool = False, bits: int | None = None
+    ) -> None:
         super().__init__()
-        self.high = 2 ** int(rng.integers(2, 5)) - 1
+        self.high = 2 ** (bits or int(rng.integers(2, 5))) - 1
         self.zero = int(rng.integers(1, self.high)) if signed else 0
         self.scale = float(np.float32(rng.uniform(0.6, 1.1) * greatest / self.high))
 
@@ -24,10 +26,12 @@ class Quantizer(nn.Module):
 class Weighted(nn.Module):
     """A convolution or linear layer in double precision with few integers for weights."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, rng: np.random.Generator) -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, rng: np.random.Generator, most: int | None = None
+    ) -> None:
         super().__init__()
         self.layer, self.per_channel = layer.double(), bool(rng.integers(2))
-        self.most = 2 ** int(rng.integers(1, 4)) - 1
+        self.most = most or 2 ** int(rng.integers(1, 4)) - 1
         with torch.no_grad():
             for tensor in layer.parameters():
                 tensor.copy_(torch.tensor(rng.normal(0, 0.5, tensor.shape)))
