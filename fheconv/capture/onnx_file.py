@@ -160,6 +160,8 @@ def _load_weights(model: "ModelProto", file: Path) -> None:
             if total > MOST_BYTES:
                 raise ValueError(f"its weights have more than {MOST_BYTES:,} bytes")
             load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = type(tensor).DEFAULT  # older versions of onnx leave that to the caller
+            del tensor.external_data[:]
 
 
 def _tensors(graph: "GraphProto") -> "Iterator[TensorProto]":

@@ -67,8 +67,8 @@ def drawn(seed):
     return one, network
 
 
-@pytest.mark.sampled(5)
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.sampled(15)
+@pytest.mark.parametrize("seed", range(60))
 def test_what_is_forecast_as_possible_compiles(seed):
     one, network = drawn(seed)
     config = CompileConfig(**one.compiling)
@@ -76,8 +76,8 @@ def test_what_is_forecast_as_possible_compiles(seed):
         assert fheconv.FheCircuit(network, config).cost.complexity > 0
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.sampled(15)
+@pytest.mark.parametrize("seed", range(60))
 def test_what_a_budget_requires_or_advises_compiles(seed):
     one, network = drawn(seed)
     for limit, proved in ((None, False), (one.limit, False), (None, True), (one.limit, True)):
@@ -98,8 +98,8 @@ def test_what_a_budget_requires_or_advises_compiles(seed):
         fheconv.compile(better, compiling)
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.sampled(15)
+@pytest.mark.parametrize("seed", range(45))
 def test_what_a_refused_cost_advises_is_allowed(seed):
     one, network = drawn(seed)
     config = CompileConfig(most_seconds=one.seconds, **one.compiling)
