@@ -61,6 +61,8 @@ def from_onnx(path: str | os.PathLike[str]) -> OnnxModel:
     image, sizes = _image(graph, arrays, file)
     nodes = _unfolded(graph, opset, arrays, image, file)
     outputs = [output.name for output in graph.output]
+    if not outputs:
+        raise ArtifactError(f"{file} has no outputs; export the model again.")
     read = {name for node in nodes for name in node.inputs}.union(outputs)
     constants = {name: value for name, value in arrays.items() if name in read}
     model = OnnxModel(nodes, constants, (image, sizes), outputs).eval()
@@ -75,6 +77,7 @@ def _unfolded(
     nodes, size = [], 0
     of_image, of_shape = {image}, set[str]()  # the values that depend on the image, or on its shape alone
     wanted = {name for proto in graph.node for name in proto.input} | {value.name for value in graph.output}
+    wanted.discard("")  # an input that is left out
     for number, proto in enumerate(graph.node):
         node = _node(proto, number, opset, file)
         while node.outputs and node.outputs[-1] not in wanted:
@@ -196,6 +199,8 @@ def _image(
 def _node(proto: "NodeProto", number: int, opset: int, file: Path) -> Node:
     from onnx import helper
 
+    if not all(isinstance(name, str) for name in (proto.name, *proto.input, *proto.output)):
+        raise ArtifactError(f"{file}: node {number} ({proto.op_type}) has names that are no text.")
     try:
         attributes = {one.name: helper.get_attribute_value(one) for one in proto.attribute}
     except ValueError as error:
@@ -245,7 +250,7 @@ def _array(tensor: "TensorProto", file: Path) -> Array:
     try:
         array = numpy_helper.to_array(tensor)
         return array if array.dtype.kind in "biuf" else array.astype(np.float32)  # such as bfloat16
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{file}: the numbers of {tensor.name!r} cannot be read: {error}.") from error
 
 

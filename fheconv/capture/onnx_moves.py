@@ -40,9 +40,11 @@ def of_any_batch(shape: Array) -> Array:
         >>> of_any_batch(np.array([1, 400])), of_any_batch(np.array([1, 16, -1]))
         (array([ -1, 400]), array([ 0, 16, -1]))
     """
+    if shape.ndim != 1 or not len(shape):
+        return shape
     # The batch axis is what the others do not take. Where another one is free, it is that of the input.
     free = 0 if (shape[1:] == -1).any() else -1
-    return np.concatenate([[free], shape[1:]]) if len(shape) else shape
+    return np.concatenate([[free], shape[1:]])
 
 
 def padded(x: Tensor, axis: int, pair: tuple[int, int], mode: str) -> Tensor:
