@@ -458,8 +458,8 @@ def test_minima():
     check(Fn(lambda m, x: -F.max_pool2d(-m.c(x), 3), c=conv(1, 2)), (1, 4, 4))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.max, torch.min])
-@pytest.mark.sampled(3)
 def test_maximum_and_minimum_of_two_tensors(function):
     a, b = conv(1, 2), conv(1, 2)
     check(Fn(lambda m, x: function(m.a(x), m.b(x)), a=a, b=b), (1, 4, 4), lookups=32)

@@ -27,8 +27,7 @@ print(json.dumps(peak() - before))
 """
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.sampled(8)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shape", "entries"),
     [

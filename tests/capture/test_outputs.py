@@ -63,6 +63,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("wrap", "boxes", "scores"), WAYS.values(), ids=WAYS)
 def test_each_output_is_the_models(wrap, boxes, scores):
     model = Detector(wrap).double().eval()

@@ -66,9 +66,9 @@ def test_a_run_over_its_time_is_ended_and_goes_through_with_more(slow):
     np.testing.assert_array_equal(slow.decrypt(slow.run(encrypted)), slow.network(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 400])
 @pytest.mark.parametrize("step", ["keygen", "encrypt"])
-@pytest.mark.sampled(4)
 def test_a_worker_that_never_answers_is_ended(step, images):
     """Whether the caller waits for the reply or, with a large request, still for it to be taken."""
     network, _, _ = random_network(7)

@@ -76,9 +76,9 @@ def test_results_narrower_than_images(lanes):
     verified(fheconv.quantize(np.ones((1, 1, 1, 1)), x), x, lanes=lanes)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize("place", [0, 2])
-@pytest.mark.sampled(3)
 def test_a_layer_of_zeros_beside_lookups(signs, place):
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 2))
     nn.init.zeros_(model[place].weight)

@@ -115,9 +115,9 @@ def test_results_are_far_fewer_than_many_lookups(problem, lookups):
     assert prices[1] <= prices[0]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts", "auto"])
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.sampled(5)
 def test_networks_in_planes_compute_their_integers(seed, engine):
     quantized = network(seed)
     lowered = lower(quantized, engine)

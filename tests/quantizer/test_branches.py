@@ -74,11 +74,11 @@ def error(module, **options):
     return np.sqrt(np.mean((network(OTHERS) - expected) ** 2)) / expected.std()
 
 
+@pytest.mark.sampled(19)
 @pytest.mark.parametrize("method", ["auto", "mse", "minmax", "gptq"])
 @pytest.mark.parametrize("ratio", [1, 10, 100, 1e4, 1e-4])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("joined", [Concatenated, Padded])
-@pytest.mark.sampled(11)
 def test_branches_side_by_side_are_as_accurate_as_summed_ones(joined, kernel, ratio, method):
     expected = error(Summed(ratio, kernel), method=method)
     assert error(joined(ratio, kernel), method=method) == pytest.approx(expected, rel=1e-3)

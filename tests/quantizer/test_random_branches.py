@@ -204,9 +204,9 @@ def errors(join, plan, kind):
     return error(module, images, others), error(Apart(module), images, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CALIBRATIONS)
 @pytest.mark.parametrize("join", [Concatenated, Padded, Added])
-@pytest.mark.sampled(17)
 @settings(max_examples=8)  # torch takes most of a second to export each
 @given(plan=plans())
 def test_joined_branches_are_right_where_branches_apart_are(join, kind, plan):

@@ -275,6 +275,7 @@ def test_what_dask_raises_has_its_place_in_the_tree_of_errors(
         next(distributed.stream(tile_file, *arguments, client=dask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [{"key_id": "other"}, {"images": 2, "batched": True}], ids=["keys", "images"]
 )
