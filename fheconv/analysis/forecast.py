@@ -26,7 +26,7 @@ MULTIPLY_ADD = 1.2
 WORD = 8
 # Of lookups that fail unequally, Concrete lets some fail about so many times as often as the mean, at most.
 # How often is found by halving.
-MOST_UNEVEN, HALVINGS = 1.15, 3
+MOST_UNEVEN, HALVINGS, MOST_PARTITIONS = 1.15, 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,12 +249,12 @@ def _chosen(
     """Return the parameters that Concrete chooses, None if there are none.
 
     If only the failure probability of a whole image is given, lookups that fail most may do so more often
-    than the even share `p_error`, because others fail less often. This is not looked for with several
-    partitions, whose choice takes long.
+    than the even share `p_error`, because others fail less often. This is not looked for with more than
+    `MOST_PARTITIONS`, whose choice takes long.
     """
     level = config.security_level
     chosen = choose(sums, conversions, p_error, level, config.parameters)
-    if config.p_error is not None or chosen is None or len(chosen.partitions) > 1:
+    if config.p_error is not None or chosen is None or len(chosen.partitions) > MOST_PARTITIONS:
         return chosen
     whole = config.global_p_error or GLOBAL_P_ERROR
     low, high = p_error, MOST_UNEVEN * p_error
