@@ -19,7 +19,7 @@ from fheconv.basics.errors import CostError, FheConvError
 from fheconv.basics.warning import CostWarning, warn
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.networks.floats import Maximum
-from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
+from fheconv.networks.integers import Lookup, QuantizedLayer
 
 # Above these, a user is warned: seconds of an image, bytes of keys, seconds of compiling.
 LONG_SECONDS, LARGE_KEYS, LONG_COMPILING = 60.0, 2 * 10**9, 30.0
@@ -48,7 +48,7 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
     if allowed(expected, config):
         sentences = []
         if expected.seconds > LONG_SECONDS or expected.key_bytes > LARGE_KEYS:
-            words = _advice(lowered, config, quantizing=False).words
+            words = advice_for(lowered, config, expected, quantizing=False).words
             sentences.append(f"This circuit will take {_costs(expected)}. {words}".rstrip())
         if (seconds := compiling_seconds(lowered)) > LONG_COMPILING:
             numbers, layer = max(
@@ -72,12 +72,7 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
             f"This circuit would take {_costs(expected)}; allowed are {config.most_seconds} s and "
             f"{config.most_key_bytes} bytes (CompileConfig.most_seconds and most_key_bytes)."
         )
-    raise _advice(lowered, config).after(CostError(what))
-
-
-def advice_for(network: IntegerNetwork, config: CompileConfig) -> Advice:
-    """Return advice with which a network has parameters, and costs no more than allowed. It was tried."""
-    return _advice(lower(network, config.engine), config)
+    raise advice_for(lowered, config, expected).after(CostError(what))
 
 
 def _costs(expected: Forecast) -> str:
@@ -95,20 +90,23 @@ def _long(seconds: float) -> str:
     return f"{seconds:.2g} {unit}"
 
 
-def _advice(lowered: Lowered, config: CompileConfig, *, quantizing: bool = True) -> Advice:
+def advice_for(
+    lowered: Lowered, config: CompileConfig, as_it_is: Forecast, *, quantizing: bool = True
+) -> Advice:
     """Return the least change that makes a circuit cheap, or else the one that helps most.
 
-    A change counts if the circuit is then allowed. It must halve the seconds of one that is allowed already.
-    With `quantizing`, what is to be quantized in another way is tried. Otherwise its cost is an estimate.
+    `as_it_is` is the circuit's own forecast. A change counts if the circuit is then allowed. It must halve
+    the seconds of one that is allowed already. With `quantizing`, what is to be quantized in another way is
+    tried. Otherwise its cost is an estimate.
     """
-    as_it_is = best = forecast_of(lowered, config)
+    best = as_it_is
     least, chosen = as_it_is.seconds / 2 if allowed(as_it_is, config) else float("inf"), dict[str, Any]()
 
     def helps(tried: Forecast) -> bool:
         return allowed(tried, config) and (_cheap(tried, config) or tried.seconds < least)
 
     end = monotonic() + MOST_SECONDS
-    for settings in takewhile(lambda _: monotonic() < end, _changes(lowered, config)):
+    for settings in takewhile(lambda _: monotonic() < end, _changes(lowered, config, as_it_is.possible)):
         tried = _tried(lowered, config, settings, helps, quantizing=quantizing)
         if tried is None:
             continue
@@ -142,12 +140,12 @@ def _cheap(expected: Forecast, config: CompileConfig) -> bool:
     return expected.seconds <= _most_seconds(config) and expected.key_bytes <= keys
 
 
-def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]]:
-    """Yield the settings to try, those that change least first."""
+def _changes(lowered: Lowered, config: CompileConfig, possible: bool) -> Iterator[dict[str, Any]]:
+    """Yield the settings to try, those that change least first. `possible`: the circuit has parameters."""
     network = lowered.network
     if config.parameters is not None:
         yield {"parameters": None}
-    if config.engine != "matrix" and not forecast_of(lowered, config).possible:
+    if config.engine != "matrix" and not possible:
         yield {"engine": "matrix"}  # of the engines, only this one does for the widest lookups
     asked = max(config.p_error or 0.0, config.global_p_error or 0.0)
     other = {} if config.global_p_error is None else {"global_p_error": None}
@@ -160,9 +158,7 @@ def _changes(lowered: Lowered, config: CompileConfig) -> Iterator[dict[str, Any]
         if (bits is None or bits < widest) and (p_error is None or p_error > asked):
             rounding = {} if bits is None else rounded(network.config, bits)
             yield {**rounding, **({} if p_error is None else {"p_error": p_error, **other})}
-    if not forecast_of(
-        lowered, config
-    ).possible:  # maxima look up differences, which no rounding makes narrow
+    if not possible:  # maxima look up differences, which no rounding makes narrow
         start = replace(network.config, **rounded(network.config, CHEAP))
         yield from (difference(network.config, smaller) for smaller in narrower(start))
 

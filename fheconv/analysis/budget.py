@@ -26,24 +26,23 @@ def report(network: IntegerNetwork, limit: int | None = None) -> BudgetReport:
         check_integer("accumulator_bits", limit, 1)
         limit = int(limit)
     lowered = lower(network)
-    expected = forecast_of(lowered, CompileConfig())
+    config = CompileConfig()
+    expected = forecast_of(lowered, config)
     shares = [layer.share for layer in expected.layers]
     layers = tuple(
         _layer(network, number, low, share)
         for number, (low, share) in enumerate(zip(lowered.layers, shares, strict=True))
     )
+    advising = None
     if limit is not None and any(layer.accumulator_bits > limit for layer in layers):
-        advice = remedy_for(network, limit, _widest)
+        advising = partial(remedy_for, network, limit, _widest)
     elif not expected.possible:
-        advice = advice_for(network, CompileConfig())
-    else:
-        advice = None
+        advising = partial(advice_for, lowered, config, expected)
     return BudgetReport(
         layers=layers,
         limit=limit,
-        remedy=None if advice is None else advice.words,
-        settings={} if advice is None else advice.settings,
         possible=expected.possible,
+        advising=advising,
         proving=partial(remedy_for_proof, network, limit, _widest),
     )
 

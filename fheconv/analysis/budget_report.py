@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -134,11 +135,25 @@ class BudgetReport(Report):
 
     layers: tuple[LayerBudget, ...]
     limit: int | None
-    remedy: str | None
-    settings: Mapping[str, Any]
     possible: bool
-    # Finds what proves all windows. It quantizes several times, so it is called only if that is asked for.
+    # They find what to change (None: nothing), and what proves all windows. That quantizes several times, so
+    # they are called only if somebody asks.
+    advising: Callable[[], Advice] | None = field(repr=False, compare=False)
     proving: Callable[[], Advice] = field(repr=False, compare=False)
+
+    @cached_property
+    def _advice(self) -> Advice:
+        return Advice(words="") if self.advising is None else self.advising()
+
+    @property
+    def remedy(self) -> str | None:
+        """What to change if the network does not fit or is not possible, otherwise None."""
+        return self._advice.words or None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The fields of `QuantConfig` and `CompileConfig` that the remedy sets."""
+        return self._advice.settings
 
     @property
     def accumulator_bits(self) -> int:
@@ -174,9 +189,8 @@ class BudgetReport(Report):
                 layer=open_ended[0].name,
             )
             raise self.proving().after(unproved)
-        advice = Advice(words=self.remedy or "", settings=self.settings)
         if self.fits and not self.possible:
-            raise (self.proving() if proved else advice).after(CostError(_IMPOSSIBLE))
+            raise (self.proving() if proved else self._advice).after(CostError(_IMPOSSIBLE))
         if self.fits or self.limit is None:
             return self
         layer = max((one for one in self.layers if one.channels), key=lambda one: one.accumulator_bits)
@@ -187,7 +201,7 @@ class BudgetReport(Report):
             value=layer.worst.span,
             limit=2**self.limit - 1,
         )
-        told = advice.after(wide)
+        told = self._advice.after(wide)
         told.remedy = self.remedy  # in the words of the report: it may say to allow more bits
         raise told
 

@@ -112,15 +112,16 @@ class Parameters:
 
     def failures(self, sums: Sequence[Sum], security_level: int = 128) -> list[float]:
         """Return the probability that each of the sums goes wrong."""
+        variances: dict[int | Pair, float] = {
+            number: partition.variance for number, partition in enumerate(self.partitions)
+        }
+        variances |= {
+            pair: self._switched(pair, self.partitions[pair[1]].big, level, security_level)
+            for pair, level in self.conversions.items()
+        }
         found = []
         for one in sums:
-            home = self.partitions[one.home]
-            variances: dict[int | Pair, float] = {IMAGE: fresh_variance(home.big, security_level)}
-            variances |= {number: partition.variance for number, partition in enumerate(self.partitions)}
-            variances |= {
-                pair: self._switched(pair, self.partitions[pair[1]].big, level, security_level)
-                for pair, level in self.conversions.items()
-            }
+            variances[IMAGE] = fresh_variance(self.partitions[one.home].big, security_level)
             variance = sum(times * variances[source] for source, times in one.noise.items())
             if one.lookup is not None:
                 pair, to = (one.home, one.lookup), self.partitions[one.lookup]

@@ -23,6 +23,10 @@ STATIC = frozenset((
     "ReduceSum", "Reshape", "Round", "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tile",
     "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
+# Those of them whose results are as large as all inputs broadcast together.
+BROADCASTING = frozenset((
+    "Add", "And", "Div", "Equal", "Greater", "Less", "Max", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Where",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,19 +96,6 @@ def _size(node: Node, inputs: Sequence[Array | None]) -> int:
             return given[0].size * math.prod(map(int, given[1]))
         case "Concat" | "Split":
             return max(sum(value.size for value in given), node.get("num_outputs", 0))
-        case (
-            "Add"
-            | "And"
-            | "Div"
-            | "Equal"
-            | "Greater"
-            | "Less"
-            | "Max"
-            | "Min"
-            | "Mod"
-            | "Mul"
-            | "Or"
-            | ("Pow" | "Sub" | "Where")
-        ):
+        case operator if operator in BROADCASTING:
             return math.prod(np.broadcast_shapes(*(value.shape for value in given)))
     return given[0].size

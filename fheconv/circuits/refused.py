@@ -59,11 +59,8 @@ def _changes(network: QuantizedNetwork, config: CompileConfig) -> Iterator[dict[
     for name in ("parameters", "configuration"):
         if getattr(config, name) is not None:
             yield {**first, name: None}
-    if config.engine != "matrix":
-        yield {
-            **first,
-            "engine": "matrix",
-        }  # Concrete cannot take values of a tensor one by one if all are wide
+    if config.engine != "matrix":  # Concrete cannot take values of a tensor one by one if all are wide
+        yield {**first, "engine": "matrix"}
     looks_up = len(network.layers) > 1
     asked = max(config.p_error or 0.0, config.global_p_error or 0.0)
     other = {} if config.global_p_error is None else {"global_p_error": None}

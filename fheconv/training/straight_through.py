@@ -25,13 +25,13 @@ class StraightThroughLookup(torch.autograd.Function):
         x, half = real.detach().double().numpy(), np.abs(step.detach().double().numpy()) / 2
 
         def level(x: Array) -> Array:
-            steps = activation(x) / output.scale + output.zero_point
-            return np.clip(steps, output.minimum, output.maximum)
+            least, greatest = output.minimum - output.zero_point, output.maximum - output.zero_point
+            return np.clip(activation(x) / output.scale, least, greatest)
 
         # Where an activation is not a number, such as a logarithm below 0, its slope is set to 0.
         slope = np.nan_to_num((level(x + half) - level(x - half)) / (2 * half))
         ctx.save_for_backward(torch.as_tensor(slope, dtype=real.dtype))
-        return torch.as_tensor(np.rint(level(x)) - output.zero_point, dtype=real.dtype)
+        return torch.as_tensor(np.rint(level(x)), dtype=real.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

@@ -74,9 +74,9 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
     def forward(self, images: Tensor) -> Tensor:
         """Return the real numbers that the last accumulators stand for. Images are clipped to the range."""
         image = self.network.input
-        integers = (images / image.scale + image.zero_point).round().clamp(image.minimum, image.maximum)
         # Tensors count from their zero-point, so that padding is with zeros.
-        tensors = [integers - image.zero_point]
+        least, greatest = image.minimum - image.zero_point, image.maximum - image.zero_point
+        tensors = [(images / image.scale).round().clamp(least, greatest)]
         for layer in self.layers:
             tensors.append(layer(tensors))
         return tensors[-1]

@@ -1,7 +1,6 @@
 """The shell's manners: versions, files that are mixed up, files that are there already, and images."""
 
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 import fheconv
-from fheconv.cli.main import main
 from tests.support import shell
 
 
@@ -23,10 +21,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for step in shell.STEPS:
-            patch.setattr(sys, "argv", ["fheconv", *step])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert not ended.value.code
+            assert shell.here(patch, *step) == 0
     return folder
 
 

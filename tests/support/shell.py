@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from fheconv.cli.main import main
 
 KEYS = ("--keys", "keys.secret")
 COMPILE = ("compile", "m.safetensors", "--calibration", "x.npy", "-o", "out", "--class-names", "[/red],×,ü")
@@ -48,6 +51,14 @@ def write_network(folder: Path, seed: int = 1, filters: int = 2) -> None:
     }
     save_file(weights, folder / "m.safetensors")
     (folder / "m.json").write_text(json.dumps({"architecture": CARD}))
+
+
+def here(patch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process, which saves the seconds of its imports, and return its status."""
+    patch.setattr(sys, "argv", ["fheconv", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
 
 
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
