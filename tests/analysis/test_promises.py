@@ -67,7 +67,7 @@ def drawn(seed):
     return one, network
 
 
-@pytest.mark.sampled(31)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_forecast_as_possible_compiles(seed):
     one, network = drawn(seed)
@@ -76,7 +76,7 @@ def test_what_is_forecast_as_possible_compiles(seed):
         assert fheconv.FheCircuit(network, config).cost.complexity > 0
 
 
-@pytest.mark.sampled(31)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_what_a_budget_requires_or_advises_compiles(seed):
     one, network = drawn(seed)
@@ -98,7 +98,7 @@ def test_what_a_budget_requires_or_advises_compiles(seed):
         fheconv.compile(better, compiling)
 
 
-@pytest.mark.sampled(31)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_what_a_refused_cost_advises_is_allowed(seed):
     one, network = drawn(seed)

@@ -79,10 +79,10 @@ def test_the_function_is_what_torch_computes(seed, engine, windows):
     np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), expected)
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("by", [-1000, -14, 300])
 @pytest.mark.parametrize("windows", ["exact", "rounded"])
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.sampled(5)
 def test_moved_activations_cost_the_same_and_give_the_same(seed, windows, by):
     network = padded_network(seed, **WINDOWS[windows])
     other = fheconv.QuantizedNetwork.of(moved(network, by))
