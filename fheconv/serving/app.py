@@ -13,10 +13,12 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 from fheconv.basics.checks import check_integer, check_token
@@ -244,7 +246,21 @@ def serve(
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         LOGGER.info("Serving circuit %s on http://%s", server.fingerprint, address)
-        uvicorn.Server(configured(app)).run(sockets=[listener])
+        _Heedful(configured(app)).run(sockets=[listener])
+
+
+class _Heedful(uvicorn.Server):
+    """Stops on signals that the process heeds. uvicorn would also take an interruption that is ignored."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        both = (signal.SIGINT, signal.SIGTERM)
+        self._ignored = [one for one in both if signal.getsignal(one) is signal.SIG_IGN]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop. A shell lets processes in the background ignore Ctrl-C, and that is kept."""
+        if sig not in self._ignored:
+            super().handle_exit(sig, frame)
 
 
 def configured(app: FastAPI) -> uvicorn.Config:
