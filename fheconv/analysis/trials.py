@@ -75,7 +75,11 @@ class Trials:
         self.fitted = False
 
     def works(self, config: QuantConfig) -> bool:
-        """Return whether a network is quantized with this, fits, has parameters and costs not too much."""
+        """Return whether a network is quantized with this, fits, has parameters and costs not too much.
+
+        Wide lookups do not count. They are possible only if there are no narrow ones beside them, which
+        hangs on the calibration images, and others may stand in for these (see `requantized`).
+        """
         self.failed, self.fitted = None, False
         try:
             network = self._quantize(config)
@@ -89,7 +93,8 @@ class Trials:
         self.fitted, lowered = True, lower(network)
 
         def compiles(options: CompileConfig) -> bool:
-            return allowed(forecast_of(lowered, options), options)
+            expected = forecast_of(lowered, options)
+            return allowed(expected, options) and not expected.wide
 
         if compiles(CompileConfig()):
             return True

@@ -77,7 +77,7 @@ def test_what_is_forecast_as_possible_compiles(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(40), 85])
 def test_what_a_budget_requires_or_advises_compiles(seed):
     one, network = drawn(seed)
     for limit, proved in ((None, False), (one.limit, False), (None, True), (one.limit, True)):
