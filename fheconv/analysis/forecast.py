@@ -156,11 +156,10 @@ def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
     )
 
 
-def allowed(expected: Forecast, config: CompileConfig) -> bool:
-    """Return True if a circuit is possible, and costs no more than `config` allows."""
-    seconds, keys = config.most_seconds, config.most_key_bytes
-    cheap = (seconds is None or expected.seconds <= seconds) and (keys is None or expected.key_bytes <= keys)
-    return expected.possible and cheap
+def allowed(expected: Forecast, config: CompileConfig, share: float = 1.0) -> bool:
+    """Return True if a circuit is possible, and costs no more than this share of what `config` allows."""
+    limits = ((expected.seconds, config.most_seconds), (expected.key_bytes, config.most_key_bytes))
+    return expected.possible and all(most is None or cost <= share * most for cost, most in limits)
 
 
 def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
