@@ -50,12 +50,12 @@ def check(results: Array, x: Array) -> None:
 
 
 @contextlib.contextmanager
-def serving(server: Server, folder: Path, **options: Any) -> Iterator[str]:
+def serving(server: Server, folder: Path, *, tls: fheconv.Tls | None = None, **options: Any) -> Iterator[str]:
     """Serve in a thread, and yield the URL. The first request waits until the workers are there."""
     app = application(server, folder=folder, **options)
-    uvicorn_server = uvicorn.Server(configured(app))
+    uvicorn_server = uvicorn.Server(configured(app, **({} if tls is None else tls.of_server())))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"http{'' if tls is None else 's'}://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
