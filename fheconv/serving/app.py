@@ -106,7 +106,7 @@ def application(
     limits = Limits.of(server)
     store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
-    service = Service(server.fingerprint, store, limits, pool)
+    service = Service(server, store, limits, pool)
 
     app = FastAPI(
         title="fheconv",
