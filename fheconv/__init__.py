@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.serving import distributed
     from fheconv.serving.remote import RemoteCircuit
     from fheconv.serving.tls import Tls
+    from fheconv.training.distilling import distill
     from fheconv.training.finetuning import finetune
     from fheconv.training.trainable import TrainableNetwork
     from fheconv.tuning.result import Setting, TunePoint, TuneResult
@@ -93,6 +94,7 @@ _HOMES = {
     "quantized": ("QuantizedNetwork", "quantize"),
     "serving.remote": ("RemoteCircuit",),
     "serving.tls": ("Tls",),
+    "training.distilling": ("distill",),
     "training.finetuning": ("finetune",),
     "training.trainable": ("TrainableNetwork",),
     "tuning.result": ("Setting", "TunePoint", "TuneResult"),
@@ -164,6 +166,7 @@ __all__ = [
     "conv_gradients",
     "conv_output_shape",
     "conv_transpose",
+    "distill",
     "distributed",
     "failures",
     "filter_matrix",

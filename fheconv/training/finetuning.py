@@ -191,7 +191,7 @@ def _train(
         for batch in torch.randperm(len(examples.images)).tensor_split(batches):
             some = examples.of(batch)
             if augment is not None:
-                images = _augmented(augment, some.images)
+                images = augmented(augment, some.images)
                 some = some._replace(images=images, meant=_meant(teacher, images))
             optimizer.zero_grad()
             torch.autograd.backward(_loss(module(some.images), some))
@@ -223,7 +223,7 @@ def _follows_windows(network: IntegerNetwork) -> bool:
     return rounded and not network.source.trained
 
 
-def _augmented(augment: Augment, images: Tensor) -> Tensor:
+def augmented(augment: Augment, images: Tensor) -> Tensor:
     """Return the batch that `augment` makes of `images`, checked."""
     changed = augment(images)
     if not isinstance(changed, Tensor) or changed.shape != images.shape:
