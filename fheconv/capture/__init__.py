@@ -13,6 +13,7 @@ jacobian: the sparse matrix of a linear function.
 graph: tensors between calls, and the layers they become.
 quantizers: what training for integers left in a network.
 merging: layers in a row with no activation between them.
+products: products of two encrypted values.
 elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.

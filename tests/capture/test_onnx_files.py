@@ -281,9 +281,9 @@ def test_a_refusal_names_the_node(tmp_path, nodes, words):
 
 def test_what_capture_refuses_names_the_node(tmp_path):
     nodes = [node("Neg", ["x"], ["a"]), node("Transpose", ["a"], ["b"], perm=[0, 1, 3, 2])]
-    nodes.append(node("Mul", ["x", "b"], ["y"], "gate/Mul.1"))
+    nodes.append(node("Pow", ["x", "b"], ["y"], "gate/Pow.1"))
     model = fheconv.from_onnx(written(tmp_path / "m.onnx", nodes, ("n", 1, 3, 3), {}))
-    with pytest.raises(UnsupportedLayerError, match=r"'gate/Mul_1'.*two encrypted values"):
+    with pytest.raises(UnsupportedLayerError, match=r"'gate/Pow_1'.*two encrypted values"):
         fheconv.quantize(model, np.ones((2, 1, 3, 3)))
 
 
