@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.serving import app as serve
     from fheconv.serving import distributed
     from fheconv.serving.remote import RemoteCircuit
+    from fheconv.serving.tls import Tls
     from fheconv.training.finetuning import finetune
     from fheconv.training.trainable import TrainableNetwork
     from fheconv.tuning.result import Setting, TunePoint, TuneResult
@@ -91,6 +92,7 @@ _HOMES = {
     "networks.floats": ("Conv",),
     "quantized": ("QuantizedNetwork", "quantize"),
     "serving.remote": ("RemoteCircuit",),
+    "serving.tls": ("Tls",),
     "training.finetuning": ("finetune",),
     "training.trainable": ("TrainableNetwork",),
     "tuning.result": ("Setting", "TunePoint", "TuneResult"),
@@ -146,6 +148,7 @@ __all__ = [
     "Setting",
     "TiledCircuit",
     "TiledCost",
+    "Tls",
     "TrainableNetwork",
     "TunePoint",
     "TuneResult",
