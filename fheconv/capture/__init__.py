@@ -23,6 +23,7 @@ onnx_model: an ONNX graph as a torch module.
 onnx_node: nodes of ONNX graphs, and what depends on shapes alone.
 onnx_operators: the table of ONNX's operators.
 onnx_windows: ONNX's convolutions and poolings.
+onnx_quantizers: ONNX operators that round to integers, and back.
 onnx_moves: ONNX's operators of shapes and places.
 pickles: what to do with files of torch.save.
 """

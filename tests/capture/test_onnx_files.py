@@ -250,7 +250,7 @@ def test_onnxs_own_cases_are_computed_or_refused_with_their_node(tmp_path):
     ("nodes", "words"),
     [
         ([node("LSTM", ["x", "w", "w"], ["y"], "the lstm")], r"'the lstm' \(LSTM\).*nearest.*convolution"),
-        ([node("QuantizeLinear", ["x", "one"], ["y"], "q")], r"'q' \(QuantizeLinear\).*the float model"),
+        ([node("MatMulInteger", ["x", "x"], ["y"], "q")], r"'q' \(MatMulInteger\).*the float model"),
         ([node("Relu", ["x"], ["y"], "r", domain="my.own")], r"'r' \(Relu\).*Relu of 'my\.own'"),
         ([node("Relux", ["x"], ["y"], "r")], r"'r' \(Relux\).*no Relux .*nearest.*Relu"),
         ([node("Relu", ["x"], ["a"]), node("Gather", ["w", "a"], ["y"], "g")], r"'g' \(Gather\).*input 1"),
