@@ -13,6 +13,7 @@ jacobian: the sparse matrix of a linear function.
 graph: tensors between calls, and the layers they become.
 quantizers: what training for integers left in a network.
 merging: layers in a row with no activation between them.
+products: products of two encrypted values.
 elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.
@@ -22,6 +23,7 @@ onnx_model: an ONNX graph as a torch module.
 onnx_node: nodes of ONNX graphs, and what depends on shapes alone.
 onnx_operators: the table of ONNX's operators.
 onnx_windows: ONNX's convolutions and poolings.
+onnx_quantizers: ONNX operators that round to integers, and back.
 onnx_moves: ONNX's operators of shapes and places.
 pickles: what to do with files of torch.save.
 """

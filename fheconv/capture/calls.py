@@ -74,8 +74,8 @@ def plain(value: Any, what: str) -> torch.Tensor:
     """Return a tensor of the model. Raises `Unsupported` if it is an encrypted value."""
     if isinstance(value, Value):
         raise Unsupported(
-            f"{what} would be encrypted values, and two encrypted values cannot be multiplied; the nearest "
-            "that is supported: constant ones"
+            f"{what} would be encrypted values; the nearest that is supported: constant ones, or products of "
+            "elements"
         )
     return value
 

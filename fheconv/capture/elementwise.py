@@ -19,6 +19,7 @@ from fheconv.capture.calls import (
     with_constant,
 )
 from fheconv.capture.graph import Affine, Pending, Unsupported, Value
+from fheconv.capture.products import divided, multiplied
 from fheconv.networks.expression import Expression, X
 
 
@@ -29,8 +30,8 @@ def apply(call: Call, *parts: Any, **options: Any) -> Value:
     common = (values[0], [X]) if len(values) == 1 else call.graph.common(values)
     if common is None:
         raise Unsupported(
-            "two encrypted values cannot be multiplied or compared, unless both are functions of the same "
-            "one value; the nearest that is supported: sums, differences, and the maximum or minimum of two"
+            "two encrypted values cannot be compared or chosen from, unless both are functions of the same "
+            "one value; the nearest that is supported: sums, products, and the maximum or minimum of two"
         )
     value, functions = common
     variables = iter(functions)
@@ -109,6 +110,10 @@ def product(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> 
         return _broadcast_constant(call, call.operation, x, constant(y, axes), call.read_once)
     if isinstance(y, Value) and not isinstance(x, Value) and call.operation == "mul":
         return _broadcast_constant(call, "mul", y, constant(x, axes), call.read_once)
+    if isinstance(x, Value) and isinstance(y, Value):
+        pair = [broadcast(call, value, call.shape) for value in (x, y)]
+        if call.graph.common(pair) is None:
+            return (multiplied if call.operation == "mul" else divided)(call, x, y)
     return apply(call, x, y)
 
 

@@ -184,12 +184,11 @@ class Graph:
             term = Term(source=len(self.layers))
         return self.source(term.source, value.name)
 
-    def _layer(self, base: Affine, activation: Expression | None, name: str) -> int:
-        """Make a layer and return the number of its tensor."""
-        terms = self._quantizable(base.terms, name)
-        layer = Layer(
-            name=self._name(weighed(base, name)), terms=terms, bias=frozen(base.bias), activation=activation
-        )
+    def _layer(self, base: Affine, activation: Expression | None, name: str, first: int | None = None) -> int:
+        """Make a layer, of whose terms the `first` may be a factor, and return the number of its tensor."""
+        terms, bias = self._quantizable(base.terms, name), frozen(base.bias)
+        name = self._name(weighed(base, name))
+        layer = Layer(name=name, terms=terms, bias=bias, activation=activation, factor_terms=first)
         self.layers.append(layer)
         return len(self.layers)
 
@@ -252,6 +251,13 @@ class Graph:
             a, b = (self._function(Pending(value.name, value, X)) for value in (a, b))
         terms = (replace(term, factor=factor * term.factor) for term in b.terms)
         return Affine(weighed(a, weighed(b, name)), summed((*a.terms, *terms)), a.bias + factor * b.bias)
+
+    def squares(self, x: Affine, y: Affine, name: str) -> Affine:
+        """Return (x + y)², of equal shapes, looked up in a layer that knows which terms are those of x."""
+        first = self._quantizable(x.terms, name)
+        terms = (*first, *self._quantizable(y.terms, name))
+        total = Affine(weighed(x, weighed(y, name)), terms, x.bias + y.bias)
+        return self.source(self._layer(total, Expression("square", (X,)), name, len(first)), name)
 
     def scale(self, value: Affine, factors: Array, name: str) -> Affine:
         """Multiply by constants (C, *S)."""

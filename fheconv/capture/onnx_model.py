@@ -56,8 +56,15 @@ class OnnxModel(nn.Module):
         self._constants: dict[str, Array] = {}
         self._steps: list[tuple[str, Node]] = []
         statistics = {n for node in nodes if node.operator == "BatchNormalization" for n in node.inputs[3:5]}
+        # What shapes may depend on stays an array, because a weight has no value while it is traced.
+        static = {
+            name
+            for node in nodes
+            for number, name in enumerate(node.inputs)
+            if node.operator in STATIC or number in OPERATORS[node.operator].static
+        }
         for name, value in constants.items():
-            self._add_constant(name, value, name not in statistics)
+            self._add_constant(name, value, trained=name not in statistics, static=name in static)
         for node in nodes:
             key = node.name.replace(".", "_") or node.operator
             while hasattr(self, key):
@@ -65,10 +72,12 @@ class OnnxModel(nn.Module):
             self.add_module(key, OnnxNode(node))
             self._steps.append((key, node))
 
-    def _add_constant(self, name: str, value: Array, trained: bool) -> None:
-        """Keep a constant as an array, and as a weight if it is one. Single numbers are not trained."""
-        self._constants[name] = value
-        if value.dtype.kind == "f" and value.size:
+    def _add_constant(self, name: str, value: Array, *, trained: bool, static: bool) -> None:
+        """Keep a constant as a weight if it is one, else as an array. Single numbers are not trained."""
+        is_weight = value.dtype.kind == "f" and value.size > 0
+        if static or not is_weight:
+            self._constants[name] = value
+        if is_weight:
             key = name.replace(".", "_")
             while key in self.weights or hasattr(self.weights, key):
                 key += "_"

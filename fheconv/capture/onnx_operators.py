@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from fheconv.basics.arrays import Array
 from fheconv.capture import onnx_moves as moves
+from fheconv.capture import onnx_quantizers as quantizers
 from fheconv.capture import onnx_windows as windows
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_node import Node
@@ -179,6 +180,7 @@ OPERATORS: dict[str, Operator] = {
     "Conv": Operator(windows.conv),
     "ConvTranspose": Operator(windows.conv_transpose),
     "Cos": _each(torch.cos),
+    "DequantizeLinear": Operator(quantizers.dequantize),
     "DepthToSpace": Operator(moves.depth_to_space),
     "Div": _two(_divide),
     "Dropout": Operator(_dropout, (1, 2)),
@@ -219,6 +221,7 @@ OPERATORS: dict[str, Operator] = {
     "PRelu": Operator(_prelu),
     "Pad": Operator(moves.pad, (1, 2, 3)),
     "Pow": _two(torch.pow),
+    "QuantizeLinear": Operator(quantizers.quantize, (2,)),
     "Reciprocal": _each(torch.reciprocal),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
@@ -252,13 +255,12 @@ OPERATORS: dict[str, Operator] = {
     "Upsample": Operator(moves.resize, (1,)),
     "Where": Operator(lambda node, *parts: torch.where(*parts)),
 }
-_QUANTIZED = "the float model: fheconv chooses the integers itself"
+_QUANTIZED = "QuantizeLinear and DequantizeLinear around operators of floats, or the float model"
 _SEQUENCE = "a convolution over the sequence"
 _STATISTICS = "BatchNormalization, whose statistics are constants"
 _NEAREST = {
     **dict.fromkeys(
-        ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
-         "ConvInteger", "MatMulInteger"), _QUANTIZED,
+        ("DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), _QUANTIZED,
     ),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _SEQUENCE),
     **dict.fromkeys(

@@ -14,7 +14,7 @@ import torch
 
 from fheconv.arithmetic.geometry import direct_form
 from fheconv.basics.arrays import Array, frozen
-from fheconv.capture import elementwise, poolings
+from fheconv.capture import elementwise, poolings, products
 from fheconv.capture.calls import (
     BATCH,
     Call,
@@ -87,7 +87,8 @@ def _matmul(call: Call, x: Any, y: Any) -> Value:
         rows = move(call, y, lambda t: t.transpose(-1, -2))
         return move(call, call.graph.affine(_linear(call, rows, x)), lambda t: t.transpose(-1, -2))
     raise Unsupported(
-        "only products with a constant matrix are linear; the nearest that is supported: a Linear layer"
+        "matrices of encrypted values cannot be multiplied; the nearest that is supported: a Linear layer, "
+        "or sums of products of elements, as in (x * y).sum(dim)"
     )
 
 
@@ -260,6 +261,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "quantize_per_channel": elementwise.quantize_channels,
     "quantize_per_tensor": elementwise.quantize,
     "constant_pad_nd": _constant_pad,
+    "glu": products.glu,
     "linear": _linear,
     "masked_fill": elementwise.masked_fill,
     "native_batch_norm_legit_no_training": _batch_norm_of_constants,
@@ -276,7 +278,7 @@ RANDOM = (
 NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
     "batch_norm_legit_functional": "BatchNorm in evaluation mode, with running statistics",
-    "bmm": "a Linear or convolution with constant weights",
+    "bmm": "a Linear layer, or sums of products of elements, as in (x * y).sum(dim)",
     "embedding": "one-hot images and a Linear layer",
     "grid_sampler": "a convolution with constant weights",
     "group_norm": "BatchNorm, whose statistics are constants",

@@ -106,12 +106,17 @@ class Layer:
     """Computes Σ terms + `bias` (C, *S), and then an activation.
 
     The last layer has the `activation` None: its sums are decrypted without a lookup.
+
+    Two tensors x and y are multiplied by squares: xy = (x + y)²/4 − (x − y)²/4. A layer that computes these
+    squares has x + y in the channels 0, 2, … and x − y in the channels 1, 3, …, and its first `factor_terms`
+    terms are those of x. They are read as differences alone. In all other layers this is None.
     """
 
     name: str
     terms: tuple[Term, ...]
     bias: Array
     activation: Expression | None
+    factor_terms: int | None = None
 
     @property
     def shape(self) -> Shape:

@@ -3,6 +3,7 @@
 layerwise: the entry: layer after layer.
 allocation: chooses the widths that are "auto".
 components: groups what has to share a scale.
+factors: sizes of the two factors of a product.
 activations: scales of images and activations.
 equalization: scales of an activation's channels.
 evidence: how much calibration images tell.

@@ -15,6 +15,7 @@ from fheconv.quantizer.activations import activation_quantizations, input_quanti
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.evidence import middle, trust_in_mean
+from fheconv.quantizer.factors import balanced
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.rows import IntegerTerms
 from fheconv.quantizer.trained import trained_weights, with_own_widths
@@ -33,6 +34,7 @@ def quantize_network(
     What training for integers has left is kept: scales and zero-points, and weights unless the configuration
     names a method to round them. Raises the errors of `fheconv.quantize`.
     """
+    network = balanced(network, network.tensors(images))
     floats = network.tensors(images)
     method = chosen_method(network, config)
     if method.by_output and not network.trained:

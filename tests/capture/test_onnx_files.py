@@ -250,7 +250,7 @@ def test_onnxs_own_cases_are_computed_or_refused_with_their_node(tmp_path):
     ("nodes", "words"),
     [
         ([node("LSTM", ["x", "w", "w"], ["y"], "the lstm")], r"'the lstm' \(LSTM\).*nearest.*convolution"),
-        ([node("QuantizeLinear", ["x", "one"], ["y"], "q")], r"'q' \(QuantizeLinear\).*the float model"),
+        ([node("MatMulInteger", ["x", "x"], ["y"], "q")], r"'q' \(MatMulInteger\).*the float model"),
         ([node("Relu", ["x"], ["y"], "r", domain="my.own")], r"'r' \(Relu\).*Relu of 'my\.own'"),
         ([node("Relux", ["x"], ["y"], "r")], r"'r' \(Relux\).*no Relux .*nearest.*Relu"),
         ([node("Relu", ["x"], ["a"]), node("Gather", ["w", "a"], ["y"], "g")], r"'g' \(Gather\).*input 1"),
@@ -281,9 +281,9 @@ def test_a_refusal_names_the_node(tmp_path, nodes, words):
 
 def test_what_capture_refuses_names_the_node(tmp_path):
     nodes = [node("Neg", ["x"], ["a"]), node("Transpose", ["a"], ["b"], perm=[0, 1, 3, 2])]
-    nodes.append(node("Mul", ["x", "b"], ["y"], "gate/Mul.1"))
+    nodes.append(node("Pow", ["x", "b"], ["y"], "gate/Pow.1"))
     model = fheconv.from_onnx(written(tmp_path / "m.onnx", nodes, ("n", 1, 3, 3), {}))
-    with pytest.raises(UnsupportedLayerError, match=r"'gate/Mul_1'.*two encrypted values"):
+    with pytest.raises(UnsupportedLayerError, match=r"'gate/Pow_1'.*two encrypted values"):
         fheconv.quantize(model, np.ones((2, 1, 3, 3)))
 
 

@@ -1,0 +1,60 @@
+"""Run notebooks and store them with their outputs: `python tests/benchmarks/notebooks.py 1 3`.
+
+Numbers choose notebooks; without any, all are run. What tells of the machine is left out: warnings and
+progress, and the names of folders.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+# A folder of the machine's own, in front of what is said of a file in it.
+FOLDERS = (ROOT, tempfile.gettempdir(), sys.prefix, Path.home())
+NAMED = re.compile("|".join(re.escape(str(folder)) + r"[/\\]?" for folder in FOLDERS))
+
+
+def without_folders(value: Any) -> Any:
+    """Return outputs in which no folder of this machine is named."""
+    if isinstance(value, str):
+        return NAMED.sub("", value)
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    if isinstance(value, dict):
+        return {key: part if key == "image/png" else without_folders(part) for key, part in value.items()}
+    return value
+
+
+def run(path: Path) -> None:
+    """Run a notebook from its beginning, and write it back with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=900, record_timing=False, resources={"metadata": {"path": str(NOTEBOOKS)}}
+    ).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            kept = [one for one in cell.outputs if one.get("name") != "stderr"]
+            cell.outputs = [nbformat.from_dict(without_folders(one)) for one in kept]
+    notebook.metadata.language_info = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run notebooks and store them with their outputs.")
+    parser.add_argument("numbers", nargs="*", metavar="N", help="the number of a notebook, such as 3")
+    numbers = parser.parse_args().numbers
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        if not numbers or path.name.partition("-")[0] in numbers:
+            print(path.name, flush=True)
+            run(path)
+
+
+if __name__ == "__main__":
+    main()
