@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.serving import app as serve
     from fheconv.serving import distributed
     from fheconv.serving.remote import RemoteCircuit
+    from fheconv.serving.tls import Tls
     from fheconv.training.distilling import distill
     from fheconv.training.finetuning import finetune
     from fheconv.training.trainable import TrainableNetwork
@@ -94,6 +95,7 @@ _HOMES = {
     "networks.floats": ("Conv",),
     "quantized": ("QuantizedNetwork", "quantize"),
     "serving.remote": ("RemoteCircuit",),
+    "serving.tls": ("Tls",),
     "training.distilling": ("distill",),
     "training.finetuning": ("finetune",),
     "training.trainable": ("TrainableNetwork",),
@@ -152,6 +154,7 @@ __all__ = [
     "Setting",
     "TiledCircuit",
     "TiledCost",
+    "Tls",
     "TrainableNetwork",
     "TunePoint",
     "TuneResult",

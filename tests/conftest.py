@@ -15,7 +15,7 @@ CI = bool(os.environ.get("CI"))
 settings.register_profile(
     "fheconv",
     deadline=None,
-    max_examples=60 if CI else 20,
+    max_examples=40 if CI else 10,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=CI,
 )

@@ -43,7 +43,7 @@ def test_seven_bits_proved_at_93_percent(data):
     assert fheconv.compile(network).cost.lookups == 296
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("tinycnn", 0.973), ("rescnn", 0.97)])
 def test_rounded_to_six_bits(name, least, data):
     network = quantized(name, data, ROUNDED[name])

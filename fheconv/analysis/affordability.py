@@ -192,6 +192,8 @@ def _tried(
         expected = forecast_of(lower(network, compiling.engine), compiling)
     except (FheConvError, MemoryError):
         return None
+    if expected.wide and not same:  # see `Trials.works`
+        return None
     return expected if helps(expected) else None
 
 

@@ -51,7 +51,8 @@ class Forecast(Report):
     `complexity` and `key_bytes` are what `compile` will say. `seconds` are those of this machine if lookups
     were timed on it, otherwise those of two usual cores. `memory` is about what the server's process needs:
     keys and encrypted values. `p_error` is the failure probability of the lookup or result that fails most.
-    If `possible` is False, Concrete has no parameters for the network, and all costs are infinite.
+    If `possible` is False, Concrete has no parameters for the network, and all costs are infinite. `wide`
+    says that lookups are too wide for one bootstrap, and take several each.
 
     Example:
         >>> import numpy as np
@@ -69,6 +70,7 @@ class Forecast(Report):
     memory: float
     p_error: float
     possible: bool
+    wide: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON. Infinite costs are None."""
@@ -150,14 +152,14 @@ def forecast_of(lowered: Lowered, config: CompileConfig) -> Forecast:
         memory=2 * price.key_bytes + values * (price.dimension + 1) * WORD,
         p_error=price.p_error,
         possible=price.possible,
+        wide=price.wide,
     )
 
 
-def allowed(expected: Forecast, config: CompileConfig) -> bool:
-    """Return True if a circuit is possible, and costs no more than `config` allows."""
-    seconds, keys = config.most_seconds, config.most_key_bytes
-    cheap = (seconds is None or expected.seconds <= seconds) and (keys is None or expected.key_bytes <= keys)
-    return expected.possible and cheap
+def allowed(expected: Forecast, config: CompileConfig, share: float = 1.0) -> bool:
+    """Return True if a circuit is possible, and costs no more than this share of what `config` allows."""
+    limits = ((expected.seconds, config.most_seconds), (expected.key_bytes, config.most_key_bytes))
+    return expected.possible and all(most is None or cost <= share * most for cost, most in limits)
 
 
 def completed(network: IntegerNetwork, config: CompileConfig) -> CompileConfig:
@@ -182,6 +184,7 @@ class _Price:
     key_bytes: float
     dimension: int
     p_error: float
+    wide: bool = False
 
     @property
     def possible(self) -> bool:
@@ -240,6 +243,7 @@ def _wide_price(lowered: Lowered, sums: Sums, p_error: float) -> _Price:
         key_bytes=keys,
         dimension=WIDE_DIMENSION,
         p_error=p_error,
+        wide=True,
     )
 
 

@@ -15,6 +15,9 @@ from fheconv.networks.linear import Kernel
 from fheconv.quantizer.activations import input_quantization
 from fheconv.quantizer.rounding.mse import round_mse
 
+# The widths that accumulators keep to where wider ones have no parameters. Above 10 bits few networks have.
+FEWER_BITS = (14, 12, *range(10, 0, -1))
+
 
 def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNetwork], int]) -> Advice:
     """Return advice that makes the network fit `limit` bits: a way to quantize it, or another change.
@@ -69,7 +72,8 @@ def remedy_for_proof(
 
 def _keeping(config: QuantConfig, limit: int, tried: Trials) -> Iterator[QuantConfig]:
     """Yield configurations whose accumulators keep to `limit` bits, then to fewer if only parameters lack."""
-    for bits in range(min(limit, WIDEST), 0, -1):
+    most = min(limit, WIDEST)
+    for bits in (most, *(fewer for fewer in FEWER_BITS if fewer < most)):
         kept = replace(config, accumulator_bits=bits)
         for one in (kept, *narrower(kept)):
             yield one

@@ -22,6 +22,8 @@ from fheconv.quantizer.layerwise import quantize_network
 WIDEST, MOST_BITS = 16, 8
 # Remedies are tried for so long.
 MOST_SECONDS = 60.0
+# Remedies may cost this share of what `CompileConfig` allows: with the user's own images they can cost more.
+SHARE = 1 / 8
 # The failure probabilities of a lookup that are tried where Concrete has no parameters at the usual one.
 P_ERRORS = (1e-3, 1e-2, ROUNDED_P_ERROR)
 # The number of images that stand in for those of calibration, to try numbers of bits with.
@@ -75,7 +77,11 @@ class Trials:
         self.fitted = False
 
     def works(self, config: QuantConfig) -> bool:
-        """Return whether a network is quantized with this, fits, has parameters and costs not too much."""
+        """Return whether a network is quantized with this, fits, has parameters and is cheap enough.
+
+        Wide lookups do not count. They are possible only if there are no narrow ones beside them, which
+        hangs on the calibration images, and others may stand in for these (see `requantized`).
+        """
         self.failed, self.fitted = None, False
         try:
             network = self._quantize(config)
@@ -89,7 +95,8 @@ class Trials:
         self.fitted, lowered = True, lower(network)
 
         def compiles(options: CompileConfig) -> bool:
-            return allowed(forecast_of(lowered, options), options)
+            expected = forecast_of(lowered, options)
+            return allowed(expected, options, SHARE) and not expected.wide
 
         if compiles(CompileConfig()):
             return True

@@ -22,7 +22,7 @@ from fheconv.arithmetic.matrix import csr_filter_matrix, flip
 from fheconv.basics.arrays import Array, ArrayLike, as_array, channel_vector
 from fheconv.basics.errors import InvalidArgumentError
 
-Method: TypeAlias = Literal["loops", "shifts", "im2col", "tensordot", "matrix"]
+Method: TypeAlias = Literal["torch", "loops", "shifts", "im2col", "tensordot", "matrix"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
 
@@ -36,7 +36,7 @@ def conv(
     dilation: PerAxis = 1,
     groups: int = 1,
     padding_mode: PaddingMode = "zeros",
-    method: Method = "im2col",
+    method: Method | None = None,
     layout: Layout = "NCHW",
     flip_kernel: bool = False,
 ) -> Array:
@@ -47,13 +47,15 @@ def conv(
     `bias` is (K,). `flip_kernel=True` first turns the filter by 180°: this is convolution as mathematicians
     define it.
 
-    Integers give exact int64 results: see `exact_dtypes`.
+    Integers give exact int64 results: see `exact_dtypes`. Without a `method`, integers and convolutions of
+    four axes or more use "im2col", and other floating-point numbers use "torch".
 
     | method | where it comes from |
     |---|---|
+    | `"torch"` | torch's own convolution of one to three axes |
     | `"loops"` | the definition, seven nested loops for an image; the oracle of small sizes |
     | `"shifts"` | one matrix product a tap over the shifted image (Vasudevan et al. 2017, "kn2row") |
-    | `"im2col"` | all windows unrolled into rows, one GEMM (Chellapilla et al. 2006); the fastest here |
+    | `"im2col"` | all windows unrolled into rows, one GEMM (Chellapilla et al. 2006) |
     | `"tensordot"` | the same contraction, computed by numpy |
     | `"matrix"` | the sparse `filter_matrix`, x·B |
 
@@ -74,8 +76,13 @@ def conv(
         )
     if layout not in ("NCHW", "NHWC"):
         raise InvalidArgumentError(f'layout={layout!r}; it must be "NCHW" or "NHWC".')
-    if method not in _FORMULATIONS:
+    if method is not None and method not in _FORMULATIONS:
         raise InvalidArgumentError(f"method={method!r}; it must be one of {list(_FORMULATIONS)}.")
+    if method == "torch" and x.ndim - 2 > TORCH_AXES:
+        raise InvalidArgumentError(
+            f'method="torch" computes convolutions of up to {TORCH_AXES} axes, and x of shape {x.shape} has '
+            f'{x.ndim - 2} after its channels; take method="im2col".'
+        )
     if layout == "NHWC":
         x, weight = np.moveaxis(x, -1, 1), np.moveaxis(weight, (-1, -2), (0, 1))
     if flip_kernel:
@@ -92,6 +99,11 @@ def conv(
     geometry.output_size(x.shape[2:])
     bias = None if bias is None else channel_vector(bias, len(weight))
     working, result = exact_dtypes(x, weight, math.prod(weight.shape[1:]), bias)
+    if method is None:
+        floats = result.kind == "f" and working.itemsize <= 8  # torch has no longer ones
+        method = "torch" if floats and x.ndim - 2 <= TORCH_AXES else "im2col"
+    elif method == "torch" and result.kind != "f" and working == np.float32:
+        working = np.dtype(np.float64)  # in float32, torch may use transforms that round (Winograd)
     y = _FORMULATIONS[method](x.astype(working, copy=False), weight.astype(working, copy=False), geometry)
     if bias is not None:
         y = y + bias.astype(working).reshape(-1, *[1] * len(geometry.kernel))
@@ -195,7 +207,28 @@ def conv_transpose(
     return y.astype(result, copy=False)
 
 
+# torch has convolutions of one to so many axes.
+TORCH_AXES = 3
+
+
 # The formulations. They take x (N, C, *S) and weight (K, C/groups, *k) in one working dtype.
+
+
+def _torch(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
+    import torch  # takes seconds, and the other formulations do without
+
+    functions = torch.conv1d, torch.conv2d, torch.conv3d
+    x, weight = expand(x, geometry), np.ascontiguousarray(weight)
+    # torch takes no steps backwards, and nothing that is read-only.
+    x, weight = (one if one.flags.writeable and min(one.strides) >= 0 else one.copy() for one in (x, weight))
+    y = functions[x.ndim - 3](
+        torch.from_numpy(x),
+        torch.from_numpy(weight),
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+    )
+    return y.numpy()
 
 
 def _loops(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
@@ -259,6 +292,7 @@ def _matrix(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
 
 
 _FORMULATIONS: dict[str, Callable[[Array, Array, ConvGeometry], Array]] = {
+    "torch": _torch,
     "loops": _loops,
     "shifts": _shifts,
     "im2col": _im2col,

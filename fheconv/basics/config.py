@@ -29,8 +29,8 @@ class QuantConfig:
         activation_bits and need not be a power of two. With overflow="defined" it is odd (one less).
     accumulator_bits: 1 to 16. No accumulator is wider than this, in offset form; this is guaranteed. None: as
         wide as the weights need. Before a rounded lookup, None means rounding_bits + 4: with more, rounding
-        loses more than the weights gain. With overflow="defined" it is the width of the window; None is then
-        the width at which lookups are cheap (`fheconv.quantizer.windows`).
+        loses more than the weights gain. With overflow="defined" no window is wider, and None means 13; no
+        weights or gains are then so large that their noise makes lookups dearer.
     rounding_bits: 2 to 8. The width to which an accumulator is rounded before its lookup. The rounding is
         approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
         free step at both ends.)
@@ -38,8 +38,10 @@ class QuantConfig:
         holds what calibration reaches, so that its steps are finer. Outside, its table repeats mirrored, in
         the circuit and in the clear integers, for every image: the least activation becomes the greatest. So
         a value a little above the window still gets the right activation.
-    margin: for "defined", a share of the range that calibration reaches, added at both ends. None: 1/n for n
-        images, as far as one more reaches on average if values are uniform, and at least 0.05.
+    margin: for "defined", a share of the range that calibration reaches, added at both ends. None: before a
+        rounded lookup, the ends are those of least error of the activations, and cut at most 2 % of the
+        values off, which are first stretched by 1/n at both ends for n images. Before other lookups it is
+        1/n, as far as one more image reaches on average if values are uniform, and at least 0.05.
     method: how weights are rounded. "minmax": to the nearest integers; a filter's greatest weight becomes the
         greatest integer. "mse": to the integers and the scale of least squared error. "gptq": to the integers
         that change the layer's sums on the calibration images least. "accumulator": like "gptq", and it keeps

@@ -19,6 +19,7 @@ from fheconv.networks.floats import Conv
 
 if TYPE_CHECKING:
     from fheconv.quantized import QuantizedNetwork
+    from fheconv.serving.tls import Tls
 
 # The most values of the image, the padded image or the result that `check` accepts: a gigabyte of int64.
 MOST_VALUES = 2**27
@@ -31,6 +32,9 @@ LayerName = Annotated[str | None, typer.Option("--layer", help="One convolution 
 Bits = Annotated[str | None, typer.Option(help="As for compile.")]
 PError = Annotated[float | None, typer.Option(help="As for compile.")]
 Trusted = Annotated[bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it.")]
+Certificate = Annotated[Path | None, typer.Option(help="Your own certificate for TLS, a PEM file.")]
+PrivateKey = Annotated[Path | None, typer.Option(help="Its private key, if not in the same file.")]
+Authority = Annotated[Path | None, typer.Option(help="Who signs the other side's certificates, a PEM file.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that exists.")]
 # Image files that a folder of calibration images may hold.
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -225,3 +229,12 @@ def check_size(source: Conv, shape: list[int]) -> None:
             f"--input-shape={','.join(map(str, shape))}: {what} would have {sizes[what]:,} values, and at "
             f"most {MOST_VALUES:,} are checked; check a smaller image."
         )
+
+
+def tls_of(certificate: Path | None, private_key: Path | None, authority: Path | None) -> "Tls | None":
+    """Return what the options for TLS say, None if there is none of them."""
+    if certificate is private_key is authority is None:
+        return None
+    from fheconv.serving.tls import Tls
+
+    return Tls(certificate=certificate, private_key=private_key, authority=authority)

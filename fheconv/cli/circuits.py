@@ -30,6 +30,7 @@ from fheconv.cli.kinds import check_kind
 
 if TYPE_CHECKING:
     from fheconv.circuits.ciphertext import Ciphertext
+    from fheconv.serving.tls import Tls
 
 ClientFile = Annotated[Path, typer.Argument(help="The client.zip that compile wrote.")]
 Keys = Annotated[Path, typer.Option(help="The secret keys that keygen wrote.")]
@@ -210,7 +211,14 @@ def run_circuit(
 
 
 def run_remotely(
-    client_file: Path, url: str, keys: Path, encrypted: Path, output: Path, *, force: bool
+    client_file: Path,
+    url: str,
+    keys: Path,
+    encrypted: Path,
+    output: Path,
+    *,
+    tls: "Tls | None",
+    force: bool,
 ) -> None:
     """Run a circuit on a ciphertext at a server."""
     from fheconv.circuits.ciphertext import Ciphertext
@@ -221,7 +229,7 @@ def run_remotely(
     check_kind(keys, "a file of secret keys", "--keys")
     check_kind(encrypted, "a ciphertext", "--input")
     images = Ciphertext.load(encrypted)
-    remote = RemoteCircuit(url, client_file, token=token_of_environment())
+    remote = RemoteCircuit(url, client_file, token=token_of_environment(), tls=tls)
     remote.load_keys(keys)
     results = remote.run(images)
     _write(results, output)

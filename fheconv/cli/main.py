@@ -16,18 +16,22 @@ from fheconv.basics.errors import InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
 from fheconv.cli import experiments
 from fheconv.cli.arguments import (
+    Authority,
+    Certificate,
     Force,
+    PrivateKey,
     check_output,
     check_size,
     integers,
     load_image,
     out,
     save_array,
-    token_of_environment,
+    tls_of,
 )
 from fheconv.cli.kinds import check_kind
 from fheconv.cli.lock import lock
 from fheconv.cli.outcome import run_to_status
+from fheconv.cli.serve import serve
 from fheconv.networks.floats import Conv
 
 app = typer.Typer(
@@ -178,6 +182,9 @@ def run(
     keys: Annotated[
         Path | None, typer.Option(help="The secret keys, which stay here, for a client.zip and --url.")
     ] = None,
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    authority: Authority = None,
     layer: Annotated[str | None, typer.Option(help="Layer name: LAYER.weight in the file.")] = None,
     weight_bits: WeightBits = 4,
     input_bits: InputBits = 4,
@@ -209,7 +216,8 @@ def run(
     from fheconv.capture.pickles import check_no_pickle
 
     if file.suffix.lower() == ".zip":
-        both = ("file", "image", "output", "evaluation_keys", "url", "keys", "force")
+        both = {"file", "image", "output", "evaluation_keys", "url", "keys", "force"}
+        both |= {"certificate", "private_key", "authority"}
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
         # Compare by name: depending on its version, typer has its own copy of click.
         others = [
@@ -222,7 +230,8 @@ def run(
                 f"{', '.join(others)}: a server.zip is compiled already; leave it out."
             )
         if url is not None and keys is not None and evaluation_keys is None:
-            cli_circuits.run_remotely(file, url, keys, image, output, force=force)
+            tls = tls_of(certificate, private_key, authority)
+            cli_circuits.run_remotely(file, url, keys, image, output, tls=tls, force=force)
         elif url is None and keys is None and evaluation_keys is not None:
             cli_circuits.run_circuit(file, evaluation_keys, image, output, force=force)
         else:
@@ -262,6 +271,7 @@ app.command()(experiments.simulate)
 app.command()(experiments.verify)
 app.command()(experiments.tune)
 app.command()(experiments.finetune)
+app.command()(serve)
 
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
@@ -282,56 +292,6 @@ def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, outp
         f"Wrote {output}, shape {result.shape}; {'equal to' if right else 'DIFFERENT from'} the clear result."
     )
     return right
-
-
-@app.command()
-def serve(
-    file: Annotated[Path, typer.Argument(help="The server.zip that circuit.save wrote.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option(help="A file with the token that clients must bear. Or set FHECONV_TOKEN.")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Images that run at once.", min=1)] = 1,
-    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 8,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where evaluation keys are stored. Default: the user's data folder.")
-    ] = None,
-    quota: Annotated[int, typer.Option(help="Gigabytes of keys to store at most.", min=1)] = 10,
-    expiry: Annotated[int, typer.Option(help="Days after which unused keys go.", min=1)] = 30,
-    allow_remote: Annotated[
-        bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
-    ] = False,
-) -> None:
-    """Serve a saved circuit over HTTP, for fheconv.RemoteCircuit; /docs describes the API.
-
-    Example: FHECONV_TOKEN=$(cat token) fheconv serve server.zip --workers 2
-    """
-    from platformdirs import user_data_path
-
-    from fheconv.circuits.native.worker import worker
-    from fheconv.circuits.server import load_server
-    from fheconv.serving.app import serve as serve_circuit
-
-    try:
-        token = token_of_environment() if token_file is None else token_file.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"--token-file={token_file} cannot be read: {error}.") from error
-    check_kind(file, "server.zip", "The file")
-    server = load_server(file)
-    worker().stop()  # the copies that serve have their own workers
-    serve_circuit(
-        server,
-        host=host,
-        port=port,
-        token=token,
-        allow_remote=allow_remote,
-        folder=folder or user_data_path("fheconv") / "keys",
-        workers=workers,
-        queue=queue,
-        quota=quota * 10**9,
-        expiry=expiry * 86_400,
-    )
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, channel_vec
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
+from fheconv.networks.linear import Kernel, Term
 from fheconv.networks.quantization import twos_complement_bits
 
 # In a circuit with lookups, a sum costs nothing extra while the bits of it that are looked up or decrypted,
@@ -294,18 +295,23 @@ def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Arra
     return minimum, maximum
 
 
+def norms(terms: Sequence[Term], shape: Shape, shapes: Sequence[Shape]) -> Array:
+    """Return ‖w‖₂ of the weights of the sums (K, *S) of some terms, the greatest of each channel, (K,)."""
+    if len(terms) == 1 and len(terms[0].steps) == 1 and isinstance(kernel := terms[0].steps[0], Kernel):
+        squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
+    else:
+        matrices = (term.matrix(shapes[term.source]).astype(np.float64) for term in terms)
+        total = np.sum([np.asarray(matrix.power(2).sum(axis=0)) for matrix in matrices], axis=0)
+        squares = total.reshape(shape[0], -1).max(axis=1)
+    return np.sqrt(squares)
+
+
 def norm_bits(layer: QuantizedLayer, shapes: Sequence[Shape]) -> Array:
     """Return log2 ‖w‖₂ of the weights of an accumulator, the greatest of each channel, (K,).
 
     An encrypted sum loses this number of bits to the noise of its summands.
     """
-    if (kernel := layer.convolution) is not None:
-        squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
-    else:
-        matrices = (term.matrix(shapes[term.source]).astype(np.float64) for term in layer.terms)
-        total = np.sum([np.asarray(matrix.power(2).sum(axis=0)) for matrix in matrices], axis=0)
-        squares = total.reshape(layer.shape[0], -1).max(axis=1)
-    bits: Array = 0.5 * np.log2(np.maximum(squares, 1.0))
+    bits: Array = np.log2(np.maximum(norms(layer.terms, layer.shape, shapes), 1.0))
     return bits
 
 

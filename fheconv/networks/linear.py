@@ -46,9 +46,10 @@ class Kernel:
         """Return the outputs (N, K, *Out) of a batch, padded with `pad`; integers give exact int64."""
         geometry, weight = self.geometry, self.weight
         x = expand(x, geometry, pad)
+        direct = functools.partial(conv, groups=geometry.groups, method="im2col")  # which does without torch
         if not geometry.kernel:  # `conv` needs a spatial axis
-            return conv(x[..., None], weight[..., None], groups=geometry.groups)[..., 0]
-        return conv(x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
+            return direct(x[..., None], weight[..., None])[..., 0]
+        return direct(x, weight, stride=geometry.stride, dilation=geometry.dilation)
 
     def matrix(self, shape: Shape) -> scipy.sparse.csr_array:
         """Return B with `x.reshape(N, -1) @ B` the flattened outputs."""

@@ -13,6 +13,7 @@ trained: integer weights that training has left.
 rounding: the methods that round weights.
 tables: lookup tables.
 windows: windows of lookups, and how wide they may be.
+placement: where windows lie.
 gains: integers that multiply the weights of narrow channels.
 building: the integer network, as far as it is built.
 """

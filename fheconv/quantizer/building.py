@@ -8,21 +8,30 @@ import numpy as np
 from fheconv.basics.arrays import Array, first_position, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits
+from fheconv.networks.bounds import layer_bounds, norm_bits
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
-from fheconv.quantizer.gains import gained, row_gains
+from fheconv.quantizer.gains import gained, quiet_steps, row_gains
+from fheconv.quantizer.placement import Placing, Reached, Sums, least_span
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.tables import compressed, lookup
-from fheconv.quantizer.windows import Budget, Window, cheap_width, filling_gains, quiet_gains, room, width
+from fheconv.quantizer.windows import (
+    LOOKUP_LIMIT,
+    MOST_CUT,
+    WIDEST,
+    Budget,
+    Window,
+    filling_gains,
+    quiet_gains,
+    room,
+    width,
+)
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
 # The margin around what calibration reaches, unless one is asked for.
 LEAST_MARGIN = 0.05
-# A window outside which a greater share of a channel's accumulators lies is too narrow.
-MOST_CUT = 0.02
 
 
 class Building:
@@ -73,11 +82,9 @@ class Building:
 
         Windows that are not proved have one even if none was asked for, at which lookups are cheap.
         """
-        looks_up, rounding_bits = layer.activation is not None, self.rounding_bits(layer)
-        limit = self.config.accumulator_bits_of(layer.name, looks_up=looks_up)
-        if limit is None and rounding_bits is not None and self._windows_are_chosen:
-            taps = sum(kernel.weight[0].size for _, kernel in (term.weighted() for term in layer.terms))
-            return cheap_width(max(q.bits for q in self.inputs(layer)), taps, rounding_bits)
+        limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
+        if limit is None and self.rounding_bits(layer) is not None and self._windows_are_chosen:
+            return WIDEST
         return limit
 
     @property
@@ -89,14 +96,42 @@ class Building:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
+    def finest(self, layer: Layer, floats: Sequence[Array]) -> Array | None:
+        """Return the finest steps (C,) of accumulators for windows that need no proof, None for proved ones.
+
+        With finer steps, the sums of the float network (tensors `floats`) would not fit the widest window, or
+        noise would make lookups dearer. Where `accumulator_bits` is given, noise is the user's choice.
+        """
+        budget = self.budget(layer)
+        if budget is None or budget.proved:
+            return None
+        sums = layer.sums(floats)
+        spans = np.ptp(_ends(sums), axis=0)
+        if layer.activation is not None and budget.rounding_bits is not None and self._windows_lie_freely:
+            spans = least_span(Sums.of(sums, layer.activation, stretch=self._stretch), budget.rounding_bits)
+        finest = spans / budget.steps
+        if budget.rounding_bits is None or self.config.of_layer("accumulator_bits", layer.name) is not None:
+            return finest
+        rows, noise = Rows(layer, self.inputs(layer), self.source.shapes), self._noise(layer)
+        return np.maximum(finest, quiet_steps(rows, self.source.shapes, noise, budget.rounding_bits))
+
+    @property
+    def _windows_lie_freely(self) -> bool:
+        """Whether the ends of windows are chosen by the error of activations, not by a margin."""
+        return self.config.margin is None and self._windows_are_chosen
+
+    @property
+    def _stretch(self) -> float:
+        """How much further values reach on other images, on average, if they are uniform."""
+        return 1 + 2 / len(self.tensors[0])
+
     def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
         """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
         budget = self.budget(layer)
         if budget is None or budget.proved:
             return True
-        bare = self._bare(layer, rounded)
-        _, span = self._reached(bare, layer_bounds(bare, self.source.shapes), budget)
-        return bool(span.max() <= budget.steps)
+        reached = self._reached(layer, self._bare(layer, rounded), rounded.step, layer.bias)
+        return bool(reached.span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
@@ -118,7 +153,7 @@ class Building:
             quantized = replace(quantized, bias=frozen(bias_in_steps))
         else:
             rows = Rows(layer, quantized.inputs, self.source.shapes)
-            window, gains = self._window(layer, quantized, rows)
+            window, gains = self._window(layer, quantized, rows, step, bias)
             gain = compressed(gains[rows.of_value])
             quantized = replace(quantized, terms=gained(rows, quantized.terms, gains), gain=frozen(gain))
             bias_of_sums = bias - step / gain * self.zero(quantized)
@@ -137,22 +172,21 @@ class Building:
         zero: Array = layer.accumulate(blank)[0]
         return zero
 
-    def _window(self, layer: Layer, bare: QuantizedLayer, rows: Rows) -> tuple[Window, Array]:
+    def _window(
+        self, layer: Layer, bare: QuantizedLayer, rows: Rows, step: Array, bias: Array
+    ) -> tuple[Window, Array]:
         """Return the window of a layer's lookup, and the gains of its rows that fill it."""
         bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
-        minimum, span, proved = bounds.channel_minimum, bounds.channel_span, True
+        minimum, span, proved, bits = bounds.channel_minimum, bounds.channel_span, True, 1
         if self.config.overflow == "defined":
-            least, reached = self._reached(bare, bounds, self.budget(layer))
-            wide, narrow = (int(spans.max()).bit_length() for spans in (span, reached))
+            reached = self._reached(layer, bare, step, bias)
+            wide, narrow = (int(spans.max()).bit_length() for spans in (span, reached.span))
             if rounding_bits is not None or narrow < wide:
-                minimum, span, proved = least, reached, False
-        bits = self._check_width(layer, int(span.max()), rounding_bits, proved=proved)
-        if not proved and rounding_bits is not None:
-            bits = max(bits, self.width_limit(layer) or 0)
+                minimum, span, bits, proved = *reached, False
+        bits = max(bits, self._check_width(layer, int(span.max()), rounding_bits, proved=proved))
         gain = filling_gains(span, bits, rounding_bits, proved=proved)
-        if gain.max() > 1 and rounding_bits is not None and (noise := self._noise(bare)):
-            norms = norm_bits(bare, self.source.shapes) + np.log2(noise) / 2
-            gain = np.minimum(gain, quiet_gains(norms, rounding_bits))
+        if rounding_bits is not None:
+            gain = np.minimum(gain, self._quiet_gains(bare, rounding_bits))
         gains = row_gains(rows, gain)
         by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
         window = Window(
@@ -165,7 +199,14 @@ class Building:
         )
         return window, gains
 
-    def _noise(self, layer: QuantizedLayer) -> int:
+    def _quiet_gains(self, bare: QuantizedLayer, rounding_bits: int) -> Array:
+        """Return for each channel the greatest gain (C,) whose noise costs nothing."""
+        noise = self._noise(bare)
+        if not noise:
+            return np.full(bare.shape[0], 2**LOOKUP_LIMIT)
+        return quiet_gains(norm_bits(bare, self.source.shapes) + np.log2(noise) / 2, rounding_bits)
+
+    def _noise(self, layer: QuantizedLayer | Layer) -> int:
         """Return the noise of the values that a layer reads, in units of a lookup's noise.
 
         A maximum adds a lookup to one of its values for each of the others. The noise of an image counts as
@@ -224,32 +265,45 @@ class Building:
             lookup=None,
         )
 
-    def _reached(
-        self, layer: QuantizedLayer, bounds: AccumulatorBounds, budget: Budget | None
-    ) -> tuple[Array, Array]:
-        """Return the start and the span of each channel's window: what calibration reaches, with the margin.
+    def _reached(self, layer: Layer, bare: QuantizedLayer, step: Array, bias: Array) -> Reached:
+        """Return where the accumulators lie that a window should hold, and how wide it should be.
 
-        The window lies within the bounds. If it is a little wider than the budget, it loses its top, because
+        This is what calibration reaches, with the margin, within the bounds. Without a given margin, the ends
+        are those of least error. If the window is a little wider than the budget, it loses its top, because
         just above a window most activations are still right.
         """
-        accumulators = layer.accumulate(self.tensors)
+        accumulators, bounds = bare.accumulate(self.tensors), layer_bounds(bare, self.source.shapes)
         least, greatest = _ends(accumulators)
         margin = self.config.margin
         if margin is None:
             margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
         extra = np.ceil(margin * (greatest - least)).astype(np.int64)
         # The window includes the blank image: Concrete evaluates it, and fails if a value leaves a table.
-        blank = _ends(layer.accumulate(self._blanks))
+        blank = _ends(bare.accumulate(self._blanks))
         least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
         greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
-        if budget is not None and self._windows_are_chosen:
-            narrow = np.maximum(least, blank[1] - budget.steps)
-            top = np.minimum(greatest, narrow + budget.steps)
-            by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)
-            cut = (by_channel < narrow[:, None]) | (by_channel > top[:, None])
-            if cut.mean(axis=1).max() <= MOST_CUT:
-                least, greatest = narrow, top
-        return least, greatest - least
+        budget = self.budget(layer)
+        if budget is None or not self._windows_are_chosen:
+            return Reached(least, greatest - least, 1)
+        placing = None
+        if layer.activation is not None and budget.rounding_bits is not None:
+            placing = Placing(
+                rounding_bits=budget.rounding_bits,
+                gains=self._quiet_gains(bare, budget.rounding_bits),
+                widest=self.width_limit(layer) or WIDEST,
+            )
+            offset: Array = bias - step * self.zero(bare)
+            sums = Sums.of(accumulators, layer.activation, stretch=self._stretch, step=step, bias=offset)
+            if self._windows_lie_freely and (found := placing.best(sums, (least, greatest), blank)):
+                return found
+        narrow = np.maximum(least, blank[1] - budget.steps)
+        top = np.minimum(greatest, narrow + budget.steps)
+        by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)
+        cut = (by_channel < narrow[:, None]) | (by_channel > top[:, None])
+        if cut.mean(axis=1).max() <= MOST_CUT:
+            least, greatest = narrow, top
+        span = greatest - least
+        return Reached(least, span, 1 if placing is None else placing.filled_width(span))
 
 
 def _ends(accumulators: Array) -> tuple[Array, Array]:

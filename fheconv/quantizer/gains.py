@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, Shape
+from fheconv.networks.bounds import norms
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.linear import Term
 from fheconv.quantizer.rows import Rows
+from fheconv.quantizer.windows import most_norm
 
 
 def row_gains(rows: Rows, gain: Array) -> Array:
@@ -22,6 +24,21 @@ def row_gains(rows: Rows, gain: Array) -> Array:
     np.minimum.at(found, rows.of_value.reshape(len(gain), -1)[:, 0], gain)
     unused = np.bincount(rows.of_value.ravel(), minlength=len(found)) == 0
     return np.where(unused, 1, found)
+
+
+def quiet_steps(rows: Rows, shapes: Sequence[Shape], noise: int, rounding_bits: int) -> Array:
+    """Return the finest real steps of accumulators (C,) whose integer weights cause noise that costs nothing.
+
+    `noise` is that of the inputs, in units of a lookup's noise. Lookups keep `rounding_bits`.
+    """
+    layer, weights = rows.layer, [rows.weights(row).astype(np.float64) for row in rows.rows]
+    # Dividing by the greatest weight keeps the squares from overflowing.
+    size = max((float(np.abs(one).max(initial=0)) for one in weights), default=0) or 1.0
+    terms = rows.terms([one / size for one in weights])
+    real = norms(terms, layer.shape, shapes) * size * rows.parts[0].unit
+    taps = sum(kernel.weight[0].size for _, kernel in (term.weighted() for term in layer.terms))
+    steps: Array = real * np.sqrt(noise) / most_norm(taps, rounding_bits)
+    return steps
 
 
 def gained(rows: Rows, terms: Sequence[Term], gains: Array) -> tuple[Term, ...]:

@@ -61,8 +61,10 @@ def quantize_network(
         else:
             fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
             budget = building.budget(layer)
+            finest = building.finest(layer, floats)
             for headroom in HEADROOMS:
-                rounded = fitted.rounded(bits, method.round, budget and budget.shrunk(headroom))
+                steps = None if finest is None else finest * headroom
+                rounded = fitted.rounded(bits, method.round, budget, steps)
                 if building.fits(layer, rounded):
                     break
             bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)

@@ -123,14 +123,11 @@ class Rows:
             [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
         )
 
-    def reach(self, sums: Array) -> Array:
-        """Return for each row the greatest span of one of its values in the sums (N, C, *S)."""
+    def greatest(self, numbers: Array) -> Array:
+        """Return for each row the greatest of the `numbers` (C,) of the channels that hold its values."""
         found = np.zeros(len(self.rows))
-        by_channel = np.moveaxis(sums, 1, 0).reshape(len(sums[0]), -1)
-        spans = np.broadcast_to(
-            np.ptp(by_channel, axis=1).reshape(-1, *[1] * (sums.ndim - 2)), self.of_value.shape
-        )
-        np.maximum.at(found, self.of_value, spans)
+        by_value = np.broadcast_to(along_channels(numbers, self.of_value.ndim), self.of_value.shape)
+        np.maximum.at(found, self.of_value, by_value)
         return found
 
     def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:

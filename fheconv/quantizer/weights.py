@@ -87,23 +87,24 @@ class FittedWeights:
     ) -> None:
         self._layer = layer
         self._rows = rows = Rows(layer, inputs, shapes)
-        self._reach = rows.reach(layer.sums(floats))
         moments = Moments(rows, inputs, shapes, tensors, floats)
         self._evidence = moments.evidence
         self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
 
-    def rounded(self, bits: int, method: Rounding, budget: Budget | None) -> IntegerTerms:
+    def rounded(
+        self, bits: int, method: Rounding, budget: Budget | None, steps: Array | None = None
+    ) -> IntegerTerms:
         """Return the weights rounded by `method`.
 
-        If the `budget` needs no proof, scales are so coarse that the float sums keep to it. The integer sums
-        can reach a little further than the float sums.
+        `steps` (C,) are the finest real steps of accumulators, if the `budget` needs no proof.
 
         Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
         """
         rows, finest = self._rows, np.zeros(len(self._rows.rows))
         if budget is not None and not budget.proved:
-            finest = self._reach / (budget.steps * rows.parts[0].unit)
             budget = None
+        if steps is not None:
+            finest = rows.greatest(steps) / rows.parts[0].unit
         if budget is not None:
             self._check(budget)
         results = []

@@ -24,8 +24,11 @@ from fheconv.networks.bounds import FREE_BITS
 
 # Concrete supports lookups of at most this many bits.
 LOOKUP_LIMIT = 16
-# The greatest width that `cheap_width` returns.
+# The greatest width of windows that need no proof, unless a width is asked for. Before rounded lookups, more
+# bits than the lookup keeps cost nothing as such, but Concrete has trouble with values of 14 bits and more.
 WIDEST = 13
+# A window outside which a greater share of a channel's accumulators lies is too narrow.
+MOST_CUT = 0.02
 
 
 class Budget(NamedTuple):
@@ -37,10 +40,6 @@ class Budget(NamedTuple):
     steps: int
     rounding_bits: int | None = None
     proved: bool = True
-
-    def shrunk(self, headroom: float) -> "Budget":
-        """Return the budget divided by `headroom`, if it needs no proof."""
-        return self if self.proved else self._replace(steps=int(self.steps / headroom))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,17 +113,12 @@ def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = Tru
     )
 
 
-def cheap_width(input_bits: int, taps: int, rounding_bits: int) -> int:
-    """Return the width of windows that need no proof, unless a width is asked for.
+def most_norm(taps: int, rounding_bits: int) -> float:
+    """Return the norm ‖q‖₂ that the integer weights of a sum may have, if noise is to cost nothing.
 
-    A lookup tells apart the steps of its window in spite of the noise of a sum of ciphertexts. This noise is
-    that of one ciphertext times the norm ‖q‖₂ of the integer weights. Concrete's parameters for rounding to 5
-    bits get dearer when the norm is above about 2⁴. A sum of inputs of `input_bits` bits reaches about
-    ‖q‖₂ · 2^input_bits. So this is the width that goes with such a norm, or with weights of about 1 if there
-    are many `taps`. More input bits make the width greater and no lookup dearer.
+    Where there are many `taps`, it is the norm of weights of 1.
     """
-    norm_bits = max(4 if rounding_bits < 6 else 5, round(math.log2(taps) / 2))
-    return min(max(input_bits + norm_bits, rounding_bits + 2), WIDEST)
+    return max(2.0 ** (FREE_BITS - rounding_bits), math.sqrt(taps))
 
 
 def quiet_gains(norm_bits: Array, rounding_bits: int) -> Array:

@@ -2,6 +2,7 @@
 
 keystore: stores evaluation keys on the disk.
 admission: decides which requests may run, and runs them.
+tls: encrypts connections.
 connections: closes connections that wait too long.
 problems: turns errors into answers.
 request_log: writes the log.

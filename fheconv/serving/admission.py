@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,7 @@ class Pool:
     def place(self) -> Iterator[None]:
         """Take a place while the block runs. Call it before anything is read into memory."""
         if self.taken >= self.places:
-            # The time that the requests for one worker will take, if they are like the last one.
+            # The time that the requests for one worker will take, if each is like the last value.
             wait = math.ceil(self._seconds * self.places / self.workers)
             raise Refused(
                 429,
@@ -103,25 +103,44 @@ class Pool:
         finally:
             self.taken -= 1
 
-    async def run(self, request: Request, evaluate: Callable[[Server, Callable[[], bool]], bytes]) -> bytes:
-        """Call `evaluate` in a thread, with a server and a function that tells if the client has left.
+    async def run(
+        self, request: Request, values: Sequence[bytes], evaluate: Callable[[Server, bytes], bytes]
+    ) -> list[bytes]:
+        """Evaluate each value in a thread, with a server. All servers that are free take part.
 
-        Raises `ClientDisconnect` if the client leaves before its turn.
+        Requests wait for one server at a time, so those that come later get their turn between two values.
+        Raises `ClientDisconnect` if the client leaves. Then the values that run are the last ones.
         """
         leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
+        begun: list[asyncio.Task[bytes]] = []
         try:
-            server = await self._turn(leaving)
-            started = time.monotonic()
-            self.running += 1
-            try:
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._threads, evaluate, server, leaving.done)
-            finally:
-                self.running -= 1
-                self._seconds = time.monotonic() - started
-                self._idle.put_nowait(server)
+            for value in values:
+                server = await self._turn(leaving)
+                self.running += not begun
+                begun.append(asyncio.ensure_future(self._evaluated(server, value, evaluate)))
+                if any(one.done() and one.exception() is not None for one in begun):
+                    break
+            return await asyncio.gather(*begun)
+        except asyncio.CancelledError:
+            for one in begun:
+                one.cancel()
+            raise
         finally:
             leaving.cancel()
+            if begun:
+                await asyncio.gather(*begun, return_exceptions=True)
+                self.running -= 1
+
+    async def _evaluated(
+        self, server: Server, value: bytes, evaluate: Callable[[Server, bytes], bytes]
+    ) -> bytes:
+        started = time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, evaluate, server, value)
+        finally:
+            self._seconds = time.monotonic() - started
+            self._idle.put_nowait(server)
 
     async def _turn(self, leaving: "asyncio.Future[Any]") -> Server:
         turn = asyncio.ensure_future(self._idle.get())
@@ -168,9 +187,9 @@ async def _pieces(request: Request, most: int) -> AsyncIterator[bytes]:
 class Service:
     """Does the work of the routes."""
 
-    def __init__(self, fingerprint: str, store: KeyStore, limits: Limits, pool: Pool) -> None:
+    def __init__(self, server: Server, store: KeyStore, limits: Limits, pool: Pool) -> None:
         self.store, self.limits, self.pool = store, limits, pool
-        self._fingerprint = fingerprint
+        self._server = server
         self._uploads = 0
 
     async def receive_keys(self, request: Request, name: str) -> int:
@@ -202,20 +221,15 @@ class Service:
                     409, ArtifactError, "The ciphertext was made with other keys than it comes for."
                 )
 
-            def evaluate(server: Server, left: Callable[[], bool]) -> bytes:
-                server.check(ciphertext, keys)
-                values = []
-                for value in ciphertext.values:
-                    if left():
-                        raise ClientDisconnect
-                    values.append(server.run_value(value, keys))
-                return ciphertext.with_results(values).to_bytes()
-
-            return await self.pool.run(request, evaluate)
+            self._server.check(ciphertext, keys)
+            values = await self.pool.run(
+                request, ciphertext.values, lambda server, value: server.run_value(value, keys)
+            )
+            return await asyncio.to_thread(ciphertext.with_results(values).to_bytes)
 
     def _read(self, body: bytes) -> Ciphertext:
         ciphertext = Ciphertext.from_bytes(body, max_bytes=self.limits.ciphertext_bytes)
-        if ciphertext.fingerprint != self._fingerprint:
+        if ciphertext.fingerprint != self._server.fingerprint:
             raise Refused(409, ArtifactError, "The ciphertext belongs to another circuit than the server's.")
         if len(ciphertext.values) > self.limits.images:
             raise Refused(

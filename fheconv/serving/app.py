@@ -5,18 +5,19 @@ Ciphertexts are run with the keys of a name. Everything that arrives is checked 
 a byte of it. The library runs in worker processes, so if it dies, only one request fails.
 
 Everybody who may talk to the server may run the circuit, store keys, and remove keys whose name they know.
-TLS must protect the token and the ciphertexts on their way. If other machines reach the server, put a proxy
-with TLS in front of it.
+TLS must protect the token and the ciphertexts on their way, if other machines reach the server: see `Tls`.
 """
 
 import asyncio
 import contextlib
 import hmac
 import ipaddress
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 from fheconv.basics.checks import check_integer, check_token
@@ -25,6 +26,7 @@ from fheconv.circuits.files.archive import client_file
 from fheconv.circuits.native.worker import Worker
 from fheconv.circuits.server import KEYS_IN_MEMORY, Server
 from fheconv.serving.keystore import EXPIRY, NAME, QUOTA, KeyStore
+from fheconv.serving.tls import Tls
 
 try:
     import uvicorn
@@ -104,7 +106,7 @@ def application(
     limits = Limits.of(server)
     store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
-    service = Service(server.fingerprint, store, limits, pool)
+    service = Service(server, store, limits, pool)
 
     app = FastAPI(
         title="fheconv",
@@ -223,34 +225,55 @@ def serve(
     port: int = 8000,
     token: str | None = None,
     allow_remote: bool = False,
+    tls: Tls | None = None,
     **options: Any,
 ) -> None:
     """Serve a circuit until the process is told to stop. Other `options` are those of `application`.
+
+    With `tls` the server talks https. If it has an authority, clients need a certificate of it.
 
     Port 0 takes any free port, and the log says which. The log is on standard error. Each of its lines is a
     JSON object, which holds no token and nothing of the bodies.
 
     Raises `InvalidArgumentError` like `application`, for an address that cannot be used, and, unless
-    `allow_remote`, for an address that other machines can reach without a token.
+    `allow_remote`, for an address that other machines can reach without a token or a certificate.
     """
-    if token is None and not allow_remote and not _is_loopback(host):
+    known = token is not None or (tls is not None and tls.authority is not None)
+    if not known and not allow_remote and not _is_loopback(host):
         raise InvalidArgumentError(
             f"host={host!r}: whoever reaches the server could use it. Give a token, or allow it with "
             "--allow-remote (allow_remote=True)."
         )
+    encrypted = {} if tls is None else tls.of_server()
     log_as_json()
     app = application(server, token=token, **options)
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        LOGGER.info("Serving circuit %s on http://%s", server.fingerprint, address)
-        uvicorn.Server(configured(app)).run(sockets=[listener])
+        scheme = "https" if encrypted else "http"
+        LOGGER.info("Serving circuit %s on %s://%s", server.fingerprint, scheme, address)
+        _Heedful(configured(app, **encrypted)).run(sockets=[listener])
 
 
-def configured(app: FastAPI) -> uvicorn.Config:
-    """Return uvicorn's configuration for an application."""
+class _Heedful(uvicorn.Server):
+    """Stops on signals that the process heeds. uvicorn would also take an interruption that is ignored."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        both = (signal.SIGINT, signal.SIGTERM)
+        self._ignored = [one for one in both if signal.getsignal(one) is signal.SIG_IGN]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop. A shell lets processes in the background ignore Ctrl-C, and that is kept."""
+        if sig not in self._ignored:
+            super().handle_exit(sig, frame)
+
+
+def configured(app: FastAPI, **encrypted: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration for an application. `encrypted` are its options for TLS."""
     return uvicorn.Config(
         app,
+        **encrypted,
         log_config=None,
         access_log=False,
         server_header=False,

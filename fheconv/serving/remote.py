@@ -2,6 +2,7 @@
 
 import logging
 import random
+import ssl
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from fheconv.circuits.files.archive import MOST_BYTES
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.files.plain import read_json
 from fheconv.circuits.server import MARGIN
+from fheconv.serving.tls import Tls, failure
 
 try:
     import httpx
@@ -42,6 +44,11 @@ FIRST_RETRIES = 2
 TIMEOUT = 600.0
 # Seconds to wait for a connection, and for the answer to a question that needs no work.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 20.0
+# A server that wants a certificate hangs up on those who have none.
+TRUST = (
+    "RemoteCircuit(…, tls=fheconv.Tls(…)) takes the authority that signed the server's certificate, and a "
+    "certificate of your own if the server wants one."
+)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_JSON = 2**24
 
@@ -55,10 +62,12 @@ class RemoteCircuit(Client):
     from the person who compiled it.
 
     `token` is the token that the server asks for. Send it to https only, unless the server is on this
-    machine. If a request finds no server, or a busy one, it is repeated up to `retries` times. The wait is as
-    long as the server says, or gets longer each time. A server that has never answered is tried three times
-    only, which takes seconds. A request fails after `timeout` seconds without a sign of life. Each retry is
-    logged as a warning of the logger `fheconv.serving.remote`. Python prints it on standard error.
+    machine. `tls` holds the authority that signed the server's certificate, if it is one of your own, and
+    your certificate, if the server asks for it. If a request finds no server, or a busy one, it is repeated
+    up to `retries` times. The wait is as long as the server says, or gets longer each time. A server that
+    has never answered is tried three times only, which takes seconds. A request fails after `timeout`
+    seconds without a sign of life. Each retry is logged as a warning of the logger
+    `fheconv.serving.remote`. Python prints it on standard error.
 
     Raises `RemoteError` if there is no such server, `ArtifactError` if it serves another circuit than that of
     `client`, `InvalidArgumentError` for an invalid URL, token or number.
@@ -77,6 +86,7 @@ class RemoteCircuit(Client):
         token: str | None = None,
         retries: int = RETRIES,
         timeout: float = TIMEOUT,
+        tls: Tls | None = None,
     ) -> None:
         check_integer("retries", retries, 0)
         check_number("timeout", timeout, 0)
@@ -93,7 +103,8 @@ class RemoteCircuit(Client):
             raise InvalidArgumentError(f"url={url!r:.200} is none: {error}.") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise InvalidArgumentError(f"url={url!r:.200} must be http://host:port, or https.")
-        self._http = httpx.Client(base_url=address, headers=headers)
+        verify = True if tls is None else tls.context(ssl.Purpose.SERVER_AUTH)
+        self._http = httpx.Client(base_url=address, headers=headers, verify=verify)
         weakref.finalize(self, self._http.close)
         manifest, self._images = self._circuit()
         if client is None:
@@ -218,6 +229,10 @@ class RemoteCircuit(Client):
                 if after.isascii() and after.isdigit():
                     wait = min(float(after), _LONGEST_WAIT)
             except httpx.RequestError as error:
+                if (failed := failure(error)) is not None:
+                    raise RemoteError(
+                        f"{self._http.base_url} and this machine do not agree on TLS: {failed}. {TRUST}"
+                    ) from error
                 said = str(error) or type(error).__name__
                 problem = RemoteError(f"{method} {path} at {self._http.base_url} has no answer: {said}.")
                 problem.__cause__ = error
@@ -227,9 +242,10 @@ class RemoteCircuit(Client):
                 break
             LOGGER.warning("%s Attempt %d of %d follows in %.1f s.", problem, attempt + 1, attempts, wait)
             time.sleep(wait)
+        trust = f" {TRUST}" if self._http.base_url.scheme == "https" and not self._answered else ""
         tried = f"{attempt} attempt{'s' if attempt > 1 else ''} in {time.monotonic() - started:.0f} s"
         raise RemoteError(
-            f"{problem} Given up after {tried}; check the URL and that the server runs."
+            f"{problem} Given up after {tried}; check the URL and that the server runs.{trust}"
         ) from problem
 
     def _stream(

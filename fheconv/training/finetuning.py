@@ -16,8 +16,9 @@ from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
 from fheconv.basics.samples import Data, samples
 from fheconv.networks.floats import Network
-from fheconv.networks.integers import IntegerNetwork
+from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 from fheconv.quantizer.layerwise import quantize_network
+from fheconv.training.requantizable import RequantizableNetwork
 from fheconv.training.thinning import thinned
 from fheconv.training.trainable import TrainableNetwork
 
@@ -26,12 +27,14 @@ Augment: TypeAlias = Callable[[Tensor], Tensor]
 
 # This share of the data is held out. It decides which network is kept.
 HELD_OUT = 0.2
-# Weights are trained between these shares of the epochs. Before and after, only scales and biases adapt.
+# Integer weights are trained between these shares of the epochs. Before and after, only scales and biases
+# adapt.
 FROM, TO = 0.1, 0.8
 # A learning rate rises during this share of its time. Then it falls to 0.
 RISE = 0.1
-# The number of times that the held-out loss is measured.
-MEASURED = 40
+# The number of times that the held-out loss is measured, of integer weights and of float weights. The latter
+# are quantized from scratch each time, which takes as long as `fheconv.quantize`.
+MEASURED, QUANTIZED = 40, 10
 # The temperature at which the float network's answers are learned (Hinton et al. 2015).
 TEMPERATURE = 2.0
 # The ranges of accumulators are observed on at most this many images.
@@ -78,24 +81,33 @@ def finetune(
     lookup_budget: int | None = None,
     seed: int = 0,
 ) -> N:
-    """Fine-tune a network, and return the result. Its accumulators keep their widths, which stay proved.
+    """Fine-tune a network, and return the result, of the same config. What was proved stays proved.
 
     `data` are images (N, C, *S), or a pair of images and their classes (N,), or a `DataLoader`, a `Dataset`
     or an iterable of batches, with classes or without (`fheconv.basics.samples`). Without classes the network
     learns the float network's results (mean squared error). With classes it also learns the classes
     (cross-entropy, and the float network's answers by distillation). A fifth of the data is held out, unless
     `validation` is given. The result is the network with the least held-out loss of all that were measured,
-    including the network before training. Scales and biases are trained all the time. Weights are trained
-    from the first tenth of the epochs to the last fifth. The optimizer is Adam. Learning rates fall to 0, and
-    most of the gain comes at the end.
+    including the network before training. The optimizer is Adam. Learning rates fall to 0, and most of the
+    gain comes at the end.
+
+    What is trained depends on the windows. Where accumulators are rounded in windows that are not proved
+    (`overflow="defined"` with `rounding_bits`), the windows follow what the sums reach. There the float
+    weights are trained, with the sums rounded (`fheconv.training.requantizable`). The result is quantized
+    from them again, with new scales and windows, and its `source` is the trained float network. About 100
+    epochs are enough. Elsewhere the integer weights are trained within the budgets of their accumulators:
+    scales and biases all the time, weights from the first tenth of the epochs to the last fifth
+    (`fheconv.training.trainable`). A network that was trained for integers keeps its grids in this way.
 
     `augment` maps a batch of images to changed ones, anew in each epoch. `patience` stops the training after
     so many epochs without a better held-out loss. `lookup_budget` is the most lookups that an image may take:
-    before training, channels that hardly matter are removed, and average poolings are moved before their
-    activations (see `fheconv.training.thinning`). The same `seed` gives the same network on one machine.
+    before training, channels that hardly matter are removed, average poolings are moved before their
+    activations, and so are max poolings, as averages (`fheconv.training.thinning`). The same `seed` gives the
+    same network on one machine.
 
-    Accumulators keep to the widths that the network's config asks for. If it asks for none, no filter of a
-    layer may have a larger span than the widest filter had before.
+    Accumulators that are looked up keep to the widths that the network's config asks for. If it asks for
+    none, windows keep to the width at which lookups are cheap. Without windows, no filter of a layer may have
+    a larger span than the widest filter had before.
 
     Raises `InputRangeError` for images that the network does not take, `AccumulatorOverflowError` if a
     pooling that is moved before its activation leaves no room for any weight, `InvalidArgumentError` for
@@ -150,17 +162,20 @@ def _train(
     schedule: "_Schedule",
 ) -> N:
     """Train, and return the network with the least held-out loss of all that were measured."""
-    epochs, batch_size = schedule.epochs, schedule.batch_size
-    module = TrainableNetwork(network).train()
-    parameters = list(module.named_parameters())
-    weights = [parameter for name, parameter in parameters if ".weights." in name]
-    others = [parameter for name, parameter in parameters if ".weights." not in name]
-    batches = -(-len(examples.images) // batch_size)
-    start, end = math.ceil(FROM * epochs), math.ceil(TO * epochs)
+    epochs = schedule.epochs
+    observed = examples.images[:MOST_OBSERVED].double().numpy()
+    batches = -(-len(examples.images) // schedule.batch_size)
+    module: TrainableNetwork[N] | RequantizableNetwork[N]
+    if _follows_windows(network):
+        module, (start, end), measured = RequantizableNetwork(network, observed), (0, epochs), QUANTIZED
+    else:
+        module, measured = TrainableNetwork(network), MEASURED
+        start, end = math.ceil(FROM * epochs), math.ceil(TO * epochs)
+    module.train()
     optimizer = torch.optim.Adam(
         [
-            {"params": weights, "lr": schedule.learning_rate},
-            {"params": others, "lr": schedule.learning_rate / 2},
+            {"params": module.weight_parameters(), "lr": schedule.learning_rate},
+            {"params": module.other_parameters(), "lr": schedule.learning_rate / 2},
         ]
     )
     rates = torch.optim.lr_scheduler.LambdaLR(
@@ -170,11 +185,10 @@ def _train(
             lambda step: _rate(step, 0, epochs * batches),
         ],
     )
-    observed = examples.images[:MOST_OBSERVED].double().numpy()
     best, least, best_at = network, held_out_loss(network, held_out), 0
-    every = -(-epochs // MEASURED)
+    every = -(-epochs // measured)
     for epoch in track(range(1, epochs + 1), "Fine-tuning…"):
-        for batch in torch.split(torch.randperm(len(examples.images)), batch_size):
+        for batch in torch.randperm(len(examples.images)).tensor_split(batches):
             some = examples.of(batch)
             if augment is not None:
                 images = _augmented(augment, some.images)
@@ -184,7 +198,7 @@ def _train(
             optimizer.step()
             rates.step()
             module.draw_in()
-        if epoch % every == 0 or epoch in (start, end, epochs):
+        if epoch % every == 0 or epoch in {start, end, epochs}:
             try:
                 now = module.quantized(observed)
             except CalibrationError:  # training has diverged and will not recover
@@ -197,6 +211,16 @@ def _train(
             if epoch - best_at >= schedule.patience:
                 break
     return best
+
+
+def _follows_windows(network: IntegerNetwork) -> bool:
+    """Return whether the float weights are to be trained: sums are rounded in windows that are not proved.
+
+    Such windows follow what the sums reach. A network that was trained for integers keeps its integers.
+    """
+    tables = (layer.lookup for layer in network.layers if isinstance(layer, QuantizedLayer))
+    rounded = any(table is not None and not table.proved and table.dropped_bits for table in tables)
+    return rounded and not network.source.trained
 
 
 def _augmented(augment: Augment, images: Tensor) -> Tensor:

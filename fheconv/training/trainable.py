@@ -81,6 +81,15 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
             tensors.append(layer(tensors))
         return tensors[-1]
 
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return the latent weights."""
+        return [weight for layer in self.layers if isinstance(layer, _Layer) for weight in layer.weights]
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        """Return the growths of accumulator steps and the shifts of biases."""
+        layers = [layer for layer in self.layers if isinstance(layer, _Layer)]
+        return [parameter for layer in layers for parameter in (layer.growth, layer.shift)]
+
     @torch.no_grad()
     def draw_in(self) -> None:
         """Draw the latent weights into the balls of their budgets. Call it after each step of training."""

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import fheconv
 from fheconv import AccumulatorOverflowError, Conv, InvalidArgumentError, quantize
-from fheconv.networks.bounds import layer_bounds
+from fheconv.networks.bounds import layer_bounds, worst_case_inputs
 from tests.support.strategies import layer_problems
 
 
@@ -145,3 +146,18 @@ def test_a_lookup_bears_the_name_of_the_activation(module, name):
     images = np.random.default_rng(0).uniform(0, 1, (40, 1, 6, 6))
     kinds = [layer.kind for layer in quantize(model.eval(), images).budget().layers]
     assert kinds == [f"conv 3×3, {name}", f"linear, {name}", "linear"]
+
+
+def test_encrypted_images_reach_the_ends_that_were_proved():
+    weight = np.array([[[[1.0, -2.0], [3.0, 0.5]]], [[[-1.0, -1.0], [0.0, 2.0]]]])
+    config = fheconv.QuantConfig(weight_bits=3, input_bits=2)
+    network = quantize(weight, np.linspace(0, 1, 9).reshape(1, 1, 3, 3), config)
+    (layer,) = network.budget().layers
+    worst = worst_case_inputs(network.last, network.input_shape, layer_bounds(network.last, network.shapes))
+    images = (worst.reshape(-1, *network.input_shape) - network.input.zero_point) * network.input.scale
+    circuit = fheconv.compile(network)
+    circuit.keygen()
+    encrypted = circuit.predict(images, fhe="execute") / network.last.scale
+    for c, channel in enumerate(layer.channels):
+        reached = encrypted[:, c].min(), encrypted[:, c].max()
+        np.testing.assert_allclose(reached, (channel.minimum, channel.maximum), atol=1e-6)

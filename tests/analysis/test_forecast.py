@@ -32,7 +32,7 @@ def near(forecast, compiled):
 NETWORKS = 118
 
 
-@pytest.mark.sampled(25)
+@pytest.mark.sampled(59)
 @pytest.mark.parametrize("seed", range(NETWORKS))
 def test_it_says_what_compiling_says(seed):
     try:

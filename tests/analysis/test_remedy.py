@@ -22,6 +22,7 @@ def named_config(remedy):
     return eval(text, {"QuantConfig": fheconv.QuantConfig})
 
 
+@pytest.mark.slow
 @given(problem=layer_problems(configs=quant_configs(most_bits=6)), data=st.data())
 def test_following_the_remedy_makes_it_fit(problem, data):
     network = network_of(problem)

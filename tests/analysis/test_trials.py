@@ -61,7 +61,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("kind", ["maxima", "convolutions"])
 def test_the_remedy_of_a_refusal_is_accepted_at_the_first_time(kind, case):
@@ -84,7 +84,7 @@ GIVEN = {
 }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GIVEN)
 @pytest.mark.parametrize("kind", ["maxima", "convolutions"])
 def test_the_remedy_of_a_budget_fits_it_and_has_parameters(kind, case):

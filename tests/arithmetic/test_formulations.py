@@ -9,7 +9,7 @@ from fheconv.arithmetic import conv, conv_gradients, conv_transpose
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
 from tests.support.strategies import conv_problems
 
-METHODS = ["loops", "shifts", "im2col", "tensordot", "matrix"]
+METHODS = [None, "torch", "loops", "shifts", "im2col", "tensordot", "matrix"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fheconv
 from fheconv.arithmetic import filter_matrix
 from fheconv.basics.errors import AccumulatorOverflowError, InvalidArgumentError
 from tests.support.strategies import conv_problems
@@ -85,3 +86,16 @@ def test_an_unknown_format_and_non_numbers_are_refused():
         filter_matrix(np.ones((3, 3)), (5, 5), format="csc")
     with pytest.raises(InvalidArgumentError, match="weight"):
         filter_matrix([["a", "b"]], (5, 5))
+
+
+def test_the_encrypted_product_is_the_product_with_the_matrix():
+    rng = np.random.default_rng(0)
+    weight, images = rng.integers(-2, 2, (2, 1, 2, 2)), rng.integers(0, 4, (2, 1, 3, 4))
+    network = fheconv.quantize(weight, images, fheconv.QuantConfig(weight_bits=8, input_bits=8))
+    matrix = filter_matrix(network.last.convolution.weight, (1, 3, 4))
+    circuit = fheconv.compile(network)
+    circuit.keygen()
+    encrypted = circuit.predict(images, fhe="execute")
+    integers, _ = network.quantize_input(images)
+    expected = (integers - network.input.zero_point).reshape(2, -1) @ matrix
+    np.testing.assert_allclose((encrypted / network.last.scale).reshape(2, -1), expected, atol=1e-9)

@@ -180,3 +180,12 @@ def test_scores_and_searches_need_classes():
     linear = fheconv.compile(fheconv.quantize(np.ones((1, 1, 4, 4)), IMAGES))
     with pytest.raises(fheconv.InvalidArgumentError, match="give y"):
         linear.score(DataLoader(Items()))
+
+
+def test_images_of_a_loader_are_encrypted_like_those_of_an_array():
+    images = DataLoader(TensorDataset(X[:4]), batch_size=3)
+    weight = np.array([[[[1.0, -1.0], [0.5, 2.0]]]])
+    circuit = fheconv.compile(fheconv.quantize(weight, images))
+    circuit.keygen()
+    encrypted = circuit.predict(images, fhe="execute")
+    np.testing.assert_array_equal(encrypted, circuit.network(X[:4]))

@@ -41,6 +41,7 @@ def test_convolutions_with_nothing_in_between_are_one(layers, shape, filter_):
     assert weights(check(nn.Sequential(*layers, nn.ReLU()), shape)) == np.prod(filter_)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("layers", "shape", "most"),
     [

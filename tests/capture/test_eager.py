@@ -47,6 +47,7 @@ def trained():
     return model.eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("converted", [False, True])
 def test_prepared_and_converted_models_give_the_integers_of_torch(converted):
     model = trained()

@@ -55,6 +55,7 @@ def exported(batch, model=None):
     return torch.export.export(model or Converted(), (torch.rand(batch, 1, 6, 6),))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "make",
     [Converted, lambda: exported(2).module(), lambda: exported(5).module(), lambda: exported(5)],

@@ -39,7 +39,7 @@ def outside(network, q):
     return max(shares)
 
 
-@pytest.mark.sampled(149)
+@pytest.mark.sampled(299)
 @pytest.mark.parametrize("seed", range(300))
 def test_exact_lookups_compute_the_clear_integers_when_simulated(seed):
     network, q = narrow_network(seed)
@@ -77,7 +77,7 @@ def one_lookup(seed):
     return network, integer_images(network, seed, 3)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("fhe", ["simulate", "execute"])
 def test_rounded_lookups_are_at_most_one_step_off_also_outside_the_window(seed, fhe):

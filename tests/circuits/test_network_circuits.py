@@ -26,9 +26,9 @@ def encrypted(circuit, q):
     return circuit.decrypt(circuit.run(circuit.encrypt(images)), dequantize=False)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.filterwarnings("ignore::fheconv.CostWarning")  # they are only simulated
 @pytest.mark.parametrize("seed", [0, 1, *range(3, 10), 11, 12, 13])
-@pytest.mark.sampled(5)
 def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):
     network = quantized(seed, size=(1, 5, 5), accumulator_bits=8, activation_bits=3, input_bits=3)
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-9))
@@ -152,6 +152,7 @@ def keyed(tmp_path_factory):
     return circuit, path, circuit.encrypt(real_images(network, q)), network.accumulate(q)
 
 
+@pytest.mark.slow
 def test_saved_keys_decrypt_in_a_new_circuit_what_was_encrypted_before(keyed):
     circuit, path, ciphertext, expected = keyed
     other = fheconv.compile(circuit.network)

@@ -29,6 +29,7 @@ def made(tmp_path_factory):
     return circuit, client, fheconv.load_server(folder / "server.zip"), images, classes
 
 
+@pytest.mark.slow
 def test_a_client_predicts_what_the_circuit_predicts(made):
     circuit, client, server, images, _ = made
     np.testing.assert_array_equal(client.predict(images[:2], server=server), circuit.predict(images[:2]))

@@ -27,6 +27,7 @@ def by_tiles(network, config):
     return fheconv.compile_tiled(network, 2, config)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("make", [by_filter, by_tiles])
 @pytest.mark.parametrize(
     ("options", "lanes"),

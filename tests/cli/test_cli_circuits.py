@@ -112,6 +112,7 @@ def test_the_whole_path_gives_the_right_class(tmp_path):
     assert "Cost of one encrypted image" in printed[0]
 
 
+@pytest.mark.slow
 def test_a_batch_and_an_image_file(command, tmp_path):
     encrypted = [*ENCRYPT]
     encrypted[encrypted.index("one.npy")] = "x.npy"

@@ -70,6 +70,7 @@ def test_verify_runs_images_encrypted(run):
     assert "12 of 12 encrypted results equal the clear integers" in printed
 
 
+@pytest.mark.slow
 def test_verify_fails_if_more_differs_than_the_promise_explains(run, monkeypatch):
     right = fheconv.FheCircuit.accumulate
 
@@ -128,6 +129,7 @@ def test_training_data_come_with_their_classes(run):
     assert "--training-labels" in said
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("labels", [True, False])
 def test_finetune_writes_a_circuit(run, labels):
     arguments = ["finetune", *MODEL, "--training", "t.npy", "--epochs", "2", "-o", "out", *OPTIONS]

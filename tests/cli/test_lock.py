@@ -57,6 +57,7 @@ def test_more_lookups_fail(command):
     assert " 12 " in line
 
 
+@pytest.mark.slow
 def test_a_wider_layer_fails_and_a_narrower_one_does_not(command):
     command(*LOCK, *NARROW)
     text, found = Path("fheconv.lock").read_text(), locked()
@@ -102,6 +103,7 @@ def test_arguments_that_do_not_go_together(command):
     assert command("lock", "--check")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_locked_like_their_array(command):
     """Calibration and evaluation images may be PNG files, whose order is that of their names."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 1, 3, 3), np.uint8)

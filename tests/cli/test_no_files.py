@@ -59,8 +59,8 @@ for arguments in {commands!r}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [pipe, listening, device, folder])
-@pytest.mark.sampled(5)
 def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     shell.write_model(tmp_path)

@@ -39,11 +39,11 @@ def verified(network, x, **options):
     np.testing.assert_allclose(circuit.predict(images, fhe="execute"), network(images))
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize(
     ("zeros", "engine"), [("a", "auto"), ("b", "auto"), ("ab", "auto"), ("a", "conv"), ("b", "conv")]
 )
-@pytest.mark.sampled(7)
 def test_a_term_of_zeros(signs, zeros, engine):
     network, x = quantized(Two(zeros), (1, 4, 4), signs)
     lowered = lower(network, engine)
@@ -55,9 +55,9 @@ def test_a_term_of_zeros(signs, zeros, engine):
     verified(network, x, engine=engine)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.sampled(3)
 def test_a_layer_of_zeros(signs, lanes):
     conv = nn.Conv2d(1, 2, 2)
     nn.init.zeros_(conv.weight)
@@ -76,7 +76,7 @@ def test_results_narrower_than_images(lanes):
     verified(fheconv.quantize(np.ones((1, 1, 1, 1)), x), x, lanes=lanes)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.slow
 @pytest.mark.parametrize("signs", RANGES)
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_layer_of_zeros_beside_lookups(signs, place):

@@ -110,6 +110,7 @@ def test_no_single_rung_would_have_been_better(seed):
             assert error >= found.error * (1 - SHARE)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("bits", [4, 5])
 def test_chosen_numbers_are_no_worse_than_half_of_the_width_for_all(seed, bits):
@@ -117,8 +118,8 @@ def test_chosen_numbers_are_no_worse_than_half_of_the_width_for_all(seed, bits):
     assert allocation(seed, accumulator_bits=bits).error <= trial(seed).error(usual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.sampled(2)
 def test_the_network_has_the_numbers_that_were_chosen_and_keeps_to_its_widths(seed):
     network = quantize(seed, accumulator_bits=5, weight_bits="auto", **AUTO)
     config = network.config

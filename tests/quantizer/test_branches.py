@@ -74,7 +74,7 @@ def error(module, **options):
     return np.sqrt(np.mean((network(OTHERS) - expected) ** 2)) / expected.std()
 
 
-@pytest.mark.sampled(19)
+@pytest.mark.sampled(41)
 @pytest.mark.parametrize("method", ["auto", "mse", "minmax", "gptq"])
 @pytest.mark.parametrize("ratio", [1, 10, 100, 1e4, 1e-4])
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -84,6 +84,7 @@ def test_branches_side_by_side_are_as_accurate_as_summed_ones(joined, kernel, ra
     assert error(joined(ratio, kernel), method=method) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ratio", [10, 1e4])
 def test_so_are_branches_before_a_linear_layer(ratio):
     assert error(Flattened(ratio, 1)) == pytest.approx(error(FlattenedSummed(ratio, 1)), rel=1e-3)
@@ -111,9 +112,9 @@ class DeadPooled(Dead):
         return self.c(torch.cat([F.max_pool2d(branch, 2) for branch in self.branches(x)], 1))
 
 
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("method", ["auto", "mse", "minmax", "gptq"])
 @pytest.mark.parametrize("module", [DeadConcatenated, DeadSummed, DeadPooled])
-@pytest.mark.sampled(5)
 def test_a_branch_of_zeros_does_not_swamp_the_live_one(module, method):
     dead = module(1)
     alone = module(1)

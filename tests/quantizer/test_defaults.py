@@ -20,8 +20,8 @@ def data():
     return digits()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sampled(2)
 def test_shipped_models_are_accurate_and_cheap_without_options(name, data):
     model = MODELS[name].shipped()
     images, labels = data.test_images, data.test_labels

@@ -29,6 +29,7 @@ def test_the_network_computes_the_same(seed):
     np.testing.assert_allclose(equal.tensors(images)[-1], want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READERS)
 def test_the_channels_of_an_activation_get_one_size(name):
     torch.manual_seed(0)

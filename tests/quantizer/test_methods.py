@@ -74,3 +74,13 @@ def test_rounding_limits_only_the_accumulators_that_keep_to_limits(method):
     assert (widest <= 7) == (method == "accumulator")
     q = integer_images(network, 0, 4)
     assert network.accumulate(q).shape == (len(q), *network.accumulator_shape)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_weights_of_every_method_run_encrypted(method):
+    rng = np.random.default_rng(0)
+    images = rng.random((20, 1, 4, 4))
+    config = fheconv.QuantConfig(method=method, weight_bits=4, input_bits=4)
+    circuit = fheconv.compile(fheconv.quantize(rng.normal(size=(2, 1, 3, 3)), images, config))
+    circuit.keygen()
+    assert circuit.verify(images[:2]).wrong == 0

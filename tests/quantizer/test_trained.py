@@ -19,13 +19,14 @@ def assert_equal(network, model, images):
     np.testing.assert_allclose(network(images), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_trained_network_gives_what_torch_gives_for_images_that_calibration_never_saw(seed):
     model, images = trained_net(seed)
     assert_equal(fheconv.quantize(model, images[:1]), model, images)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", [1, 5])
 def test_calibration_chooses_nothing(seed):
     """Two networks of different images are the same."""

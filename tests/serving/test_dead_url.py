@@ -67,6 +67,7 @@ def test_one_who_has_answered_is_waited_for_longer(tmp_path, monkeypatch, caplog
     assert f"Attempt {remote.RETRIES + 1} of {remote.RETRIES + 1}" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_shell_says_on_standard_error_what_it_tries(tmp_path, closed):
     serving.save(tmp_path)
     client = serving.keyed_client(tmp_path)

@@ -29,6 +29,7 @@ def waiting(events, function):
     return wait
 
 
+@pytest.mark.slow
 def test_a_client_of_a_server_can_be_used_after_a_fork(url, client, events, monkeypatch):
     remote = fheconv.RemoteCircuit(url, client)
     monkeypatch.setattr(KeyedHandle, "keygen", waiting(events, lambda *_: None))

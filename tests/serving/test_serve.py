@@ -265,6 +265,26 @@ def test_a_client_that_leaves_in_mid_run_costs_the_image_that_runs(server, clien
         assert http.delete(f"/keys/{keys.name}").status_code == 204
 
 
+def test_a_batch_runs_on_all_workers_beside_other_requests(server, client, keys, tmp_path, blocked):
+    begun, go = blocked
+    body, path = client.encrypt(serving.images(4)).to_bytes(), f"/run/{keys.name}"
+    with (
+        serving.serving(server, tmp_path, workers=2) as url,
+        httpx.Client(base_url=url, timeout=60) as http,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+        batch = pool.submit(http.post, path, content=body)
+        for _ in range(2):
+            assert begun.acquire(timeout=60)  # two of its images run at once
+        single = pool.submit(http.post, path, content=client.encrypt(serving.images(1)).to_bytes())
+        waiting(http, 1, 1)
+        go.set()
+        for answer, count in ((batch, 4), (single, 1)):
+            assert Ciphertext.from_bytes(answer.result().content).values == (b"a result",) * count
+        waiting(http, 0, 0)
+
+
 def test_those_whom_the_stop_of_the_server_interrupts_are_told_to_ask_again(
     server, client, keys, tmp_path, blocked, monkeypatch
 ):
@@ -466,6 +486,14 @@ def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     assert during - before < 100 * most / 3
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
+
+
+def test_a_server_in_the_background_ignores_interruptions_but_not_the_end(command):
+    process, url = command(on_interruption="SIG_IGN")
+    process.send_signal(signal.SIGINT)
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
 
 
 @pytest.mark.parametrize(

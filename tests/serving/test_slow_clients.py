@@ -114,6 +114,7 @@ def test_a_body_that_nobody_reads_does_not_keep_the_connection(start):
         assert until_closed(slow, b"a").startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 def test_a_body_that_comes_byte_by_byte_is_408(start, keys, monkeypatch):
     monkeypatch.setattr(admission, "PATIENCE", 0.5)
     url = start()

@@ -50,12 +50,12 @@ def check(results: Array, x: Array) -> None:
 
 
 @contextlib.contextmanager
-def serving(server: Server, folder: Path, **options: Any) -> Iterator[str]:
+def serving(server: Server, folder: Path, *, tls: fheconv.Tls | None = None, **options: Any) -> Iterator[str]:
     """Serve in a thread, and yield the URL. The first request waits until the workers are there."""
     app = application(server, folder=folder, **options)
-    uvicorn_server = uvicorn.Server(configured(app))
+    uvicorn_server = uvicorn.Server(configured(app, **({} if tls is None else tls.of_server())))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"http{'' if tls is None else 's'}://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -66,6 +66,8 @@ def serving(server: Server, folder: Path, **options: Any) -> Iterator[str]:
 
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
+# Whoever starts pytest in the background has it ignore interruptions, and so do its children.
+STARTED = "import signal; signal.signal(signal.SIGINT, signal.{}); from fheconv.cli.entry import main; main()"
 
 
 @contextlib.contextmanager
@@ -73,8 +75,10 @@ def commands(file: Path, keys: Path) -> Iterator[Start]:
     """Yield a function that starts `fheconv serve`, and returns the process and the URL."""
     processes = []
 
-    def start(*options: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-c", "from fheconv.cli.main import main; main()", "serve", str(file)]
+    def start(
+        *options: str, port: int = 0, on_interruption: str = "default_int_handler"
+    ) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-c", STARTED.format(on_interruption), "serve", str(file)]
         command += ["--port", str(port), "--folder", str(keys), *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         processes.append(process)

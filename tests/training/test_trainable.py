@@ -13,34 +13,15 @@ from torch import nn
 import fheconv
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.floats import Layer, Maximum
-from fheconv.networks.linear import Kernel
 from fheconv.training.trainable import BALL
 from tests.support.layers import KINDS, random_network, unlike_calibration
 from tests.support.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images
+from tests.support.same import same_network
 
 SIZE = (1, 5, 6)
 WIDTHS = ({"accumulator_bits": 8}, {"weight_bits": 1}, {"weight_bits": 8, "activation_levels": 50})
 EPSILON = float(np.finfo(np.float32).eps)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def same_network(a, b):
-    """Whether two networks have the same integers, tables and scales, to the last bit."""
-    for one, other in zip(a.layers, b.layers, strict=True):
-        if isinstance(one, Maximum):
-            continue
-        for first, second in zip(one.terms, other.terms, strict=True):
-            for step, again in zip(first.steps, second.steps, strict=True):
-                if isinstance(step, Kernel):
-                    np.testing.assert_array_equal(again.weight, step.weight)
-        for name in ("scale", "bias", "real_bias"):
-            np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
-        if one.lookup is not None:
-            np.testing.assert_array_equal(other.lookup.tables, one.lookup.tables)
-            np.testing.assert_array_equal(other.lookup.minimum, one.lookup.minimum)
-            assert (other.lookup.bits, other.lookup.output) == (one.lookup.bits, one.lookup.output)
-    for seen, again in zip(a.observed, b.observed, strict=True):
-        np.testing.assert_array_equal(again, seen)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
