@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.basics.config import QuantConfig
     from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
     from fheconv.capture.onnx_file import from_onnx
+    from fheconv.circuits.cascade import Cascade, CascadeCost
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -80,6 +81,7 @@ _HOMES = {
     "basics.config": ("QuantConfig",),
     "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
     "capture.onnx_file": ("from_onnx",),
+    "circuits.cascade": ("Cascade", "CascadeCost"),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -115,6 +117,8 @@ __all__ = [
     "ArtifactError",
     "BudgetReport",
     "CalibrationError",
+    "Cascade",
+    "CascadeCost",
     "ChannelBudget",
     "Ciphertext",
     "Client",
