@@ -9,7 +9,7 @@ from tests.support.strangers import NAMES, stranger
 
 CONFIG = fheconv.CompileConfig(p_error=1e-3)
 # Encrypted images that take longer, or more keys than this, are left out.
-MOST_SECONDS, MOST_KEYS = 60, 2**30
+MOST_SECONDS, MOST_KEYS = 20, 2**30
 # What `compile` refuses, because it would take too long.
 REFUSED: set[str] = set()
 
