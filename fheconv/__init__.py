@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.basics.config import QuantConfig
     from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
     from fheconv.capture.onnx_file import from_onnx
+    from fheconv.circuits.cascade import Cascade, CascadeCost
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
     from fheconv.circuits.client import Client, load_client
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.serving import distributed
     from fheconv.serving.remote import RemoteCircuit
     from fheconv.serving.tls import Tls
+    from fheconv.training.distilling import distill
     from fheconv.training.finetuning import finetune
     from fheconv.training.trainable import TrainableNetwork
     from fheconv.tuning.result import Setting, TunePoint, TuneResult
@@ -79,6 +81,7 @@ _HOMES = {
     "basics.config": ("QuantConfig",),
     "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
     "capture.onnx_file": ("from_onnx",),
+    "circuits.cascade": ("Cascade", "CascadeCost"),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit", "compile"),
     "circuits.client": ("Client", "load_client"),
@@ -93,6 +96,7 @@ _HOMES = {
     "quantized": ("QuantizedNetwork", "quantize"),
     "serving.remote": ("RemoteCircuit",),
     "serving.tls": ("Tls",),
+    "training.distilling": ("distill",),
     "training.finetuning": ("finetune",),
     "training.trainable": ("TrainableNetwork",),
     "tuning.result": ("Setting", "TunePoint", "TuneResult"),
@@ -113,6 +117,8 @@ __all__ = [
     "ArtifactError",
     "BudgetReport",
     "CalibrationError",
+    "Cascade",
+    "CascadeCost",
     "ChannelBudget",
     "Ciphertext",
     "Client",
@@ -164,6 +170,7 @@ __all__ = [
     "conv_gradients",
     "conv_output_shape",
     "conv_transpose",
+    "distill",
     "distributed",
     "failures",
     "filter_matrix",

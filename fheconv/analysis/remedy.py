@@ -16,7 +16,7 @@ from fheconv.quantizer.activations import input_quantization
 from fheconv.quantizer.rounding.mse import round_mse
 
 # The widths that accumulators keep to where wider ones have no parameters. Above 10 bits few networks have.
-FEWER_BITS = (14, 12, *range(10, 0, -1))
+FEWER_BITS = (10, *range(8, 0, -1))
 
 
 def remedy_for(network: IntegerNetwork, limit: int, widest: Callable[[IntegerNetwork], int]) -> Advice:

@@ -14,4 +14,5 @@ circuit: the entry: compiles a circuit with both sides at once.
 client: the side with the keys.
 server: the side without secret keys.
 tiled: runs images of any size, tile by tile.
+cascade: lets a cheap circuit answer first.
 """

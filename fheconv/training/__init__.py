@@ -1,9 +1,12 @@
-"""Fine-tunes a quantized network without making its accumulators wider.
+"""Fine-tunes quantized networks, and trains cheaper networks to imitate a model.
 
 straight_through: gives lookups a gradient.
 modules: linear steps and maxima as torch modules.
 trainable: makes an integer network a torch module.
 requantizable: trains the float weights of a network whose windows follow them.
+pooling: moves poolings before activations, where one lookup serves a whole window.
 thinning: removes lookups from a network.
 finetuning: the entry: fine-tunes a network.
+students: builds small networks whose shapes are cheap in TFHE.
+distilling: the entry: trains a small network to imitate a large one.
 """

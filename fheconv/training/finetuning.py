@@ -101,8 +101,9 @@ def finetune(
 
     `augment` maps a batch of images to changed ones, anew in each epoch. `patience` stops the training after
     so many epochs without a better held-out loss. `lookup_budget` is the most lookups that an image may take:
-    before training, channels that hardly matter are removed, and average poolings are moved before their
-    activations (see `fheconv.training.thinning`). The same `seed` gives the same network on one machine.
+    before training, channels that hardly matter are removed, average poolings are moved before their
+    activations, and so are max poolings, as averages (`fheconv.training.thinning`). The same `seed` gives the
+    same network on one machine.
 
     Accumulators that are looked up keep to the widths that the network's config asks for. If it asks for
     none, windows keep to the width at which lookups are cheap. Without windows, no filter of a layer may have
@@ -190,7 +191,7 @@ def _train(
         for batch in torch.randperm(len(examples.images)).tensor_split(batches):
             some = examples.of(batch)
             if augment is not None:
-                images = _augmented(augment, some.images)
+                images = augmented(augment, some.images)
                 some = some._replace(images=images, meant=_meant(teacher, images))
             optimizer.zero_grad()
             torch.autograd.backward(_loss(module(some.images), some))
@@ -222,7 +223,7 @@ def _follows_windows(network: IntegerNetwork) -> bool:
     return rounded and not network.source.trained
 
 
-def _augmented(augment: Augment, images: Tensor) -> Tensor:
+def augmented(augment: Augment, images: Tensor) -> Tensor:
     """Return the batch that `augment` makes of `images`, checked."""
     changed = augment(images)
     if not isinstance(changed, Tensor) or changed.shape != images.shape:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fheconv.basics.arrays import Array, along_channels, frozen
+from fheconv.basics.arrays import Array, Shape, along_channels, frozen
 from fheconv.basics.errors import CalibrationError
 from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Maximum
@@ -28,8 +28,9 @@ from fheconv.training.modules import Convolution, Gather, MaximumModule
 MARGIN = 0.05
 # The standard deviation of the noise that stands for approximate rounding, in columns.
 ROUNDING_NOISE = 0.5
-# One step of a parameter is this share of a filter's greatest weight, or of the standard deviation of sums.
-UNIT = 0.25
+# One step of a parameter is what so many columns are of a whole table. Finer columns lose less, and so need
+# smaller changes.
+COLUMNS = 2
 # A channel whose sums are all equal still has columns, of this size.
 LEAST_SPAN = 1e-30
 # A slope is taken over at least this share of a value.
@@ -41,9 +42,9 @@ AnyNetwork = TypeVar("AnyNetwork", bound=IntegerNetwork)
 class RequantizableNetwork(nn.Module, Generic[AnyNetwork]):
     """The float network of an integer network, to be trained. It maps images (N, C, *S) to the last sums.
 
-    Parameters are the changes of weights, and one change of each channel's bias. They start at 0, and are in
-    units that suit one learning rate: a quarter of the greatest weight of a filter, and a quarter of the
-    standard deviation of the layer's sums on `calibration` (N, C, *S).
+    Parameters are the changes of weights, and one change of each channel's bias. They start at 0. Their units
+    suit one learning rate: shares of the greatest weight of a filter, and of the standard deviation of the
+    layer's sums on `calibration` (N, C, *S). The share is 2 in 2^K if lookups have K bits.
 
     Before each lookup the sums are rounded to as many columns as the lookup has, over the range of each
     channel in the batch. The gradient passes through the rounding, and includes that of the size of a column,
@@ -54,12 +55,15 @@ class RequantizableNetwork(nn.Module, Generic[AnyNetwork]):
         super().__init__()
         self.network = network
         tensors = network.source.tensors(calibration)
+        tables = [one.lookup for one in network.layers if isinstance(one, QuantizedLayer)]
+        bits = min((table.column_bits for table in tables if table is not None), default=1)
+        unit = COLUMNS / 2**bits
         layers: list[nn.Module] = []
         for layer, source in zip(network.layers, network.source.layers, strict=True):
             if isinstance(source, Maximum):
                 layers.append(MaximumModule(source))
             elif isinstance(layer, QuantizedLayer):
-                layers.append(_Layer(source, layer.lookup, network, tensors))
+                layers.append(_Layer(source, layer.lookup, tensors, unit))
         self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -112,20 +116,22 @@ class _Layer(nn.Module):
     """
 
     bias: Tensor
-    unit: Tensor
+    channel: Tensor
 
-    def __init__(
-        self, source: Layer, lookup: Lookup | None, network: IntegerNetwork, tensors: Sequence[Array]
-    ) -> None:
+    def __init__(self, source: Layer, lookup: Lookup | None, tensors: Sequence[Array], unit: float) -> None:
         super().__init__()
         self.source = source
         self.columns = None if lookup is None else 2**lookup.column_bits
         self.levels = 0 if lookup is None else lookup.output.maximum - lookup.output.minimum
-        self.terms: Any = nn.ModuleList(_Term(term, network.shapes[term.source]) for term in source.terms)
+        self.terms: Any = nn.ModuleList(
+            _Term(term, tensors[term.source].shape[1:], unit) for term in source.terms
+        )
         sums = source.sums(tensors)
         deviation = float((sums - sums.mean(axis=(0, *range(2, sums.ndim)), keepdims=True)).std())
-        self.unit_of_shift = UNIT * (deviation or 1.0)
+        self.unit_of_shift = unit * (deviation or 1.0)
         self.register_buffer("bias", torch.tensor(source.bias, dtype=torch.float32), persistent=False)
+        channel = torch.arange(len(source.bias)).reshape(-1, *[1] * (source.bias.ndim - 1))
+        self.register_buffer("channel", channel, persistent=False)
         self.shift = nn.Parameter(torch.zeros(len(source.bias), *[1] * (source.bias.ndim - 1)))
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -134,14 +140,13 @@ class _Layer(nn.Module):
             sums = sums + term(tensors)
         if self.source.activation is None or self.columns is None:
             return sums
-        rounded, column = self._rounded(sums, self.columns)
-        output: Tensor = _Activation.apply(rounded, column, self.source.activation)  # type: ignore[no-untyped-call]
+        output = self._looked_up(sums, self.columns, self.source.activation)
         step = (output.amax() - output.amin()).clamp(min=LEAST_SPAN) / self.levels
         at = output / step
         return step * (at + (at.round() - at).detach())
 
-    def _rounded(self, sums: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Return the sums rounded to the middles of columns, and the size of each channel's columns."""
+    def _looked_up(self, sums: Tensor, columns: int, activation: Expression) -> Tensor:
+        """Return the activations of the sums, rounded to the columns of their channel's range."""
         axes = [0, *range(2, sums.ndim)]
         least, greatest = sums.amin(axes, keepdim=True), sums.amax(axes, keepdim=True)
         margin = MARGIN * (greatest - least).clamp(min=LEAST_SPAN)
@@ -149,8 +154,12 @@ class _Layer(nn.Module):
         at = (sums - start) / column
         with torch.no_grad():
             noisy = at + ROUNDING_NOISE * torch.randn_like(at) if self.training else at
-            off = noisy.round().clamp(0, columns - 1) - at
-        return start + column * (at + off), column
+            number = noisy.round().clamp(0, columns - 1)
+        rounded = start + column * (at + (number - at).detach())
+        values, slopes = _table(activation, start, column, columns)
+        where = number.nan_to_num().long() * len(self.channel) + self.channel
+        output: Tensor = _Activation.apply(rounded, values[where], slopes[where])  # type: ignore[no-untyped-call]
+        return output
 
     def trained(self) -> Layer:
         """Return the float layer with what training has made of it."""
@@ -165,7 +174,7 @@ class _Term(nn.Module):
     weight: Tensor
     unit: Tensor
 
-    def __init__(self, term: Term, shape: tuple[int, ...]) -> None:
+    def __init__(self, term: Term, shape: Shape, unit: float) -> None:
         super().__init__()
         self.term = term
         self.at, kernel = term.weighted()
@@ -174,7 +183,7 @@ class _Term(nn.Module):
             for step, before in zip(term.steps, term.shapes(shape)[:-1], strict=True)
         )
         greatest = np.abs(kernel.weight).reshape(len(kernel.weight), -1).max(axis=1)
-        self.exact_unit = UNIT * along_channels(greatest, kernel.weight.ndim) * read_taps(kernel)
+        self.exact_unit = unit * along_channels(greatest, kernel.weight.ndim) * read_taps(kernel)
         self.register_buffer("unit", torch.tensor(self.exact_unit, dtype=torch.float32), persistent=False)
         self.register_buffer("weight", torch.tensor(kernel.weight, dtype=torch.float32), persistent=False)
         self.change = None if term.is_plain() else nn.Parameter(torch.zeros(kernel.weight.shape))
@@ -194,22 +203,29 @@ class _Term(nn.Module):
         return self.term.with_weight(kernel.weight + self.exact_unit * self.change.double().numpy())
 
 
+@np.errstate(invalid="ignore", over="ignore")  # if training has diverged, `quantized` raises
+def _table(activation: Expression, start: Tensor, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return an activation at each column of each channel, and its slope over that column, both flat."""
+    first, size = start.detach().double().numpy(), column.detach().double().numpy()
+    x = first + size * np.arange(columns).reshape(-1, *[1] * (first.ndim - 1))
+    # Where all sums of a channel are equal, its columns vanish beside them.
+    half = np.maximum(size / 2, NEAR * np.abs(x))
+    slope = np.nan_to_num((activation(x + half) - activation(x - half)) / (2 * half))
+    values, slopes = (torch.as_tensor(one.ravel(), dtype=start.dtype) for one in (activation(x), slope))
+    return values, slopes
+
+
 class _Activation(torch.autograd.Function):
-    """Computes an activation in numpy. Its slope is its change over one column."""
+    """Replaces rounded sums by their activations, which have slopes."""
 
     @staticmethod
-    @np.errstate(invalid="ignore", over="ignore")  # if training has diverged, `quantized` raises
-    def forward(ctx: Any, real: Tensor, column: Tensor, activation: Expression) -> Tensor:
-        """Return the activations."""
-        x = real.detach().double().numpy()
-        # Where all sums of a channel are equal, its columns vanish beside them.
-        half = np.maximum(column.detach().double().numpy() / 2, NEAR * np.abs(x))
-        slope = np.nan_to_num((activation(x + half) - activation(x - half)) / (2 * half))
-        ctx.save_for_backward(torch.as_tensor(slope, dtype=real.dtype))
-        return torch.as_tensor(activation(x), dtype=real.dtype)
+    def forward(ctx: Any, rounded: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+        """Return the values."""
+        ctx.save_for_backward(slopes)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of the sums, which is that of the activations times the slope."""
-        (slope,) = ctx.saved_tensors
-        return gradients[0] * slope, None, None
+        (slopes,) = ctx.saved_tensors
+        return gradients[0] * slopes, None, None

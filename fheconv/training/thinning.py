@@ -1,9 +1,9 @@
 """Removes lookups that hardly matter from a trained network.
 
-The price of an encrypted image is the price of its lookups, one for each value of an activation. Two changes
-save many lookups at once. First, a channel is replaced by its mean, which is added to the biases of the
-layers that read it (structured pruning). Second, an average pooling that follows an activation is moved
-before it, where it costs nothing.
+The price of an encrypted image is the price of its lookups, one for each value of an activation. Three
+changes save many lookups at once. First, a channel is replaced by its mean, which is added to the biases of
+the layers that read it (structured pruning). Second, an average pooling that follows an activation is moved
+before it, where it costs nothing. Third, so is a max pooling, which becomes an average.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from fheconv.basics.errors import InvalidArgumentError
 from fheconv.basics.progress import status
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Layer, Maximum, Network
-from fheconv.networks.linear import Kernel, is_pooling
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.rows import Rows
+from fheconv.training.pooling import averaged_before, only_maximum, pooled_before, renumbered
 
 # Changes are compared on at most this many images.
 MOST_IMAGES = 200
@@ -131,9 +131,16 @@ def _changes(now: Thinned, images: Array) -> Iterator[Thinned]:
                 changed = _without(now, number, int(channel), float(tensors[number][:, channel].mean()))
                 if changed is not None:
                     yield changed
-            pooled, both = _pooled_before(network, number), _pooled_before(now.original, number)
+            pooled, both = pooled_before(network, number), pooled_before(now.original, number)
             if pooled is not None and both is not None:
                 yield replace(now, network=pooled, original=both)
+            place = only_maximum(network, number)
+            if place is None or only_maximum(now.original, number) != place:
+                continue
+            pooled, both = (averaged_before(one, number, images) for one in (network, now.original))
+            if pooled is not None and both is not None:
+                means = {renumbered(n, place + 1, number): m for n, m in now.means.items() if n != number}
+                yield replace(now, network=pooled, original=both, means=means)
 
 
 def _without(now: Thinned, number: int, channel: int, mean: float) -> Thinned | None:
@@ -157,49 +164,3 @@ def _without(now: Thinned, number: int, channel: int, mean: float) -> Thinned | 
     for source, value in alone.items():
         means[source] = means.get(source, 0.0) + value.reshape(len(value), -1)[:, 0]
     return replace(now, network=replace(now.network, layers=tuple(layers)), means=means)
-
-
-def _pooled_before(network: Network, number: int) -> Network | None:
-    """Return the network with the average pooling after activation `number` moved before it, or None.
-
-    Every reader of the activation must start with the same pooling, whose windows have no padding.
-    """
-    layer = network.layers[number - 1]
-    readers = [
-        term
-        for reader in network.layers
-        for term in (reader.terms if isinstance(reader, Layer) else ())
-        if term.source == number
-    ]
-    firsts = [term.steps[0] if term.steps else None for term in readers]
-    pool = firsts[0] if firsts else None
-    if (
-        not isinstance(layer, Layer)
-        or not isinstance(pool, Kernel)
-        or not is_pooling(pool)
-        or pool.geometry.expands
-        or any(isinstance(one, Maximum) and one.source == number for one in network.layers)
-        or not all(
-            isinstance(one, Kernel) and is_pooling(one) and one.geometry == pool.geometry for one in firsts
-        )
-    ):
-        return None
-    window = int(np.prod(pool.geometry.kernel))
-    layers = []
-    for place, one in enumerate(network.layers, 1):
-        if isinstance(one, Layer):
-            terms, bias = one.terms, one.bias
-            if place == number:
-                terms = tuple(
-                    replace(term, steps=(*term.steps, pool), factor=term.factor / window) for term in terms
-                )
-                bias = frozen(pool.apply(bias[None], 0)[0] / window)
-            terms = tuple(
-                replace(term, steps=term.steps[1:], factor=term.factor * window)
-                if term.source == number
-                else term
-                for term in terms
-            )
-            one = replace(one, terms=terms, bias=bias)
-        layers.append(one)
-    return replace(network, layers=tuple(layers))

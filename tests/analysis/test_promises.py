@@ -15,6 +15,13 @@ from tests.support.nets import quantize, random_net
 pytestmark = pytest.mark.filterwarnings("ignore::fheconv.CostWarning")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Remedies are tried to the end, so that no result hangs on how fast the machine is."""
+    for module in ("trials", "affordability"):
+        monkeypatch.setattr(f"fheconv.analysis.{module}.MOST_SECONDS", np.inf)
+
+
 class Drawn:
     """Random options for a random network, narrow and wide ones."""
 

@@ -295,6 +295,18 @@ def test_an_encrypted_run_gives_the_clear_integers():
     assert not same(network, tuned, images_of(3, 50))
 
 
+def test_maxima_give_way_to_averages_within_a_lookup_budget():
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Conv2d(1, 1, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        pooled[0].weight.abs_()  # so that sums are not all below 0
+    images = images_of(0, 60)
+    network = quantize(pooled.double(), images, overflow="defined", rounding_bits=4)
+    tuned = fheconv.finetune(network, images, epochs=3, lookup_budget=4)
+    assert (network.budget().lookups, tuned.budget().lookups) == (16 + 8 + 4, 4)
+    assert np.isfinite(tuned(images)).all()
+
+
 @cache
 def windows_and_tuned():
     """A network with lookups of 3 bits, before and after it learned other classes, as above."""

@@ -10,6 +10,7 @@ from torch import nn
 import fheconv
 from fheconv.capture.model import capture
 from fheconv.networks.demand import demand
+from fheconv.networks.floats import Maximum
 from fheconv.quantizer.layerwise import quantize_network
 from fheconv.training import thinning
 from fheconv.training.thinning import lookups, thinned
@@ -105,12 +106,12 @@ def test_a_pooling_moves_before_its_activation(pool, activation):
     [
         nn.AvgPool2d(2, padding=1),
         nn.AvgPool2d(3, stride=2, ceil_mode=True),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, stride=2, padding=1),
         nn.Sequential(nn.AvgPool2d(2), nn.AvgPool2d(2, padding=1)),
     ],
     ids=str,
 )
-def test_poolings_of_borders_and_maxima_stay_where_they_are(between):
+def test_poolings_of_borders_stay_where_they_are(between):
     """Nothing, or no more than the first pooling, can be moved; what is asked for beyond is refused."""
     torch.manual_seed(1)
     images = np.random.default_rng(0).normal(size=(9, 1, 6, 6))
@@ -119,6 +120,46 @@ def test_poolings_of_borders_and_maxima_stay_where_they_are(between):
     least = 9 if isinstance(between, nn.Sequential) else lookups(network)
     with pytest.raises(fheconv.InvalidArgumentError, match=f"needs {least} lookups"):
         thinned(network, images, least - 1)
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2), nn.MaxPool2d((1, 2), 1)], ids=str
+)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=str)
+def test_maxima_become_averages_before_the_activation(pool, activation):
+    """These are scaled and shifted, nearest to the greatest sum of each window. A single channel stays in."""
+    torch.manual_seed(1)
+    conv, reader = nn.Conv2d(2, 1, 2, padding=1), nn.Conv2d(1, 3, 2)
+    images = np.random.default_rng(0).normal(size=(9, 2, 6, 6))
+    network = captured(nn.Sequential(conv, activation, pool, reader), images)
+    average = nn.AvgPool2d(pool.kernel_size, pool.stride)
+    with torch.no_grad():
+        averages = average(conv(torch.tensor(images))).numpy()
+        greatest = pool(conv(torch.tensor(images))).numpy()
+    fewer = thinned(network, images, averages[0].size)
+    assert not any(isinstance(layer, Maximum) for layer in fewer.layers)
+    assert lookups(fewer) == averages[0].size
+    assert fewer.shapes == (network.shapes[0], averages.shape[1:], network.shapes[-1])
+    sums = fewer.layers[0].sums(fewer.tensors(images))
+    assert np.corrcoef(averages.ravel(), sums.ravel())[0, 1] ** 2 == pytest.approx(1)
+    assert np.square(sums - greatest).mean() < np.square(averages - greatest).mean()
+
+
+def test_maxima_beside_another_reader_stay():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.conv(x))
+            return self.a(nn.functional.max_pool2d(x, 4)) + self.b(x)
+
+    torch.manual_seed(2)
+    images = np.random.default_rng(0).normal(size=(9, 1, 6, 6))
+    network = captured(Two(), images)
+    with pytest.raises(fheconv.InvalidArgumentError, match=f"needs {lookups(network)} lookups"):
+        thinned(network, images, lookups(network) - 1)
 
 
 def test_an_activation_with_two_readers_is_pooled_for_both_or_for_none():

