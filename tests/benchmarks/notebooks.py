@@ -5,6 +5,8 @@ progress, and the names of folders.
 """
 
 import argparse
+import base64
+import io
 import re
 import sys
 import tempfile
@@ -13,12 +15,40 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 # A folder of the machine's own, in front of what is said of a file in it.
 FOLDERS = (ROOT, tempfile.gettempdir(), sys.prefix, Path.home())
 NAMED = re.compile("|".join(re.escape(str(folder)) + r"[/\\]?" for folder in FOLDERS))
+
+
+# A picture in an animation.
+PICTURE = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\\\s]+)")
+COLORS, WIDEST = 24, 600
+
+
+def smaller(picture: str) -> str:
+    """Return a picture (PNG in base64) of few colors, if it takes less room then."""
+    made = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    image.thumbnail((WIDEST, 2 * WIDEST))
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    return min(picture, base64.b64encode(made.getvalue()).decode(), key=len)
+
+
+def small(output: Any) -> Any:
+    """Return an output whose pictures have few colors."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        data["image/png"] = smaller(data["image/png"])
+    if "text/html" in data:
+        data["text/html"] = PICTURE.sub(
+            lambda found: "data:image/png;base64," + smaller(re.sub(r"[\\\s]", "", found[1])),
+            data["text/html"],
+        )
+    return output
 
 
 def without_folders(value: Any) -> Any:
@@ -41,7 +71,7 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             kept = [one for one in cell.outputs if one.get("name") != "stderr"]
-            cell.outputs = [nbformat.from_dict(without_folders(one)) for one in kept]
+            cell.outputs = [nbformat.from_dict(small(without_folders(one))) for one in kept]
     notebook.metadata.language_info = {"name": "python"}
     nbformat.write(notebook, path)
 
