@@ -17,6 +17,8 @@ from fheconv.networks.quantization import Quantization
 PRIOR_IMAGES = 10
 # For each fitted weight, as many windows tell as much as the prior.
 PRIOR_WINDOWS = 0.1
+# So many random images stand beside those that fill less than this share of the range.
+OTHER_IMAGES, SLIVER = 4 * PRIOR_IMAGES, 0.1
 # How strongly the least-squares fit keeps the trained weights, as a share of the inputs' variance.
 RIDGE = 0.01
 
@@ -55,6 +57,24 @@ def _different(values: Array) -> Array:
     first = {hash(one.tobytes()): number for number, one in reversed([*enumerate(values)])}
     different: Array = values[sorted(first.values())]
     return different
+
+
+def beside_others(images: Array, quantization: Quantization) -> Array:
+    """Return some of the `images` (N, C, *S) and `OTHER_IMAGES` random ones, if they fill less than `SLIVER`.
+
+    Images that fill so little of the range of `quantization` do not tell where the sums of other images lie.
+    The random ones are of any brightness and contrast. If the range is filled, return `images` as they are.
+    Integers may fill a small part of their data type's range, but must not be all equal.
+    """
+    low, high = quantization.real_range
+    if np.ptp(images) > (0 if quantization.integral else SLIVER * (high - low)):
+        return images
+    rng = np.random.default_rng(0)
+    shape = (OTHER_IMAGES, *[1] * (images.ndim - 1))
+    brightness, contrast = rng.uniform(size=(2, *shape))
+    pixels = rng.uniform(size=(OTHER_IMAGES, *images.shape[1:]))
+    others = low + (high - low) * ((1 - contrast) * brightness + contrast * pixels)
+    return np.concatenate([images[:PRIOR_IMAGES], quantization.real(quantization.nearest(others))])
 
 
 def middle(quantization: Quantization) -> float:

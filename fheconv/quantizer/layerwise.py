@@ -14,7 +14,7 @@ from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.equalization import equalized
-from fheconv.quantizer.evidence import middle, trust_in_mean
+from fheconv.quantizer.evidence import beside_others, middle, trust_in_mean
 from fheconv.quantizer.factors import balanced
 from fheconv.quantizer.rounding.methods import chosen_method
 from fheconv.quantizer.rows import IntegerTerms
@@ -34,13 +34,16 @@ def quantize_network(
     What training for integers has left is kept: scales and zero-points, and weights unless the configuration
     names a method to round them. Raises the errors of `fheconv.quantize`.
     """
+    image = input_quantization(calibrated, config, network.image)
+    given = images
+    if config.overflow == "defined":
+        images = beside_others(given, image)
     network = balanced(network, network.tensors(images))
     floats = network.tensors(images)
     method = chosen_method(network, config)
     if method.by_output and not network.trained:
         network = equalized(network, floats, config)
         floats = network.tensors(images)
-    image = input_quantization(calibrated, config, network.image)
     quantizations = activation_quantizations(network, floats, image, config)
     building = Building(network, config, quantizations, calibrated, images)
     for layer in network.layers:
@@ -71,7 +74,11 @@ def quantize_network(
                     break
             bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
             building.add(layer, rounded, bias)
-    return with_own_widths(building.network()) if network.trained else building.network()
+    quantized = building.network()
+    if images is not given:  # alike as they are, they tell as much as one
+        evidence = tuple(one if one is None else min(one, 1.0) for one in quantized.evidence)
+        quantized = replace(quantized, evidence=evidence)
+    return with_own_widths(quantized) if network.trained else quantized
 
 
 def _mean_error(

@@ -27,6 +27,8 @@ LOOKUP_LIMIT = 16
 # The greatest width of windows that need no proof, unless a width is asked for. Before rounded lookups, more
 # bits than the lookup keeps cost nothing as such, but Concrete has trouble with values of 14 bits and more.
 WIDEST = 13
+# Noise limits the weights before lookups of at most so many bits.
+MOST_QUIET = 6
 # A window outside which a greater share of a channel's accumulators lies is too narrow.
 MOST_CUT = 0.02
 
@@ -116,9 +118,10 @@ def width(name: str, span: int, rounding_bits: int | None, *, proved: bool = Tru
 def most_norm(taps: int, rounding_bits: int) -> float:
     """Return the norm ‖q‖₂ that the integer weights of a sum may have, if noise is to cost nothing.
 
-    Where there are many `taps`, it is the norm of weights of 1.
+    Where there are many `taps`, it is the norm of weights of 1. Lookups of more than `MOST_QUIET` bits are
+    dear anyway, and what they tell apart should not be lost to coarse weights.
     """
-    return max(2.0 ** (FREE_BITS - rounding_bits), math.sqrt(taps))
+    return max(2.0 ** (FREE_BITS - min(rounding_bits, MOST_QUIET)), math.sqrt(taps))
 
 
 def quiet_gains(norm_bits: Array, rounding_bits: int) -> Array:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import fheconv
-from fheconv.quantizer.evidence import PRIOR_IMAGES, independent_images, mixed_covariance
+from fheconv.networks.quantization import Quantization
+from fheconv.quantizer.evidence import PRIOR_IMAGES, beside_others, independent_images, mixed_covariance
 
 SHAPE = (1, 8, 8)
 OTHERS = np.random.default_rng(7).uniform(0, 1, (200, *SHAPE))
@@ -110,3 +111,36 @@ def test_the_report_says_which_layers_saw_few_images():
     )
     by_weights = fheconv.quantize(module, rich[:2], fheconv.QuantConfig(method="mse"))
     assert [layer.independent_images for layer in by_weights.budget().layers] == [None, None]
+
+
+BLANK = {
+    "one": np.full((1, *SHAPE), 0.5),
+    "black": np.zeros((5, *SHAPE)),
+    "equal": np.full((30, *SHAPE), 0.5),
+    "nearly equal": 0.5 + 0.01 * np.random.default_rng(1).uniform(size=(30, *SHAPE)),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", BLANK)
+def test_windows_of_blank_images_hold_the_sums_of_others(name, seed):
+    torch.manual_seed(seed)
+    module = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)
+    )
+    config = fheconv.QuantConfig(overflow="defined", rounding_bits=5, input_range=(0, 1))
+    network = fheconv.quantize(module, BLANK[name], config)
+    expected = module(torch.tensor(OTHERS, dtype=torch.float32)).detach().numpy()
+    assert np.square(network(OTHERS) - expected).mean() < 0.5 * expected.var(axis=0).mean()
+    assert max(network.outside(OTHERS).values()) < 0.2
+    assert "Calibration was poor" in str(network.budget())
+
+
+def test_random_images_stand_beside_blank_ones_only():
+    quantization = Quantization(scale=1 / 15, zero_point=0, minimum=0, maximum=15)
+    assert beside_others(OTHERS, quantization) is OTHERS
+    images = beside_others(BLANK["equal"], quantization)
+    np.testing.assert_array_equal(images[:PRIOR_IMAGES], BLANK["equal"][:PRIOR_IMAGES])
+    assert (images >= 0).all()
+    assert (images <= 1).all()
+    assert independent_images(images) > PRIOR_IMAGES

@@ -2,15 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import fheconv
 from fheconv.basics.arrays import along_channels
 from fheconv.networks.expression import Expression, X
 from fheconv.networks.quantization import Quantization
+from fheconv.quantizer import building, placement
 from fheconv.quantizer.placement import Placing, Sums, least_span
 from fheconv.quantizer.tables import lookup
 from fheconv.quantizer.windows import MOST_CUT, Window, dropped_bits, filling_gains, room
+from tests.support.nets import quantize
 
 FUNCTIONS = {name: Expression(name, (X,)) for name in ("relu", "tanh", "sigmoid")}
 FUNCTIONS["prelu"] = Expression("prelu", (X, np.array([[[0.25]], [[-0.5]], [[0.0]]])))
@@ -85,13 +90,13 @@ def test_windows_are_no_worse_than_those_of_all_values_and_keep_what_they_must(f
         assert errors[1] <= errors[0] * (1 + 1e-9)
 
 
-def test_few_columns_make_windows_narrower_and_long_tails_do_not_matter():
+def test_few_columns_make_windows_narrower_and_tails_that_saturate_do_not_matter():
     values = np.random.default_rng(0).normal(size=(500, 2, 2, 2))
     spans = [least_span(Sums.of(values, FUNCTIONS["relu"], stretch=1.0), kept).mean() for kept in (3, 4, 6)]
     assert spans == sorted(spans)
     assert spans[0] < 0.85 * np.ptp(values, axis=(0, 2, 3)).mean()
     values[0, 0, 0, 0] = 1000.0
-    assert least_span(Sums.of(values, FUNCTIONS["relu"], stretch=1.0), 4)[0] < 20
+    assert least_span(Sums.of(values, FUNCTIONS["tanh"], stretch=1.0), 4)[0] < 20
 
 
 def test_where_noise_limits_gains_windows_are_narrower():
@@ -99,3 +104,22 @@ def test_where_noise_limits_gains_windows_are_narrower():
     *_, free = placed(0, "relu", 4)
     *_, limited = placed(0, "relu", 4, gains=1)
     assert limited.bits < free.bits
+
+
+@pytest.mark.parametrize("kept", [4, 5])
+def test_gains_make_lookups_at_most_5_percent_dearer(kept, monkeypatch):
+    torch.manual_seed(kept)
+    module = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
+    )
+    images = np.random.default_rng(kept).uniform(0, 1, (60, 1, 8, 8))
+    options = {"overflow": "defined", "rounding_bits": kept, "input_bits": 6}
+    config = fheconv.CompileConfig(p_error=0.03)
+    filled = quantize(module.double().eval(), images, **options)
+    assert max(layer.gain.max() for layer in filled.layers) > 1
+    for room_of in (building, placement):
+        monkeypatch.setattr(room_of, "filling_gains", lambda span, *_, **__: np.ones(len(span), np.int64))
+    bare = quantize(module, images, **options)
+    assert max(layer.gain.max() for layer in bare.layers) == 1
+    one, other = (network.forecast(config).complexity for network in (filled, bare))
+    assert one <= 1.05 * other
