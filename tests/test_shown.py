@@ -37,6 +37,7 @@ def shown(tmp_path_factory):
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=0.01))
     tiled = fheconv.compile_tiled(fheconv.quantize([[1, -2]], IMAGE), (2, 2))
     tiled.keygen()
+    scores = fheconv.compile(fheconv.quantize(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), IMAGE[None]))
     setting = fheconv.Setting(rounding_bits=5)
     budget, forecast = deep(30).budget(), network.forecast()
     point = fheconv.TunePoint(
@@ -62,6 +63,8 @@ def shown(tmp_path_factory):
             fheconv.Conv.of([[1, 2]]).geometry,
             fheconv.accumulator_bounds([[[1, -1]]], fheconv.ConvGeometry.of((2,)), (4,), (0, 3)),
             fheconv.Mismatch(position=(0, 1), expected=3, got=4),
+            *(fheconv.Cascade(scores, scores, margin=1.0), fheconv.Tls()),
+            fheconv.CascadeCost(first=circuit.cost, second=circuit.cost, share=0.5),
         ]
         yield {type(one).__name__: one for one in objects}
 

@@ -60,8 +60,6 @@ REFUSED = {
     "logsumexp": (lambda m, x: x.logsumexp(1), "logsumexp"),
     "norm": (lambda m, x: F.normalize(x), "linalg_vector_norm"),
     "standard deviation": (lambda m, x: x.std(1), "std"),
-    "two images' product": (lambda m, x: x * x.flip(1), "mul"),
-    "quotient": (lambda m, x: x / (1 + x.flip(1) ** 2), "div"),
     "matrix product with itself": (lambda m, x: x @ x, "matmul"),
     "bmm with itself": (lambda m, x: torch.bmm(x[:, 0], x[:, 1]), "bmm"),
     "einsum with itself": (lambda m, x: torch.einsum("nchw,nchv->nchwv", x, x), "einsum|bmm|mul"),

@@ -382,6 +382,7 @@ def test_a_circuit_that_depends_on_none_of_its_lookups(tmp_path):
         torch.nn.Conv2d(1, 1, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4, 2)
     )
     with torch.no_grad():
+        model[0].bias.fill_(0.5)  # so that activations are not all zero
         model[3].weight.zero_()
     x = np.random.default_rng(0).random((4, 1, 3, 3))
     network = fheconv.quantize(model, x)
