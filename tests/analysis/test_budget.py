@@ -128,6 +128,7 @@ class Gated(nn.Module):
         return 2 * (x * torch.sigmoid(x) / 3 - 1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("module", "name"),
     [

@@ -34,6 +34,7 @@ def test_a_failure_probability_outside_its_range_is_refused(p_error):
         noisy(network, images, p_error, np.random.default_rng(0))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("options", [{"accumulator_bits": 7}, {"rounding_bits": 4}], ids=["exact", "rounded"])
 @pytest.mark.parametrize("seed", range(6))
 def test_lookups_that_never_fail_give_the_clear_integers(seed, options):

@@ -106,6 +106,7 @@ def test_a_folded_convolution_is_one_of_groups():
     assert weights(check(Fn(each_channel, a=conv(1, 2, padding=1)), (3, 8, 8))) == 3 * 2 * 9
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "function",
     [

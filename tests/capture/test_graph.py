@@ -175,6 +175,7 @@ def test_linear_layers_in_a_row_become_one():
 # BatchNorm.
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_batch_norm_costs_nothing(axes, affine):
@@ -430,6 +431,7 @@ def test_a_maximum_with_two_readers_is_taken_once():
     assert len([layer for layer in network.layers if not isinstance(layer, Layer)]) == 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "activation",
     [

@@ -108,6 +108,7 @@ def test_layers_with_windows_that_differ(layer, shape):
     check(nn.Sequential(nn.ReLU(), layer, nn.Sigmoid()), shape)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d])
 @pytest.mark.parametrize("affine", [False, True])
 def test_instance_norm_with_statistics_that_are_constants(kind, affine):
@@ -213,6 +214,7 @@ def test_what_is_linear_is_proved():
     assert not is_affine(lambda x, y: x * y, [x, x])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "function",
     [

@@ -151,6 +151,7 @@ def test_a_path_that_depends_on_the_image(function, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", DRAWS)
 def test_random_draws_are_refused(name):
     refused(*DRAWS[name], words="draws at random")

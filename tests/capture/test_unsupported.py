@@ -45,6 +45,7 @@ class Recurrent(nn.Module):
         return self.rnn(x)[0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("layer", "operator", "near"),
     [

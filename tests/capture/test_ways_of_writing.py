@@ -36,6 +36,7 @@ def under_inference(m, x):
         return F.relu(m.a(x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "function",
     [
@@ -63,6 +64,7 @@ def test_dropout_as_a_function(kind):
             capture(always, (1, 5, 5))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "function",
     [

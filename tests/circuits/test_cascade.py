@@ -91,6 +91,7 @@ BAD = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("what", BAD)
 def test_what_does_not_fit_is_refused(what):
     changed, words = BAD[what]

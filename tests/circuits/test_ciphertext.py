@@ -41,6 +41,7 @@ def test_the_format_is_the_documented_one():
     assert fheconv.Ciphertext.from_bytes(empty.to_bytes()) == empty
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("batch", [None, 0, 1, 2, 5])
 def test_what_went_through_bytes_runs_and_decrypts(batch):
     network, _, _ = random_network(7)

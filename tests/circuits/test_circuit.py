@@ -42,6 +42,7 @@ def test_encrypted_results_are_the_clear_integers(engine, seed):
         np.testing.assert_array_equal(circuit.predict(x, fhe="execute"), network(x))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("seed", range(200, 206))
 @pytest.mark.parametrize("compress_input", [False, True])
 def test_worst_case_images_come_out_right_encrypted(seed, compress_input):

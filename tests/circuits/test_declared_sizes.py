@@ -107,6 +107,7 @@ DECLARED = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("what", DECLARED)
 def test_what_an_interface_declares_costs_no_more_than_its_text(what, parts):
     interface, fields = json.loads(parts["interface.json"]), dict(DECLARED[what])
@@ -161,6 +162,7 @@ def manifest_with(parts, **fields):
     return {**parts, "manifest.json": json.dumps({**json.loads(parts["manifest.json"]), **fields}).encode()}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -264,6 +266,7 @@ def test_a_small_ciphertext_takes_little_memory_to_load(circuit, tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("lengths", [[[]] * 10**6, [10**30], [0] * 10**6 + [7], "x" * 10**6])
 def test_lengths_that_a_ciphertext_declares_are_bounded(circuit, lengths):
     from fheconv.circuits import ciphertext

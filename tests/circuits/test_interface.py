@@ -40,6 +40,7 @@ def test_written_and_read_it_does_the_same(seed):
     np.testing.assert_array_equal(again.quantize_input(x)[0], network.quantize_input(x)[0])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "last",
     [

@@ -266,6 +266,7 @@ def test_no_mutation_that_is_taken_is_less_secure():
         assert weakest(json.loads(text)) >= PROMISED
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_number_of_the_parameters_matters(kind):
     """Each number is changed alone. What is still taken is as secure, and a size never is."""

@@ -52,6 +52,7 @@ def test_an_abort_in_compile_is_a_compilation_error_with_the_librarys_last_words
     dying.stop()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("bits", [50, 59, 62])
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts"])
 def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too(monkeypatch, bits, engine):

@@ -190,6 +190,7 @@ process.Process()
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("later", [0, 0.05, 0.2, 0.5, 1])
 def test_a_worker_whose_caller_dies_while_it_starts_ends(later):
     """At first it has not even asked to be told of its caller's death, then it imports the library."""

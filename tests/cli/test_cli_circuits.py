@@ -280,6 +280,7 @@ def test_bench_times_every_step(command):
     assert "make keys, evaluation keys" in str(Measurement(**said))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -82,6 +82,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("step", "right"), READ, ids=lambda x: x if isinstance(x, str) else x[0])
 def test_a_file_that_is_another_is_named_with_what_it_is(run, step, right):
     Image.fromarray(np.zeros((2, 2), np.uint8)).save("one.png")
@@ -108,6 +109,7 @@ def test_python_says_so_too(made):
             load(damaged)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("step", shell.STEPS[:-1], ids=lambda step: step[0])
 def test_no_file_is_written_over_unless_that_is_forced(run, step, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

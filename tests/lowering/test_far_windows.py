@@ -97,6 +97,7 @@ def test_moved_activations_cost_the_same_and_give_the_same(seed, windows, by):
         np.testing.assert_array_equal(two.predict(x, fhe="simulate"), network(x))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_constant_is_an_accumulator_of_the_blank_image(seed):
     """Concrete sees the blank image: whatever windows are, it sees values inside them."""

@@ -9,6 +9,7 @@ from tests.support.layers import KINDS, random_network, unlike_calibration
 ENGINES = ["auto", "conv", "shifts", "matrix"]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
@@ -56,6 +57,7 @@ def test_auto_takes_the_engine_predicted_cheapest_and_says_so():
     assert matrix.reason == "asked for"
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("engine", ["conv", "matrix"])
 @pytest.mark.parametrize("lanes", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)

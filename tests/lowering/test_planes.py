@@ -131,6 +131,7 @@ def test_networks_in_planes_compute_their_integers(seed, engine):
     np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), quantized.accumulate(q))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", [3, 6, 7, 12])
 def test_concrete_gives_values_no_more_than_the_proved_widths(seed):
     lowered = lower(network(seed))

@@ -105,6 +105,7 @@ def test_activations_that_are_added_as_they_are_share_a_scale(way, shared):
         assert sorted([a.maximum, b.maximum])[0] < sorted([a.maximum, b.maximum])[1] == 15
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(4))
 def test_sums_of_activations_have_one_scale_in_every_network(seed):
     network = quantized(seed, "residual of activations", depth=1)

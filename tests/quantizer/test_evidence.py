@@ -43,6 +43,7 @@ def error(module, images, others, **options):
     return np.sqrt(np.mean((network(others) - expected) ** 2)) / expected.std()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("method", ["accumulator", "gptq"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", POOR)
@@ -121,6 +122,7 @@ BLANK = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", BLANK)
 def test_windows_of_blank_images_hold_the_sums_of_others(name, seed):

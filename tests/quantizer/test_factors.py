@@ -46,6 +46,7 @@ def spread_of_error(model, config=FINE):
     return (network(x) - expected).std() / expected.std()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("large", [1.0, 100.0, 0.01])
 @pytest.mark.parametrize("gate", [torch.sigmoid, torch.tanh, nn.Identity()])
 def test_quantized_products_are_close_to_torch(large, gate):

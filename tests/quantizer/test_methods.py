@@ -76,6 +76,7 @@ def test_rounding_limits_only_the_accumulators_that_keep_to_limits(method):
     assert network.accumulate(q).shape == (len(q), *network.accumulator_shape)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weights_of_every_method_run_encrypted(method):
     rng = np.random.default_rng(0)

@@ -211,6 +211,7 @@ def test_black_images_have_no_scale():
     assert np.isfinite(network(np.zeros_like(images))).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_image_is_enough_to_calibrate(seed):
     module, images = random_net(seed)
@@ -230,6 +231,7 @@ class Softmax(nn.Module):
         return torch.softmax(x, self.dim)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "ending",
     [
@@ -263,6 +265,7 @@ def test_what_ends_a_model_is_finished_in_clear_in_torchs_shape(ending):
     assert accumulators.dtype == np.int64
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_windows_where_values_are_are_narrower_and_say_so(seed):
     module, images = random_net(seed)
@@ -298,6 +301,7 @@ def test_a_wider_margin_allows_for_more():
     assert widths[-1] == quantized(3, *NET, weight_bits=8).budget().accumulator_bits
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_networks_survive_pickling(seed):
     network = quantized(seed, rounding_bits=4)
@@ -310,6 +314,7 @@ def test_networks_survive_pickling(seed):
     assert (copy.input, copy.calibrated) == (network.input, network.calibrated)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_model_and_images_give_the_same_integers(seed):
     module, images = random_net(seed)
@@ -318,6 +323,7 @@ def test_the_same_model_and_images_give_the_same_integers(seed):
     np.testing.assert_array_equal(one.accumulate(q), other.accumulate(q))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_layers_are_fitted_to_what_the_layers_before_them_deliver(seed):
     """Means of what every linear layer sums up are torch's: the bias makes up for the rest.

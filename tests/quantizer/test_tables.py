@@ -220,6 +220,7 @@ def test_a_network_that_spans_more_than_any_lookup_is_refused():
     assert fheconv.quantize(module, images, narrower).budget(16).fits
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rounding_bits", [None, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_layer_of_a_network_leaves_its_tables_at_its_bounds(seed, rounding_bits):

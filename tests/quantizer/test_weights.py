@@ -59,6 +59,7 @@ def test_a_single_convolution_gets_the_nearest_weights(seed, bits, per_channel, 
     np.testing.assert_allclose(rounded.step, steps, rtol=1e-12)
 
 
+@pytest.mark.sampled(5)
 def test_what_meets_in_an_accumulator_counts_in_one_unit(layers):
     """Through the filter matrices: the integers times the step are nearly the float weights, of every value
     of a layer, whatever terms, poolings and selections lie between."""
@@ -96,6 +97,7 @@ def test_exact_weights_stay_and_all_integers_are_of_their_type(layers):
                     assert all(own.steps[place] is term.steps[place] for place in others)
 
 
+@pytest.mark.sampled(5)
 def test_every_row_keeps_to_the_budget(layers):
     for layer, inputs, shapes, floats, tensors in layers:
         rows = Rows(layer, inputs, shapes)

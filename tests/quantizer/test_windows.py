@@ -82,6 +82,7 @@ def test_gains_multiply_accumulators_and_no_real_number(seed, overflow):
         np.testing.assert_array_equal(one.scale, other.scale)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rounded_windows_hold_what_calibration_reaches_and_the_blank_image(seed):
     network = quantized(seed, **ROUNDED)
@@ -245,6 +246,7 @@ def test_a_quiet_gain_is_the_greatest_whose_noise_is_free(norms, kept):
     assert (kept + norm_bits + np.log2(gain + 1) > FREE_BITS - 1e-9).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_gains_keep_the_noise_of_sums_free(seed, pool):

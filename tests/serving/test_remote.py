@@ -228,6 +228,7 @@ def test_no_server_is_an_error_after_all_retries(client, waits):
     assert len(waits) == 2
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "answer",
     [

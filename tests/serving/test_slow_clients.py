@@ -94,6 +94,7 @@ def test_hundreds_of_half_headers_lock_nobody_out(start):
             one.close()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("head", [b"", b"G", HALF])
 @pytest.mark.parametrize("trickle", [b"", b"a"])
 def test_a_request_that_does_not_come_or_comes_byte_by_byte_is_given_up(start, head, trickle):

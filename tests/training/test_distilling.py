@@ -112,6 +112,7 @@ def test_every_kind_takes_nearly_its_budget(image, most):
         assert 0.6 * most < values_looked_up(kind.build(image, 3), image) <= most
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("image", [(36,), (2, 9), (1, 6, 8), (1, 4, 4, 4)], ids=str)
 def test_lookups_are_those_that_are_captured(image):
     kind = students(image, 40)[-1]

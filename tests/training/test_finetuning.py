@@ -156,6 +156,7 @@ def ends(network):
     return ((end - q.zero_point) * q.scale for end in (q.minimum, q.maximum))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("learning_rate", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("labelled", [False, True])
@@ -369,6 +370,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments_are_refused_by_name(what):
     changed, words = BAD[what]

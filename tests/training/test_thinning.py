@@ -34,6 +34,7 @@ def with_mean(network, number, channel, images):
     return tensors[-1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READERS)
 def test_the_channel_that_matters_least_becomes_its_mean(name, monkeypatch):
     """Read by convolutions of all kinds, through paddings, maxima and poolings; before weights are fitted."""
@@ -55,6 +56,7 @@ def test_the_channel_that_matters_least_becomes_its_mean(name, monkeypatch):
     assert lookups(fewer) == lookups(network) * (1 - saved)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READERS)
 def test_weights_fitted_to_what_is_left_compute_more_of_what_was_trained(name, monkeypatch):
     """On other images than those that they were fitted on."""
@@ -84,6 +86,7 @@ def pooled_first(name, images):
         return reader(torch.relu(pool(module.conv(torch.tensor(images))))).numpy()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, stride=2), nn.AvgPool2d((2, 1))], ids=str)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.PReLU(1)], ids=str)
 def test_a_pooling_moves_before_its_activation(pool, activation):
@@ -101,6 +104,7 @@ def test_a_pooling_moves_before_its_activation(pool, activation):
         assert lookups(network) == 4 * lookups(fewer)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "between",
     [
@@ -122,6 +126,7 @@ def test_poolings_of_borders_stay_where_they_are(between):
         thinned(network, images, least - 1)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2), nn.MaxPool2d((1, 2), 1)], ids=str
 )

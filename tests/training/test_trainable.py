@@ -33,6 +33,7 @@ def test_without_training_it_gives_back_the_same_integers(block, options):
     same_network(network, network.to_torch().quantized(images))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("options", WIDTHS, ids=str)
 def test_each_layer_computes_what_the_integer_layer_does(block, options):
@@ -290,6 +291,7 @@ def with_weights(layer, shares):
     return changed
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_gradients_are_nearly_those_of_the_float_network(block):
     """Of fine roundings, against differences of the float network, whose tensors are scaled alike."""
@@ -324,6 +326,7 @@ def test_gradients_are_nearly_those_of_the_float_network(block):
         assert float(trained.growth.grad.sum()) == pytest.approx(together, rel=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=str)
 @pytest.mark.parametrize("shift", [-1e6, 1e6])
 def test_what_is_clipped_has_no_gradient(activation, shift):
