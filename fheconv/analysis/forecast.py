@@ -199,9 +199,12 @@ def _impossible(sums: Sums, p_error: float) -> _Price:
 def _linear_price(sums: Sums, p_error: float, config: CompileConfig) -> _Price:
     """Return the price of a circuit without lookups. Its complexity is the dimension of its key."""
     (result,) = sums.by_layer[-1]
-    dimension = linear_dimension(result.bits, result.noise.get(IMAGE, 0.0), p_error, config.security_level)
-    if dimension is None:
+    # Concrete counts the image too, even if no result depends on it.
+    read = ((result.bits, result.noise.get(IMAGE, 0.0)), (sums.bits[0], 1.0))
+    dimensions = [linear_dimension(bits, noise, p_error, config.security_level) for bits, noise in read]
+    if None in dimensions:
         return _impossible(sums, p_error)
+    dimension = max(one for one in dimensions if one is not None)
     layers = (0.0,) * len(sums.bits)
     return _Price(
         layers=layers, complexity=float(dimension), key_bytes=0, dimension=dimension, p_error=p_error
