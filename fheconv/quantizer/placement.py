@@ -152,20 +152,24 @@ class Placing:
         lows, highs = np.floor(np.minimum(lows, held[0])), np.ceil(np.maximum(highs, held[1]))
         found, least = None, np.inf
         for bits in range(self.rounding_bits + 2, self.widest + 1):
-            error, most = partial(self._error, sums, bits), room(bits, self.rounding_bits, proved=False)
+            error, most = partial(self._error, sums, held, bits), room(bits, self.rounding_bits, proved=False)
             low, high = _least(error, lows, highs, most)
             total = float(error(low, high).sum())
             if total < least:
                 least, found = total, Reached(low.astype(np.int64), (high - low).astype(np.int64), bits)
         return found
 
-    def _error(self, sums: Sums, bits: int, low: Array, high: Array) -> Array:
-        """Return the error (C,) of windows of `bits` bits that hold the accumulators from `low` to `high`."""
+    def _error(self, sums: Sums, held: Sequence[Array], bits: int, low: Array, high: Array) -> Array:
+        """Return the error (C,) of windows of `bits` bits that hold the accumulators from `low` to `high`.
+
+        It is infinite if they cut too much off, are too wide, or do not contain the ends `held`.
+        """
         span, most = high - low, room(bits, self.rounding_bits, proved=False)
         gain = np.minimum(filling_gains(span, bits, self.rounding_bits, proved=False), self.gains)
         first = low - (most / gain - span) / 2
         size = 2.0 ** dropped_bits(bits, self.rounding_bits) / gain
         within = (sums.outside(low, high) <= MOST_CUT) & (span <= most)
+        within &= (low <= held[0]) & (high >= held[1])
         return np.where(within, sums.error(first, size, 2**self.rounding_bits), np.inf)
 
 

@@ -123,3 +123,18 @@ def test_gains_make_lookups_at_most_5_percent_dearer(kept, monkeypatch):
     assert max(layer.gain.max() for layer in bare.layers) == 1
     one, other = (network.forecast(config).complexity for network in (filled, bare))
     assert one <= 1.05 * other
+
+
+@given(st.integers(0, 2**32), st.integers(3, 6), st.integers(5, 13), st.integers(-2000, 2000))
+def test_windows_hold_the_blank_image_wherever_it_lies(seed, kept, widest, blank):
+    """Concrete evaluates it, and fails if a value leaves a table."""
+    values = accumulators(seed)
+    sums = Sums.of(values, FUNCTIONS["relu"], stretch=1.0, step=0.05, bias=0.1)
+    placing = Placing(rounding_bits=kept, gains=np.full(3, 4), widest=widest)
+    held = np.full(3, blank)
+    ends = values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3))
+    found = placing.best(sums, (np.minimum(ends[0], held), np.maximum(ends[1], held)), (held, held))
+    if found is not None:
+        assert (found.minimum <= held).all()
+        assert (found.minimum + found.span >= held).all()
+        assert found.span.max() <= room(found.bits, kept, proved=False)
