@@ -17,7 +17,6 @@ from fheconv.quantizer.placement import Placing, Reached, Sums, least_span
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.tables import compressed, lookup
 from fheconv.quantizer.windows import (
-    LOOKUP_LIMIT,
     MOST_CUT,
     WIDEST,
     Budget,
@@ -30,6 +29,9 @@ from fheconv.quantizer.windows import (
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
+# The noise of an image, in units of a lookup's. It is smaller, but LeNet-5's first sums were dear at a norm of
+# 2^7.6, and cheap at 2^6.9.
+IMAGE_NOISE = 0.25
 # The margin around what calibration reaches, unless one is asked for.
 LEAST_MARGIN = 0.05
 
@@ -201,18 +203,15 @@ class Building:
 
     def _quiet_gains(self, bare: QuantizedLayer, rounding_bits: int) -> Array:
         """Return for each channel the greatest gain (C,) whose noise costs nothing."""
-        noise = self._noise(bare)
-        if not noise:
-            return np.full(bare.shape[0], 2**LOOKUP_LIMIT)
-        return quiet_gains(norm_bits(bare, self.source.shapes) + np.log2(noise) / 2, rounding_bits)
+        noise = np.log2(self._noise(bare)) / 2
+        return quiet_gains(norm_bits(bare, self.source.shapes) + noise, rounding_bits)
 
-    def _noise(self, layer: QuantizedLayer | Layer) -> int:
+    def _noise(self, layer: QuantizedLayer | Layer) -> float:
         """Return the noise of the values that a layer reads, in units of a lookup's noise.
 
-        A maximum adds a lookup to one of its values for each of the others. The noise of an image counts as
-        0: it is far smaller.
+        A maximum adds a lookup to one of its values for each of the others.
         """
-        noises = [0]
+        noises = [IMAGE_NOISE]
         for before in self._layers:
             noises.append(noises[before.source] + len(before.index) - 1 if isinstance(before, Maximum) else 1)
         return max(noises[source] for source in layer.sources)

@@ -26,7 +26,7 @@ def row_gains(rows: Rows, gain: Array) -> Array:
     return np.where(unused, 1, found)
 
 
-def quiet_steps(rows: Rows, shapes: Sequence[Shape], noise: int, rounding_bits: int) -> Array:
+def quiet_steps(rows: Rows, shapes: Sequence[Shape], noise: float, rounding_bits: int) -> Array:
     """Return the finest real steps of accumulators (C,) whose integer weights cause noise that costs nothing.
 
     `noise` is that of the inputs, in units of a lookup's noise. Lookups keep `rounding_bits`.
