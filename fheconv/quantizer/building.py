@@ -29,8 +29,8 @@ from fheconv.quantizer.windows import (
 
 # The integers of a bias are computed in float64, and must stay exact there.
 BIAS_LIMIT = 2**53
-# The noise of an image, in units of a lookup's. It is smaller, but LeNet-5's first sums were dear at a norm of
-# 2^7.6, and cheap at 2^6.9.
+# The noise of an image, in units of a lookup's. It is smaller, but LeNet-5's first sums were dear at a norm
+# of 2^7.6, and cheap at 2^6.9.
 IMAGE_NOISE = 0.25
 # The margin around what calibration reaches, unless one is asked for.
 LEAST_MARGIN = 0.05

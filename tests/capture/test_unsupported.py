@@ -124,10 +124,6 @@ def test_attention_and_recurrence():
         (lambda m, x: x.norm(dim=1), "abs or squares"),
         (lambda m, x: x.std((2, 3)), "BatchNorm"),
         (lambda m, x: F.pad(x, (1, 1), value=-float("inf")), "-inf.*MaxPool"),
-        (
-            lambda m, x: torch.maximum(x, torch.arange(4.0)) * torch.sin(x + torch.arange(4.0)) * x,
-            "two encrypted",
-        ),
         (lambda m, x: torch.pow(x, torch.arange(4.0)), "place to place"),
         (lambda m, x: 1j * x, ""),
         (lambda m, x: (9 * x).to(torch.uint8), "uint8.*int32"),
