@@ -55,7 +55,8 @@ def test_convolutions_of_any_kind(seed, kind):
         module.quantized(images),
     )
     got, meant = module.eval()(torch.tensor(images).float()).detach().numpy(), network.source(images)
-    assert np.abs(got - meant).max() <= 0.1 * np.abs(meant - meant.mean(axis=0)).max() + 1e-6
+    off, varied = np.abs(got - meant).max(), np.abs(meant - meant.mean(axis=0)).max()
+    assert off <= 0.1 * varied + 0.01 * np.abs(meant).max()  # results may be the same for all images
 
 
 @pytest.mark.parametrize("block", BLOCKS)
