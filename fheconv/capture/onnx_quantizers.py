@@ -26,7 +26,7 @@ def quantize(node: Node, x: Tensor, scale: Tensor, zero_point: Array | None = No
     if dtype not in (np.uint8, np.int8, np.uint16, np.int16):
         raise Unsupported(f"its integers have the type {dtype}; the nearest that is supported: int8 or uint8")
     ends = np.iinfo(dtype)
-    zero = torch.tensor(0.0 if zero_point is None else zero_point.astype(np.float64), dtype=x.dtype)
+    zero = torch.tensor(0.0 if zero_point is None else zero_point.astype(np.float64)).to(x)
     steps = torch.round(x / _along(node, scale, x)) + _along(node, zero, x)
     return torch.clamp(steps, int(ends.min), int(ends.max))
 

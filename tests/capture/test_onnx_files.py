@@ -190,7 +190,8 @@ def test_one_of_several_outputs_is_picked_by_its_name(tmp_path):
 REFUSED = (
     "select_last_index|dilations are|in evaluation mode|output 'z'|puts the images of a batch|mode CRD|"
     "without axes it runs over|outside of the 2 of axis 0|it drops an axis|to these sizes|keeps the ratio|"
-    r"same reduction dim|invalid for input of size|[Mm]ismatch|takes \(n, 0, 4\)"
+    r"same reduction dim|invalid for input of size|[Mm]ismatch|takes \(n, 0, 4\)|"
+    "a scale for each block|no type of 8 or 16 bits"
 )
 
 
@@ -203,9 +204,12 @@ def own_cases() -> list[Any]:
                 importlib.import_module(f"{onnx_cases.__name__}.{module.name}")
     found = []
     for case in onnx_cases._NodeTestCases:
-        first = case.data_sets[0][0][0]
+        inputs = case.data_sets[0][0]
+        if not all(isinstance(one, np.ndarray) and one.dtype.kind in "biuf" for one in inputs):
+            continue  # numbers of four or eight bits that numpy does not have
+        first = inputs[0]
         single = len(case.model.graph.node) == 1 and case.model.graph.node[0].op_type in OPERATORS
-        if single and isinstance(first, np.ndarray) and first.ndim > 1 and first.dtype.kind == "f":
+        if single and first.ndim > 1 and first.dtype.kind == "f":
             found.append(case)
     return found
 
