@@ -68,7 +68,8 @@ def test_windows_are_no_worse_than_those_of_all_values_and_keep_what_they_must(f
             np.ptp(np.quantile(channel, [MOST_CUT / 2, 1 - MOST_CUT / 2]))
             for channel in np.moveaxis(values, 1, 0).reshape(3, -1)
         ]
-        assert max(share) > room(widest, kept, proved=False) / 2
+        # The upper end is chosen first, beside the lower end of all values.
+        assert max(share) > room(widest, kept, proved=False) / 4
         return
     assert (found.minimum <= 0).all()
     assert (found.minimum + found.span >= 0).all()
