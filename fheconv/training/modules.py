@@ -1,7 +1,8 @@
-"""Makes the linear steps and the maxima of a network torch modules."""
+"""Makes the linear steps and the maxima of a network torch modules, and checks what was trained."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from torch.nn import functional
 
 from fheconv.arithmetic import OUTSIDE, expand
 from fheconv.basics.arrays import Array, Shape
-from fheconv.basics.errors import UnsupportedLayerError
+from fheconv.basics.errors import CalibrationError, UnsupportedLayerError
 from fheconv.networks.floats import Maximum
-from fheconv.networks.linear import Kernel
+from fheconv.networks.linear import Kernel, Select, Term
+from fheconv.networks.quantization import Quantization
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -62,6 +64,24 @@ class Convolution(nn.Module):
         )
 
 
+class Steps(nn.Module):
+    """The steps of a term, which reads a tensor of `shape` (C, *S). Its weights are given in each call."""
+
+    def __init__(self, term: Term, shape: Shape) -> None:
+        super().__init__()
+        self.at, _ = term.weighted()
+        self.steps: Any = nn.ModuleList(
+            Gather(step.index) if isinstance(step, Select) else Convolution(step, before)
+            for step, before in zip(term.steps, term.shapes(shape)[:-1], strict=True)
+        )
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return what the steps make of the tensor (N, C, *S), without the term's factor."""
+        for place, step in enumerate(self.steps):
+            x = step(x, weight) if place == self.at else step(x)
+        return x
+
+
 class MaximumModule(nn.Module):
     """Maxima of values of one tensor of a network."""
 
@@ -76,3 +96,19 @@ class MaximumModule(nn.Module):
 
     def draw_in(self) -> None:
         """Do nothing: a maximum has no weights."""
+
+
+def image_steps(images: Tensor, quantization: Quantization) -> Tensor:
+    """Return the integers of images, counted from the zero-point. Images are clipped to the range."""
+    zero = quantization.zero_point  # tensors count from it, so that padding is with zeros
+    steps = (images / quantization.scale).round()
+    return steps.clamp(quantization.minimum - zero, quantization.maximum - zero)
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise `CalibrationError` if a parameter is not finite, because training has diverged."""
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CalibrationError(
+                f"The parameter {name} is not finite: training has diverged; lower the learning rate."
+            )

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fheconv.basics.arrays import Array, Shape, along_channels, frozen
-from fheconv.basics.errors import CalibrationError
 from fheconv.networks.expression import Expression
 from fheconv.networks.floats import Layer, Maximum
 from fheconv.networks.integers import IntegerNetwork, Lookup, QuantizedLayer
-from fheconv.networks.linear import Select, Term
+from fheconv.networks.linear import Term
 from fheconv.quantizer.layerwise import quantize_network
 from fheconv.quantizer.rows import read_taps
-from fheconv.training.modules import Convolution, Gather, MaximumModule
+from fheconv.training.modules import MaximumModule, Steps, check_finite, image_steps
+from fheconv.training.straight_through import slopes, with_slopes
 
 # The share of its range that is added to both ends of a channel, as the quantizer does at least.
 MARGIN = 0.05
@@ -68,9 +68,7 @@ class RequantizableNetwork(nn.Module, Generic[AnyNetwork]):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the sums (N, K, *Out) of the last layer. Images are rounded as the network rounds them."""
-        image = self.network.input
-        integers = (images / image.scale).round() + image.zero_point
-        tensors = [(integers.clamp(image.minimum, image.maximum) - image.zero_point) * image.scale]
+        tensors = [image_steps(images, self.network.input) * self.network.input.scale]
         for layer in self.layers:
             tensors.append(layer(tensors))
         return tensors[-1]
@@ -93,11 +91,7 @@ class RequantizableNetwork(nn.Module, Generic[AnyNetwork]):
 
         Raises `CalibrationError` if training has diverged, and the errors of `quantize_network`.
         """
-        for name, parameter in self.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise CalibrationError(
-                    f"The parameter {name} is not finite: training has diverged; lower the learning rate."
-                )
+        check_finite(self)
         network = self.network
         layers = tuple(
             layer.trained() if isinstance(layer, _Layer) else source
@@ -156,10 +150,9 @@ class _Layer(nn.Module):
             noisy = at + ROUNDING_NOISE * torch.randn_like(at) if self.training else at
             number = noisy.round().clamp(0, columns - 1)
         rounded = start + column * (at + (number - at).detach())
-        values, slopes = _table(activation, start, column, columns)
+        values, steepness = _table(activation, start, column, columns)
         where = number.nan_to_num().long() * len(self.channel) + self.channel
-        output: Tensor = _Activation.apply(rounded, values[where], slopes[where])  # type: ignore[no-untyped-call]
-        return output
+        return with_slopes(rounded, values[where], steepness[where])
 
     def trained(self) -> Layer:
         """Return the float layer with what training has made of it."""
@@ -177,11 +170,8 @@ class _Term(nn.Module):
     def __init__(self, term: Term, shape: Shape, unit: float) -> None:
         super().__init__()
         self.term = term
-        self.at, kernel = term.weighted()
-        self.steps: Any = nn.ModuleList(
-            Gather(step.index) if isinstance(step, Select) else Convolution(step, before)
-            for step, before in zip(term.steps, term.shapes(shape)[:-1], strict=True)
-        )
+        _, kernel = term.weighted()
+        self.steps = Steps(term, shape)
         greatest = np.abs(kernel.weight).reshape(len(kernel.weight), -1).max(axis=1)
         self.exact_unit = unit * along_channels(greatest, kernel.weight.ndim) * read_taps(kernel)
         self.register_buffer("unit", torch.tensor(self.exact_unit, dtype=torch.float32), persistent=False)
@@ -189,11 +179,9 @@ class _Term(nn.Module):
         self.change = None if term.is_plain() else nn.Parameter(torch.zeros(kernel.weight.shape))
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        x = tensors[self.term.source]
         weight = self.weight if self.change is None else self.weight + self.unit * self.change
-        for place, step in enumerate(self.steps):
-            x = step(x, weight) if place == self.at else step(x)
-        return self.term.factor * x
+        sums: Tensor = self.steps(tensors[self.term.source], weight)
+        return self.term.factor * sums
 
     def trained(self) -> Term:
         """Return the float term with what training has made of it."""
@@ -210,22 +198,6 @@ def _table(activation: Expression, start: Tensor, column: Tensor, columns: int) 
     x = first + size * np.arange(columns).reshape(-1, *[1] * (first.ndim - 1))
     # Where all sums of a channel are equal, its columns vanish beside them.
     half = np.maximum(size / 2, NEAR * np.abs(x))
-    slope = np.nan_to_num((activation(x + half) - activation(x - half)) / (2 * half))
-    values, slopes = (torch.as_tensor(one.ravel(), dtype=start.dtype) for one in (activation(x), slope))
-    return values, slopes
-
-
-class _Activation(torch.autograd.Function):
-    """Replaces rounded sums by their activations, which have slopes."""
-
-    @staticmethod
-    def forward(ctx: Any, rounded: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
-        """Return the values."""
-        ctx.save_for_backward(slopes)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the sums, which is that of the activations times the slope."""
-        (slopes,) = ctx.saved_tensors
-        return gradients[0] * slopes, None, None
+    both = activation(x), slopes(activation, x, half)
+    values, steepness = (torch.as_tensor(one.ravel(), dtype=start.dtype) for one in both)
+    return values, steepness

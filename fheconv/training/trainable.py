@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fheconv.basics.arrays import Array, along_channels
-from fheconv.basics.errors import CalibrationError
 from fheconv.networks.floats import Layer, Maximum
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
-from fheconv.networks.linear import Select
 from fheconv.quantizer.building import Building
 from fheconv.quantizer.gains import without_gains
 from fheconv.quantizer.rows import IntegerTerms, Rows, read_taps
-from fheconv.training.modules import Convolution, Gather, MaximumModule
-from fheconv.training.straight_through import StraightThroughLookup
+from fheconv.training.modules import MaximumModule, Steps, check_finite, image_steps
+from fheconv.training.straight_through import looked_up
 
 # The latent weights of a filter must lie in a ball this many times as large as that of its budget. In the
 # budget's own ball, many small weights would keep each other too small to be rounded to 1.
@@ -73,10 +71,7 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the real numbers that the last accumulators stand for. Images are clipped to the range."""
-        image = self.network.input
-        # Tensors count from their zero-point, so that padding is with zeros.
-        least, greatest = image.minimum - image.zero_point, image.maximum - image.zero_point
-        tensors = [(images / image.scale).round().clamp(least, greatest)]
+        tensors = [image_steps(images, self.network.input)]
         for layer in self.layers:
             tensors.append(layer(tensors))
         return tensors[-1]
@@ -103,11 +98,7 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
         Raises `CalibrationError` if training has diverged: parameters are not finite, or accumulator steps
         are too small or too large to count in.
         """
-        for name, parameter in self.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise CalibrationError(
-                    f"The parameter {name} is not finite: training has diverged; lower the learning rate."
-                )
+        check_finite(self)
         building = self._building(calibration)
         for layer, source in zip(self.layers, self.network.source.layers, strict=True):
             if isinstance(source, Maximum):
@@ -154,7 +145,6 @@ class _Layer(nn.Module):
         self.layer, self.activation = layer, source.activation
         self.dropped = _dropped(layer, network)
         rows = Rows(source, layer.inputs, network.shapes)
-        self.places = [part.at for part in rows.parts]
         terms = without_gains(rows, layer)
         kernels = [term.weighted()[1] for term in terms]
         self.weights = nn.ParameterList(
@@ -181,15 +171,7 @@ class _Layer(nn.Module):
         unit = self.scale.abs().reshape(len(self.scale), -1)[:, 0].reshape(-1, *[1] * (len(layer.shape) - 1))
         self.register_buffer("unit", unit, persistent=False)
         self.shift = nn.Parameter(torch.zeros(unit.shape))
-        self.terms: Any = nn.ModuleList(
-            nn.ModuleList(
-                Gather(step.index) if isinstance(step, Select) else Convolution(step, before)
-                for step, before in zip(
-                    term.steps, term.shapes(network.shapes[term.source])[:-1], strict=True
-                )
-            )
-            for term in terms
-        )
+        self.terms: Any = nn.ModuleList(Steps(term, network.shapes[term.source]) for term in terms)
         self.fold(layer, building.zero(layer))
 
     def fold(self, layer: QuantizedLayer, zero: Array) -> None:
@@ -213,14 +195,11 @@ class _Layer(nn.Module):
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         sums: Tensor | float = 0.0
-        for steps, at, source, latent, integers in zip(
-            self.terms, self.places, self.layer.sources, self.weights, self.integers(), strict=True
+        for steps, source, latent, integers in zip(
+            self.terms, self.layer.sources, self.weights, self.integers(), strict=True
         ):
-            x = tensors[source]
-            for place, step in enumerate(steps):
-                # The values are exactly the integers; the gradient is that of the latent weights.
-                x = step(x, integers + (latent - latent.detach())) if place == at else step(x)
-            sums = sums + x
+            # The values are exactly the integers; the gradient is that of the latent weights.
+            sums = sums + steps(tensors[source], integers + (latent - latent.detach()))
         if self.training and self.dropped and isinstance(sums, Tensor):
             noise = torch.rand_like(sums) - 0.5 + ROUNDING_NOISE * torch.randn_like(sums)
             sums = sums + noise * self.step_of_rounding
@@ -233,10 +212,10 @@ class _Layer(nn.Module):
         if self.activation is None or self.layer.lookup is None:
             return real
         output = self.layer.lookup.output
-        looked_up: Tensor = StraightThroughLookup.apply(real, step, self.activation, output)  # type: ignore[no-untyped-call]
+        inside = looked_up(real, step, self.activation, output)
         # Outside the window activations are mirrored. Here they are counted from the zero-point.
-        mirrored = 2 * (self.centers - output.zero_point) - looked_up
-        return torch.where(turns % 2 == 1, mirrored, looked_up)
+        mirrored = 2 * (self.centers - output.zero_point) - inside
+        return torch.where(turns % 2 == 1, mirrored, inside)
 
     @torch.no_grad()
     def integers(self) -> list[Tensor]:
