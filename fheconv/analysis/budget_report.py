@@ -147,7 +147,7 @@ class BudgetReport(Report):
 
     @property
     def remedy(self) -> str | None:
-        """What to change if the network does not fit or is not possible, otherwise None."""
+        """The change that is advised if the network does not fit or is not possible, otherwise None."""
         return self._advice.words or None
 
     @property

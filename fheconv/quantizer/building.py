@@ -98,12 +98,14 @@ class Building:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
-    def finest(self, layer: Layer, floats: Sequence[Array]) -> Array | None:
+    def finest(self, rows: Rows, floats: Sequence[Array]) -> Array | None:
         """Return the finest steps (C,) of accumulators for windows that need no proof, None for proved ones.
 
-        With finer steps, the sums of the float network (tensors `floats`) would not fit the widest window, or
-        noise would make lookups dearer. Where `accumulator_bits` is given, noise is the user's choice.
+        `rows` are those of the layer. With finer steps, the sums of the float network (tensors `floats`)
+        would not fit the widest window, or noise would make lookups dearer. Where `accumulator_bits` is
+        given, noise is the user's choice.
         """
+        layer = rows.layer
         budget = self.budget(layer)
         if budget is None or budget.proved:
             return None
@@ -114,7 +116,7 @@ class Building:
         finest = spans / budget.steps
         if budget.rounding_bits is None or self.config.of_layer("accumulator_bits", layer.name) is not None:
             return finest
-        rows, noise = Rows(layer, self.inputs(layer), self.source.shapes), self._noise(layer)
+        noise = self._noise(layer)
         return np.maximum(finest, quiet_steps(rows, self.source.shapes, noise, budget.rounding_bits))
 
     @property
@@ -124,7 +126,7 @@ class Building:
 
     @property
     def _stretch(self) -> float:
-        """How much further values reach on other images, on average, if they are uniform."""
+        """The factor by which values reach further on other images, on average, if they are uniform."""
         return 1 + 2 / len(self.tensors[0])
 
     def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
@@ -291,10 +293,11 @@ class Building:
                 gains=self._quiet_gains(bare, budget.rounding_bits),
                 widest=self.width_limit(layer) or WIDEST,
             )
-            offset: Array = bias - step * self.zero(bare)
-            sums = Sums.of(accumulators, layer.activation, stretch=self._stretch, step=step, bias=offset)
-            if self._windows_lie_freely and (found := placing.best(sums, (least, greatest), blank)):
-                return found
+            if self._windows_lie_freely:
+                real: dict[str, Array] = {"step": step, "bias": bias - step * self.zero(bare)}
+                sums = Sums.of(accumulators, layer.activation, stretch=self._stretch, **real)
+                if (found := placing.best(sums, (least, greatest), blank)) is not None:
+                    return found
         narrow = np.maximum(least, blank[1] - budget.steps)
         top = np.minimum(greatest, narrow + budget.steps)
         by_channel = np.moveaxis(accumulators, 1, 0).reshape(len(top), -1)

@@ -66,7 +66,7 @@ def quantize_network(
         else:
             fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
             budget = building.budget(layer)
-            finest = building.finest(layer, floats)
+            finest = building.finest(fitted.rows, floats)
             for headroom in HEADROOMS:
                 steps = None if finest is None else finest * headroom
                 rounded = fitted.rounded(bits, method.round, budget, steps)

@@ -86,7 +86,7 @@ class FittedWeights:
         tensors: Sequence[Array],
     ) -> None:
         self._layer = layer
-        self._rows = rows = Rows(layer, inputs, shapes)
+        self.rows = rows = Rows(layer, inputs, shapes)
         moments = Moments(rows, inputs, shapes, tensors, floats)
         self._evidence = moments.evidence
         self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
@@ -100,7 +100,7 @@ class FittedWeights:
 
         Raises `AccumulatorOverflowError` if the `budget` is too small for any weight.
         """
-        rows, finest = self._rows, np.zeros(len(self._rows.rows))
+        rows, finest = self.rows, np.zeros(len(self.rows.rows))
         if budget is not None and not budget.proved:
             budget = None
         if steps is not None:
@@ -124,7 +124,7 @@ class FittedWeights:
 
     def _check(self, budget: Budget) -> None:
         """Raise `AccumulatorOverflowError` if the budget is too small for any weight."""
-        layer, least = self._layer, min(part.range for part in self._rows.parts)
+        layer, least = self._layer, min(part.range for part in self.rows.parts)
         if budget.steps >= least:
             return
         raise AccumulatorOverflowError(
