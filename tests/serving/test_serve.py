@@ -1,5 +1,6 @@
 """A real server over loopback: what it answers, to whom, and what it survives."""
 
+import contextlib
 import io
 import json
 import logging
@@ -203,6 +204,14 @@ def waiting(http, running, count):
     raise AssertionError(f"the server still says {seen}")
 
 
+@contextlib.contextmanager
+def holding(keys, server, folder, **options):
+    """Serve a circuit that has some keys already. Yield the URL, and a client for it."""
+    with serving.serving(server, folder, **options) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+        yield url, http
+
+
 def raw_request(url, method, path, body, length=None):
     """A request on a socket of its own, which its sender may close before all of it is sent."""
     host, port = httpx.URL(url).host, httpx.URL(url).port
@@ -217,11 +226,7 @@ def raw_request(url, method, path, body, length=None):
 def test_a_full_queue_is_429_and_those_who_leave_free_their_places(server, client, keys, tmp_path, blocked):
     begun, go = blocked
     body, path = client.encrypt(serving.images(1)).to_bytes(), f"/run/{keys.name}"
-    with (
-        serving.serving(server, tmp_path, queue=2) as url,
-        httpx.Client(base_url=url, timeout=60) as http,
-    ):
-        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+    with holding(keys, server, tmp_path, queue=2) as (url, http):
         first = raw_request(url, "POST", path, body)
         begun.acquire()
         # One waits with its body, one has not even sent it: its place is taken all the same.
@@ -250,8 +255,7 @@ def test_a_full_queue_is_429_and_those_who_leave_free_their_places(server, clien
 def test_a_client_that_leaves_in_mid_run_costs_the_image_that_runs(server, client, keys, tmp_path, blocked):
     begun, go = blocked
     body, path = client.encrypt(serving.images(3)).to_bytes(), f"/run/{keys.name}"
-    with serving.serving(server, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as http:
-        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+    with holding(keys, server, tmp_path) as (url, http):
         leaver = raw_request(url, "POST", path, body)
         begun.acquire()
         problem(http.delete(f"/keys/{keys.name}"), 409, "RemoteError", "runs with these keys")
@@ -268,12 +272,7 @@ def test_a_client_that_leaves_in_mid_run_costs_the_image_that_runs(server, clien
 def test_a_batch_runs_on_all_workers_beside_other_requests(server, client, keys, tmp_path, blocked):
     begun, go = blocked
     body, path = client.encrypt(serving.images(4)).to_bytes(), f"/run/{keys.name}"
-    with (
-        serving.serving(server, tmp_path, workers=2) as url,
-        httpx.Client(base_url=url, timeout=60) as http,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
+    with holding(keys, server, tmp_path, workers=2) as (_, http), ThreadPoolExecutor(2) as pool:
         batch = pool.submit(http.post, path, content=body)
         for _ in range(2):
             assert begun.acquire(timeout=60)  # two of its images run at once
@@ -307,10 +306,11 @@ def test_those_whom_the_stop_of_the_server_interrupts_are_told_to_ask_again(
 
 def test_a_body_that_does_not_come_is_408(server, keys, tmp_path, monkeypatch, unstarted):
     monkeypatch.setattr("fheconv.serving.admission.PATIENCE", 0.2)
-    with serving.serving(server, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as http:
-        assert http.put(f"/keys/{keys.name}", content=keys.to_bytes()).status_code == 200
-        with raw_request(url, "POST", f"/run/{keys.name}", b"", length=100) as slow:
-            assert slow.recv(12) == b"HTTP/1.1 408"
+    with (
+        holding(keys, server, tmp_path) as (url, _),
+        raw_request(url, "POST", f"/run/{keys.name}", b"", length=100) as slow,
+    ):
+        assert slow.recv(12) == b"HTTP/1.1 408"
 
 
 def test_keys_that_do_not_fit_are_507(server, keys, tmp_path, unstarted):
