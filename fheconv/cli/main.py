@@ -215,6 +215,9 @@ def run(
     """
     from fheconv.capture.pickles import check_no_pickle
 
+    tls = tls_of(certificate, private_key, authority)
+    if tls is not None and url is None:
+        raise InvalidArgumentError("--certificate, --private-key and --authority need the --url of a server.")
     if file.suffix.lower() == ".zip":
         both = {"file", "image", "output", "evaluation_keys", "url", "keys", "force"}
         both |= {"certificate", "private_key", "authority"}
@@ -230,7 +233,6 @@ def run(
                 f"{', '.join(others)}: a server.zip is compiled already; leave it out."
             )
         if url is not None and keys is not None and evaluation_keys is None:
-            tls = tls_of(certificate, private_key, authority)
             cli_circuits.run_remotely(file, url, keys, image, output, tls=tls, force=force)
         elif url is None and keys is None and evaluation_keys is not None:
             cli_circuits.run_circuit(file, evaluation_keys, image, output, force=force)

@@ -7,9 +7,11 @@ import httpx
 import numpy as np
 import pytest
 import trustme
+from typer.testing import CliRunner
 
 import fheconv
 from fheconv import InvalidArgumentError, RemoteError, Tls
+from fheconv.cli.main import app
 from tests.support import serving
 
 
@@ -125,3 +127,10 @@ def test_the_commands_take_certificates(client, certified, files, folder, tmp_pa
             httpx.get(f"{url}/health")
     result = client.decrypt(fheconv.Ciphertext.load(tmp_path / "result.ct"))
     np.testing.assert_array_equal(result, serving.network()(serving.images(1)))
+
+
+def test_certificates_without_a_server_are_refused_by_the_command(files, folder):
+    arguments = ["run", str(folder / "server.zip"), "--evaluation-keys", "k", "--input", "i", "--output", "o"]
+    done = CliRunner().invoke(app, [*arguments, "--authority", str(files.authority)])
+    assert isinstance(done.exception, InvalidArgumentError)
+    assert "--url" in str(done.exception)
