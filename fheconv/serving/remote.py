@@ -2,7 +2,6 @@
 
 import logging
 import random
-import ssl
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -103,7 +102,7 @@ class RemoteCircuit(Client):
             raise InvalidArgumentError(f"url={url!r:.200} is none: {error}.") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise InvalidArgumentError(f"url={url!r:.200} must be http://host:port, or https.")
-        verify = True if tls is None else tls.context(ssl.Purpose.SERVER_AUTH)
+        verify = True if tls is None else tls.context()
         self._http = httpx.Client(base_url=address, headers=headers, verify=verify)
         weakref.finalize(self, self._http.close)
         manifest, self._images = self._circuit()

@@ -30,12 +30,12 @@ class Tls:
     def __post_init__(self) -> None:
         if self.private_key is not None and self.certificate is None:
             raise InvalidArgumentError("A private_key needs the certificate that it belongs to.")
-        self.context(ssl.Purpose.SERVER_AUTH)  # reads all files
+        self.context()  # reads all files
 
-    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
-        """Return what Python's `ssl` needs to talk to the side that `purpose` names."""
+    def context(self) -> ssl.SSLContext:
+        """Return what Python's `ssl` needs to talk to a server."""
         try:
-            context = ssl.create_default_context(purpose, cafile=self.authority)
+            context = ssl.create_default_context(cafile=self.authority)
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, self.private_key, password=_refuse)
         except (OSError, ValueError) as error:  # ssl's errors are those of the system
