@@ -138,6 +138,13 @@ class QuantizedLayer:
             for term, quantization in zip(self.terms, self.inputs, strict=True)
         )
 
+    def zero(self, shapes: Sequence[Shape]) -> Array:
+        """Return the accumulators (C, *S) of real inputs that are zero. `shapes` are those of all tensors."""
+        zeros = {source: q.zero_point for source, q in zip(self.sources, self.inputs, strict=True)}
+        blank = [np.full((1, *shape), zeros.get(n, 0), np.int64) for n, shape in enumerate(shapes)]
+        accumulators: Array = self.accumulate(blank)[0]
+        return accumulators
+
     def output(self, tensors: Sequence[Array]) -> Array:
         """Return the layer's integers (N, C, *S)."""
         accumulators = self.accumulate(tensors)

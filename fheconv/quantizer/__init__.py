@@ -16,5 +16,6 @@ tables: lookup tables.
 windows: windows of lookups, and how wide they may be.
 placement: where windows lie.
 gains: integers that multiply the weights of narrow channels.
+draft: a layer with integer weights, before gains and lookup.
 building: the integer network, as far as it is built.
 """

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheconv.basics.arrays import Array, first_position, frozen
+from fheconv.basics.arrays import Array, frozen
 from fheconv.basics.config import QuantConfig
-from fheconv.basics.errors import AccumulatorOverflowError, CalibrationError
-from fheconv.networks.bounds import layer_bounds, norm_bits
+from fheconv.basics.errors import AccumulatorOverflowError
+from fheconv.networks.bounds import norm_bits
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
+from fheconv.quantizer.draft import Draft
 from fheconv.quantizer.gains import gained, quiet_steps, row_gains
 from fheconv.quantizer.placement import Placing, Reached, Sums, least_span
 from fheconv.quantizer.rows import IntegerTerms, Rows
@@ -27,8 +28,6 @@ from fheconv.quantizer.windows import (
     width,
 )
 
-# The integers of a bias are computed in float64, and must stay exact there.
-BIAS_LIMIT = 2**53
 # The noise of an image, in units of a lookup's. It is smaller, but LeNet-5's first sums were dear at a norm
 # of 2^7.6, and cheap at 2^6.9.
 IMAGE_NOISE = 0.25
@@ -129,70 +128,74 @@ class Building:
         """The factor by which values reach further on other images, on average, if they are uniform."""
         return 1 + 2 / len(self.tensors[0])
 
-    def fits(self, layer: Layer, rounded: IntegerTerms) -> bool:
+    def draft(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> Draft:
+        """Return a layer with integer weights, whose sums get the `bias` (C, *S), in real numbers.
+
+        It is not added yet. Raises `CalibrationError` if float64 cannot hold a step of its accumulators.
+        """
+        draft = Draft.of(
+            layer,
+            rounded,
+            bias,
+            inputs=self.inputs(layer),
+            shapes=self.source.shapes,
+            tensors=self.tensors,
+            blanks=self._blanks,
+        )
+        if self.config.overflow == "proved" or layer.activation is None:
+            return draft
+        return replace(draft, reached=self._reached(draft))
+
+    def fits(self, draft: Draft) -> bool:
         """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
-        budget = self.budget(layer)
-        if budget is None or budget.proved:
-            return True
-        reached = self._reached(layer, self._bare(layer, rounded), rounded.step, layer.bias)
-        return bool(reached.span.max() <= budget.steps)
+        budget = self.budget(draft.layer)
+        return budget is None or draft.reached is None or bool(draft.reached.span.max() <= budget.steps)
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
-        self._append(layer, None, None)
+        self._append(layer, layer.output(self.tensors), layer.output(self._blanks))
 
-    def add(self, layer: Layer, rounded: IntegerTerms, bias: Array) -> None:
-        """Add a layer with integer weights; `bias` (C, *S) is added to its sums, in real numbers.
+    def add(self, draft: Draft) -> None:
+        """Add a layer.
 
         Raises `AccumulatorOverflowError` if the layer does not fit `accumulator_bits`, and `CalibrationError`
-        if a bias or a step is outside the range of numbers.
+        if its bias is outside the range of numbers.
         """
-        quantized = self._bare(layer, rounded)
-        step = _steps(layer, rounded.step, bias)
-        output = self.output
+        layer, step, bias, output = draft.layer, draft.step, draft.bias, self.output
+        accumulators, blank, quantized = draft.accumulators, draft.blank, draft.bare
         if layer.activation is None or output is None:
-            span = layer_bounds(quantized, self.source.shapes).channel_span
-            self._check_width(layer, int(span.max()), None)
-            bias_in_steps = compressed(_bias_in_steps(layer, bias, step) - self.zero(quantized))
-            quantized = replace(quantized, bias=frozen(bias_in_steps))
+            self._check_width(layer, int(draft.bounds.channel_span.max()), None)
+            in_steps = compressed(draft.bias_in_steps())
+            accumulators, blank = accumulators + in_steps, blank + in_steps
+            quantized = replace(quantized, bias=frozen(in_steps))
         else:
-            rows = Rows(layer, quantized.inputs, self.source.shapes)
-            window, gains = self._window(layer, quantized, rows, step, bias)
-            gain = compressed(gains[rows.of_value])
-            quantized = replace(quantized, terms=gained(rows, quantized.terms, gains), gain=frozen(gain))
-            bias_of_sums = bias - step / gain * self.zero(quantized)
+            window, gains = self._window(draft)
+            gain = compressed(gains[draft.rows.of_value])
+            accumulators, blank = accumulators * gain, blank * gain
+            terms = gained(draft.rows, quantized.terms, gains)
+            bias_of_sums: Array = bias - step * draft.zero
             table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=bias_of_sums)
-            quantized = replace(quantized, lookup=table)
-        self._append(
-            replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias))),
-            _ends(quantized.accumulate(self.tensors)),
-            min(rounded.evidence, default=None),
-        )
+            quantized = replace(quantized, terms=terms, gain=frozen(gain), lookup=table)
+        quantized = replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias)))
+        observed = _ends(accumulators)
+        if quantized.lookup is not None:
+            accumulators, blank = quantized.lookup(accumulators), quantized.lookup(blank)
+        self._append(quantized, accumulators, blank, observed, draft.evidence)
 
-    def zero(self, layer: QuantizedLayer) -> Array:
-        """Return the accumulators (C, *S) when every real input is zero."""
-        zeros = {source: q.zero_point for source, q in zip(layer.sources, layer.inputs, strict=True)}
-        blank = [np.full((1, *s), zeros.get(n, 0), np.int64) for n, s in enumerate(self.source.shapes)]
-        zero: Array = layer.accumulate(blank)[0]
-        return zero
-
-    def _window(
-        self, layer: Layer, bare: QuantizedLayer, rows: Rows, step: Array, bias: Array
-    ) -> tuple[Window, Array]:
+    def _window(self, draft: Draft) -> tuple[Window, Array]:
         """Return the window of a layer's lookup, and the gains of its rows that fill it."""
-        bounds, rounding_bits = layer_bounds(bare, self.source.shapes), self.rounding_bits(layer)
+        layer, bounds, rounding_bits = draft.layer, draft.bounds, self.rounding_bits(draft.layer)
         minimum, span, proved, bits = bounds.channel_minimum, bounds.channel_span, True, 1
-        if self.config.overflow == "defined":
-            reached = self._reached(layer, bare, step, bias)
-            wide, narrow = (int(spans.max()).bit_length() for spans in (span, reached.span))
+        if draft.reached is not None:
+            wide, narrow = (int(spans.max()).bit_length() for spans in (span, draft.reached.span))
             if rounding_bits is not None or narrow < wide:
-                minimum, span, bits, proved = *reached, False
+                minimum, span, bits, proved = *draft.reached, False
         bits = max(bits, self._check_width(layer, int(span.max()), rounding_bits, proved=proved))
         gain = filling_gains(span, bits, rounding_bits, proved=proved)
         if rounding_bits is not None:
-            gain = np.minimum(gain, self._quiet_gains(bare, rounding_bits))
-        gains = row_gains(rows, gain)
-        by_channel = gains[rows.of_value].reshape(len(span), -1)[:, 0]
+            gain = np.minimum(gain, self._quiet_gains(draft.bare, rounding_bits))
+        gains = row_gains(draft.rows, gain)
+        by_channel = gains[draft.rows.of_value].reshape(len(span), -1)[:, 0]
         window = Window(
             minimum=minimum * by_channel,
             span=span * by_channel,
@@ -244,43 +247,35 @@ class Building:
             source=self.source,
         )
 
-    def _append(self, layer: AnyLayer, observed: tuple[Array, Array] | None, evidence: float | None) -> None:
+    def _append(
+        self,
+        layer: AnyLayer,
+        values: Array,
+        blank: Array,
+        observed: tuple[Array, Array] | None = None,
+        evidence: float | None = None,
+    ) -> None:
         self._layers.append(layer)
         self._observed.append(observed)
         self._evidence.append(evidence)
-        self.tensors.append(layer.output(self.tensors))
-        self._blanks.append(layer.output(self._blanks))
+        self.tensors.append(values)
+        self._blanks.append(blank)
 
-    def _bare(self, layer: Layer, rounded: IntegerTerms) -> QuantizedLayer:
-        none = np.zeros((1,) * len(layer.shape), np.int64)
-        return QuantizedLayer(
-            name=layer.name,
-            shape=layer.shape,
-            terms=rounded.terms,
-            inputs=tuple(self.inputs(layer)),
-            scale=none,
-            bias=none,
-            real_bias=none,
-            gain=np.ones((1,) * len(layer.shape), np.int64),
-            weight_range=rounded.range,
-            lookup=None,
-        )
-
-    def _reached(self, layer: Layer, bare: QuantizedLayer, step: Array, bias: Array) -> Reached:
+    def _reached(self, draft: Draft) -> Reached:
         """Return where the accumulators lie that a window should hold, and how wide it should be.
 
         This is what calibration reaches, with the margin, within the bounds. Without a given margin, the ends
         are those of least error. If the window is a little wider than the budget, it loses its top, because
         just above a window most activations are still right.
         """
-        accumulators, bounds = bare.accumulate(self.tensors), layer_bounds(bare, self.source.shapes)
+        layer, accumulators, bounds = draft.layer, draft.accumulators, draft.bounds
         least, greatest = _ends(accumulators)
         margin = self.config.margin
         if margin is None:
-            margin = max(LEAST_MARGIN, 1 / len(self.tensors[0]))
+            margin = max(LEAST_MARGIN, 1 / len(accumulators))
         extra = np.ceil(margin * (greatest - least)).astype(np.int64)
         # The window includes the blank image: Concrete evaluates it, and fails if a value leaves a table.
-        blank = _ends(bare.accumulate(self._blanks))
+        blank = _ends(draft.blank)
         least = np.minimum(np.maximum(least - extra, bounds.channel_minimum), blank[0])
         greatest = np.maximum(np.minimum(greatest + extra, bounds.channel_maximum), blank[1])
         budget = self.budget(layer)
@@ -290,11 +285,11 @@ class Building:
         if layer.activation is not None and budget.rounding_bits is not None:
             placing = Placing(
                 rounding_bits=budget.rounding_bits,
-                gains=self._quiet_gains(bare, budget.rounding_bits),
+                gains=self._quiet_gains(draft.bare, budget.rounding_bits),
                 widest=self.width_limit(layer) or WIDEST,
             )
             if self._windows_lie_freely:
-                real: dict[str, Array] = {"step": step, "bias": bias - step * self.zero(bare)}
+                real: dict[str, Array] = {"step": draft.step, "bias": draft.bias - draft.step * draft.zero}
                 sums = Sums.of(accumulators, layer.activation, stretch=self._stretch, **real)
                 if (found := placing.best(sums, (least, greatest), blank)) is not None:
                     return found
@@ -312,33 +307,3 @@ def _ends(accumulators: Array) -> tuple[Array, Array]:
     """Return the least and the greatest accumulator of each channel, (C,), of accumulators (N, C, *S)."""
     axes = (0, *range(2, accumulators.ndim))
     return accumulators.min(axis=axes), accumulators.max(axis=axes)
-
-
-def _steps(layer: Layer, step: Array, bias: Array) -> Array:
-    """Return the real size of an accumulator step for each value, (C, *S), never 0.
-
-    Raises `CalibrationError` if float64 cannot hold it.
-    """
-    # A filter of zeros gives its bias everywhere. With the bias as the step, it is exactly ±1.
-    step = np.where(step != 0, step, np.where(bias != 0, np.abs(bias), 1.0))
-    usable = np.isfinite(step) & (np.abs(step) >= np.finfo(np.float64).tiny)
-    if not usable.all():
-        where = first_position(~usable)
-        raise CalibrationError(
-            f"One accumulator step of channel {where[0]} of layer {layer.name!r} would be {step[where]:g}, "
-            "which float64 does not hold; rescale the weights or the images, or prune the channel."
-        )
-    return step
-
-
-def _bias_in_steps(layer: Layer, bias: Array, step: Array) -> Array:
-    with np.errstate(over="ignore"):  # overflow is refused below
-        steps = np.rint(bias / step)
-    if (np.abs(steps) >= BIAS_LIMIT).any():
-        where = first_position(np.abs(steps) >= BIAS_LIMIT)
-        raise CalibrationError(
-            f"Channel {where[0]} of layer {layer.name!r} has bias {bias[where]:g}, but one accumulator step "
-            f"is {step[where]:g}: the bias has too many steps (2^53 or more). Its weights are "
-            "vanishingly small; prune the channel."
-        )
-    return steps.astype(np.int64)

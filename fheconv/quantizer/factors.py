@@ -19,8 +19,10 @@ def balanced(network: Network, tensors: Sequence[Array]) -> Network:
     """Return a network with equal results, in which the factors of each product have equal sizes.
 
     `tensors` holds the network's tensors for the calibration images. The network is then one like all others:
-    it no longer tells which terms are those of a factor.
+    it no longer tells which terms are those of a factor. A network without products is returned as it is.
     """
+    if not any(isinstance(layer, Layer) and layer.factor_terms is not None for layer in network.layers):
+        return network
     layers: list[Layer | Maximum] = []
     for layer in network.layers:
         if isinstance(layer, Layer) and layer.factor_terms is not None:

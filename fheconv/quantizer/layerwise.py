@@ -38,8 +38,9 @@ def quantize_network(
     given = images
     if config.overflow == "defined":
         images = beside_others(given, image)
-    network = balanced(network, network.tensors(images))
     floats = network.tensors(images)
+    if (even := balanced(network, floats)) is not network:
+        network, floats = even, even.tensors(images)
     method = chosen_method(network, config)
     if method.by_output and not network.trained:
         network = equalized(network, floats, config)
@@ -56,13 +57,13 @@ def quantize_network(
             limit = building.width_limit(layer)
             own = trained_weights(layer, inputs, network.shapes, building.output, limit)
             if own is not None:
-                building.add(layer, own, layer.bias)
+                building.add(building.draft(layer, own, layer.bias))
                 continue
         if not method.by_output:
             rounded = round_nearest(
                 layer, inputs, network.shapes, bits, method.round, per_channel=config.per_channel
             )
-            building.add(layer, rounded, layer.bias)
+            building.add(building.draft(layer, rounded, layer.bias))
         else:
             fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
             budget = building.budget(layer)
@@ -70,10 +71,11 @@ def quantize_network(
             for headroom in HEADROOMS:
                 steps = None if finest is None else finest * headroom
                 rounded = fitted.rounded(bits, method.round, budget, steps)
-                if building.fits(layer, rounded):
+                bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
+                draft = building.draft(layer, rounded, bias)
+                if building.fits(draft):
                     break
-            bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
-            building.add(layer, rounded, bias)
+            building.add(draft)
     quantized = building.network()
     if images is not given:  # alike as they are, they tell as much as one
         evidence = tuple(one if one is None else min(one, 1.0) for one in quantized.evidence)

@@ -104,11 +104,11 @@ class TrainableNetwork(nn.Module, Generic[AnyNetwork]):
             if isinstance(source, Maximum):
                 building.add_maximum(source)
             else:
-                building.add(source, *layer.rounded())
+                building.add(building.draft(source, *layer.rounded()))
         network = type(self.network).of(building.network())
         for layer, quantized in zip(self.layers, network.layers, strict=True):
             if isinstance(quantized, QuantizedLayer):
-                layer.fold(quantized, building.zero(quantized))
+                layer.fold(quantized, quantized.zero(network.shapes))
         return network
 
     def _building(self, images: Array) -> Building:
@@ -172,7 +172,7 @@ class _Layer(nn.Module):
         self.register_buffer("unit", unit, persistent=False)
         self.shift = nn.Parameter(torch.zeros(unit.shape))
         self.terms: Any = nn.ModuleList(Steps(term, network.shapes[term.source]) for term in terms)
-        self.fold(layer, building.zero(layer))
+        self.fold(layer, layer.zero(network.shapes))
 
     def fold(self, layer: QuantizedLayer, zero: Array) -> None:
         """Take over the window of a layer's lookup, whose accumulators are `zero` for real inputs of zero.
