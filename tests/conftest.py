@@ -15,7 +15,7 @@ CI = bool(os.environ.get("CI"))
 settings.register_profile(
     "fheconv",
     deadline=None,
-    max_examples=40 if CI else 10,
+    max_examples=20 if CI else 8,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=CI,
 )

@@ -685,7 +685,7 @@ def random_model(seed):
     return nn.Sequential(*blocks), shape
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 @pytest.mark.slow
 def test_random_networks(seed):

@@ -19,7 +19,7 @@ def changed(module, images, **options):
     return network, equalized(network, network.tensors(images), config), config
 
 
-@settings(max_examples=20)  # torch takes most of a second to export each
+@settings(max_examples=10)  # torch takes most of a second to export each
 @given(st.integers(0, 2**32))
 @pytest.mark.slow
 def test_the_network_computes_the_same(seed):

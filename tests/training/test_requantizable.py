@@ -40,7 +40,7 @@ def test_without_training_it_is_what_its_floats_are_quantized_to(block, options)
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(seed=seeds, kind=st.sampled_from(KINDS))
 def test_convolutions_of_any_kind(seed, kind):
     """Over one to three axes, transposed, in groups, of several channels, in every padding mode."""
