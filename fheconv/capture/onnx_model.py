@@ -1,6 +1,7 @@
 """Runs the nodes of an ONNX graph with torch, as a module whose weights can be trained."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.errors import InputRangeError, UnsupportedLayerError
+from fheconv.basics.report import MOST_LETTERS
 from fheconv.capture.graph import Unsupported
 from fheconv.capture.onnx_node import MOST_VALUES, SHAPES, STATIC, Node, computed
 from fheconv.capture.onnx_operators import OPERATORS
@@ -71,6 +73,13 @@ class OnnxModel(nn.Module):
                 key += "_"
             self.add_module(key, OnnxNode(node))
             self._steps.append((key, node))
+
+    def __repr__(self) -> str:
+        shape = tuple("any" if size is None else size for size in self.input_shape)
+        count = sum(weight.numel() for weight in self.weights.values())
+        outputs = ", ".join(self.output_names)
+        shown = shorten(f"{self.input_name} {shape} → {outputs}", MOST_LETTERS, placeholder=" …")
+        return f"OnnxModel: {shown}, {len(self._steps):,} nodes, {count:,} numbers in weights"
 
     def _add_constant(self, name: str, value: Array, *, trained: bool, static: bool) -> None:
         """Keep a constant as a weight if it is one, else as an array. Single numbers are not trained."""

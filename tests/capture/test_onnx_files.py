@@ -68,6 +68,17 @@ def test_all_weights_are_parameters_with_their_names(tmp_path):
     assert sum(weight.numel() for weight in model.parameters()) == sum(w.numel() for w in module.parameters())
 
 
+def test_a_model_shows_itself_in_a_line(tmp_path):
+    weights = {f"weight of a long name {number}": np.ones((2, 2), np.float32) for number in range(40)}
+    values = ["x", *(f"value {number}" for number in range(39)), "y"]
+    nodes = [
+        node("MatMul", [before, weight], [after])
+        for before, weight, after in zip(values, weights, values[1:], strict=False)
+    ]
+    shown = repr(fheconv.from_onnx(written(tmp_path / "m.onnx", nodes, ("n", 2), weights)))
+    assert shown == "OnnxModel: x (2,) → y, 40 nodes, 160 numbers in weights"
+
+
 def test_statistics_and_single_numbers_are_not_trained(tmp_path):
     nodes = [node("BatchNormalization", ["x", "s", "b", "m", "v"], ["z"]), node("Mul", ["z", "two"], ["y"])]
     numbers = np.array([0.5, 2.0], np.float32)

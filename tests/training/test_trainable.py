@@ -13,6 +13,8 @@ from torch import nn
 import fheconv
 from fheconv.networks.bounds import layer_bounds
 from fheconv.networks.floats import Layer, Maximum
+from fheconv.networks.quantization import Quantization
+from fheconv.training.modules import image_steps
 from fheconv.training.trainable import BALL
 from tests.support.layers import KINDS, random_network, unlike_calibration
 from tests.support.nets import BLOCKS, integer_images, quantize, quantized, random_net, real_images
@@ -339,3 +341,12 @@ def test_what_is_clipped_has_no_gradient(activation, shift):
     trained(torch.rand(3, 1, 4, 4)).sum().backward()
     assert not any(parameter.grad.any() for parameter in trained.layers[0].parameters())
     assert trained.layers[1].shift.grad.any()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_half_steps_of_images_are_rounded_as_the_circuit_rounds_them(zero):
+    quantization = Quantization(scale=0.25, zero_point=zero, minimum=0, maximum=15, slack=0.0)
+    images = 0.25 * (np.arange(0.5, 12) - zero)
+    steps = image_steps(torch.tensor(images, dtype=torch.float32), quantization).numpy()
+    np.testing.assert_array_equal(steps + zero, quantization.integers(images))
+    np.testing.assert_array_equal(steps, torch.tensor(images / 0.25).round().numpy())
