@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from fheconv.analysis.affordability import check_cost
 from fheconv.analysis.forecast import completed
 from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_integer
@@ -29,7 +28,6 @@ from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.refused import compiled
 from fheconv.circuits.together import images_together
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
@@ -44,11 +42,20 @@ SIMULATED = 40
 class _LoweredHandle(KeyedHandle):
     """A handle of the function for one image, or for the images that share a ciphertext."""
 
-    def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
+    def __init__(
+        self,
+        session: Session,
+        network: QuantizedNetwork,
+        lowered: Lowered,
+        config: CompileConfig,
+        keys_of: KeyOwner | None = None,
+    ) -> None:
         self.lowered = lowered
-        opening = "compile", (network, config, lowered.interface.lanes.count)
+        within = None if keys_of is None else keys_of.specs
+        opening = "compile", (network, config, lowered.interface.lanes.count, within)
+        shared = None if keys_of is None else keys_of.present_keys
         with status("Compiling…"):
-            super().__init__(session, opening, lowered.interface, Limits.of(config))
+            super().__init__(session, opening, lowered.interface, Limits.of(config), shared)
 
 
 class FheCircuit(KeyOwner):
@@ -59,7 +66,7 @@ class FheCircuit(KeyOwner):
 
     Example:
         >>> import numpy as np
-        >>> from fheconv import quantize
+        >>> from fheconv import compile, quantize
         >>> image = np.arange(9).reshape(1, 3, 3)
         >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
         >>> circuit.keygen()
@@ -69,9 +76,16 @@ class FheCircuit(KeyOwner):
     """
 
     def __init__(
-        self, network: QuantizedNetwork, config: CompileConfig, lowered: Lowered | None = None
+        self,
+        network: QuantizedNetwork,
+        config: CompileConfig,
+        lowered: Lowered | None = None,
+        keys_of: KeyOwner | None = None,
     ) -> None:
-        """Compile the network. `lowered` is its function, if it was made already."""
+        """Compile the network, for the keys of `keys_of` if it is given.
+
+        `lowered` is its function, if it was made already.
+        """
         if not isinstance(config, CompileConfig):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
         super().__init__()
@@ -80,20 +94,21 @@ class FheCircuit(KeyOwner):
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine) if lowered is None else lowered
         self._lanes = images_together(one, config)
-        self._one: _LoweredHandle = self._compile(one)
+        self._keys_given = keys_of is not None
+        if keys_of is not None:
+            self._share_lock_of(keys_of)
+        self._one: _LoweredHandle = _LoweredHandle(self._session, network, one, config, keys_of)
         self._many: _LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
             self._handle_for(config.lanes)
-
-    def _compile(self, lowered: Lowered) -> _LoweredHandle:
-        return _LoweredHandle(self._session, self.network, lowered, self.config)
 
     def _handle_for(self, images: int) -> _LoweredHandle:
         """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
         if self._many is None:
-            self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
+            lowered = lower(self.network, self.config.engine, self._lanes)
+            self._many = _LoweredHandle(self._session, self.network, lowered, self.config)
         if not self._is_current(self._many):
             self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
@@ -162,6 +177,7 @@ class FheCircuit(KeyOwner):
             mlir=mlir,
             cost=self._cost(),
             config=self.config,
+            keys_given=self._keys_given,
         )
 
     def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
@@ -292,38 +308,3 @@ class FheCircuit(KeyOwner):
         if not self._is_current(handle):
             raise ArtifactError(OTHER_KEYS)
         return handle
-
-
-@answers_keywords
-def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
-    """Compile a quantized network to an FHE circuit. No key is made yet.
-
-    Warns (`CostWarning`) of a circuit that takes over a minute an image or over 30 s to compile, or has over
-    2 GB of keys. Raises `CostError` before Concrete starts for a circuit that costs more than `config`
-    allows, or for which there are no parameters; both say what brings the cost down. Raises
-    `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if Concrete
-    cannot compile the network. What these advise was compiled before.
-
-    Example:
-        >>> import numpy as np
-        >>> from fheconv import quantize
-        >>> image = np.arange(9).reshape(1, 3, 3)
-        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
-        >>> circuit.predict(image)
-        array([[[ 5.,  7.],
-                [11., 13.]]])
-    """
-    if not isinstance(network, QuantizedNetwork):
-        raise InvalidArgumentError(
-            f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
-        )
-    return compiled(_checked, network, CompileConfig() if config is None else config)
-
-
-def _checked(network: QuantizedNetwork, config: CompileConfig) -> FheCircuit:
-    """Compile a network that costs no more than allowed."""
-    lowered = None
-    if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
-        lowered = lower(network, config.engine)
-        check_cost(lowered, config)
-    return FheCircuit(network, config, lowered)

@@ -49,7 +49,9 @@ class Server(Brief):
         self._keys_in_memory = keys_in_memory
         # `cost.lookups` cannot be used: Concrete leaves out lookups on which no result depends.
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
-        opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
+        opening = (
+            parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config, parts.keys_given
+        )  # fmt: skip
         self._handle = Handle(
             worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
         )
@@ -73,6 +75,11 @@ class Server(Brief):
         return self.manifest.fingerprint
 
     @property
+    def keyset(self) -> str:
+        """The name of the key set, in hexadecimal: circuits with the same one run under the same keys."""
+        return self._handle.keyset
+
+    @property
     def cost(self) -> Cost:
         """The cost of one encrypted image."""
         return self.manifest.cost
@@ -89,7 +96,7 @@ class Server(Brief):
 
     def check(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> None:
         """Raise `ArtifactError` unless the ciphertext can be run with these keys."""
-        check_keys(evaluation_keys, self.fingerprint)
+        check_keys(evaluation_keys, self.fingerprint, self.keyset)
         check_input(ciphertext, self.manifest, evaluation_keys.key_id)
 
     def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
@@ -102,16 +109,16 @@ class Server(Brief):
             return bytes(self._handle.request("run_for", keys.name, given, most, value))
 
 
-def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:
-    """Raise `ArtifactError` unless these are evaluation keys of that circuit."""
+def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str, keyset: str) -> None:
+    """Raise `ArtifactError` unless the circuit of that fingerprint and key set runs under these keys."""
     if not isinstance(keys, EvaluationKeys | StoredKeys):
         raise ArtifactError(
             f"run takes evaluation keys, not {type(keys).__name__}; give it client.evaluation_keys."
         )
-    if keys.fingerprint != fingerprint:
+    if not keys.belong_to(fingerprint, keyset):
         raise ArtifactError(
-            "The evaluation keys belong to another circuit; make keys with this one's client. (With a "
-            "server.zip of file format 1, a client of format 1 goes.)"
+            "The evaluation keys belong to another circuit, with other parameters; make keys with this one's "
+            "client. (With a server.zip of file format 1, a client of format 1 goes.)"
         )
 
 

@@ -104,7 +104,8 @@ def application(
     if token is not None:
         check_token(token)
     limits = Limits.of(server)
-    store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
+    circuits = {server.fingerprint: server.keyset}
+    store = KeyStore(folder, circuits, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
     service = Service(server, store, limits, pool)
 

@@ -30,6 +30,7 @@ from fheconv.basics.errors import (
 )
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import read_server
+from fheconv.circuits.files.identity import keyset_of
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
 from fheconv.circuits.native.worker import Worker
@@ -117,11 +118,13 @@ def stream(
         )
     if isinstance(server, Server):
         manifest, file, config = server.manifest, server.file, server.config
+        keyset = server.keyset
         limits = {"time_limit": config.time_limit, "memory_limit": config.memory_limit}
     else:
         parts = read_server(server)
         manifest, file, limits = parts.manifest, parts.file, {}
-    check_keys(keys, manifest.fingerprint)
+        keyset = keyset_of(parts.specs)
+    check_keys(keys, manifest.fingerprint, keyset)
     if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
         check_input(ciphertexts, manifest, keys.key_id)
         ciphertexts = [replace(ciphertexts, images=1, values=(value,)) for value in ciphertexts.values]
@@ -129,7 +132,7 @@ def stream(
         for ciphertext in ciphertexts:
             check_input(ciphertext, manifest, keys.key_id)
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
-    fields = {"fingerprint": keys.fingerprint, "key_id": keys.key_id, "payload": payload}
+    fields = {**keys.names(), "payload": payload}
     return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
 
 

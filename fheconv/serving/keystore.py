@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,7 @@ from typing import IO
 from fheconv.basics.checks import check_integer, check_number
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError, RemoteError
 from fheconv.circuits.files.envelope import Incoming
+from fheconv.circuits.files.identity import digest
 from fheconv.circuits.keys import EVALUATION, StoredKeys
 
 QUOTA = 10 * 10**9
@@ -65,9 +66,11 @@ class _Entry:
 
 
 class KeyStore:
-    """The evaluation keys of one circuit, in a folder that no other process uses.
+    """The evaluation keys of the circuits of a server, in a folder that no other process uses.
 
-    They are in a folder named by the circuit's fingerprint, inside `folder`. Only their owner may enter it.
+    `circuits` has the fingerprint of each circuit, with its key set. The keys are in a folder inside `folder`
+    that is named by these key sets: a server finds them again that serves further circuits of the same key
+    sets. Only their owner may enter it.
     All keys together take at most `quota` bytes. If there is no room, the keys used longest ago are removed.
     Keys not used for `expiry` seconds are removed too. One set has at most `max_bytes` bytes.
 
@@ -76,12 +79,14 @@ class KeyStore:
     """
 
     def __init__(
-        self, folder: str | Path, fingerprint: str, *, max_bytes: int, quota: int, expiry: float
+        self, folder: str | Path, circuits: Mapping[str, str], *, max_bytes: int, quota: int, expiry: float
     ) -> None:
         check_integer("quota", quota, 1)
         check_number("expiry", expiry, 0)
-        self.folder = Path(folder).absolute() / fingerprint  # workers have other working directories
-        self.fingerprint, self.max_bytes = fingerprint, max_bytes
+        keysets = sorted(set(circuits.values()))
+        name = keysets[0] if len(keysets) == 1 else digest(" ".join(keysets).encode())
+        self.folder = Path(folder).absolute() / name  # workers have other working directories
+        self._circuits, self.max_bytes = dict(circuits), max_bytes
         self._quota, self._expiry = quota, expiry
         self._arriving = 0
         self._lock = threading.Lock()
@@ -234,10 +239,11 @@ class KeyStore:
             return entry.keys
 
     def check(self, keys: StoredKeys, name: str) -> None:
-        """Raise `ForeignKeys` for keys of another circuit or another name."""
-        if keys.fingerprint != self.fingerprint:
+        """Raise `ForeignKeys` for keys that none of the circuits runs under, or of another name."""
+        if not any(keys.belong_to(*circuit) for circuit in self._circuits.items()):
             raise ForeignKeys(
-                "The evaluation keys belong to another circuit; make keys with this one's client."
+                "The evaluation keys belong to another circuit, with other parameters; make keys with this "
+                "one's client."
             )
         if keys.name != name:
             raise ForeignKeys(f"The evaluation keys are sent as {name}, and their digest is {keys.name}.")

@@ -123,7 +123,7 @@ class RemoteCircuit(Client):
                 f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
             )
         self.manifest = client.manifest
-        self._share_keys_of(client)
+        self._share_circuit_of(client)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         inputs, outputs, rows = super()._described()

@@ -16,7 +16,7 @@ from fheconv.serving import admission
 from fheconv.serving.keystore import KeyStore, StoreFull
 from tests.support import serving
 
-CIRCUIT = "c" * 64
+CIRCUIT, KEYSET = "c" * 64, "e" * 64
 SIZE = 3 * 2**20
 
 
@@ -46,7 +46,7 @@ def files_of_at_most(size):
 
 @contextlib.contextmanager
 def opened(folder):
-    store = KeyStore(folder, CIRCUIT, max_bytes=2 * SIZE, quota=2 * SIZE, expiry=1000.0)
+    store = KeyStore(folder, {CIRCUIT: KEYSET}, max_bytes=2 * SIZE, quota=2 * SIZE, expiry=1000.0)
     try:
         yield store
     finally:

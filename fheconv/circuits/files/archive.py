@@ -60,17 +60,24 @@ _CONFIG = (
     "compress_evaluation_keys",
     "parameters",
 )
+# The name of what `config.json` says more of a circuit that was compiled for the keys of another one. It says
+# nothing of which circuit: the parameters of the keys are in `specs.json`.
+_KEYS_GIVEN = "keys_given"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A compiled circuit as plain data, which `save` writes. `specs` are Concrete's parameters."""
+    """A compiled circuit as plain data, which `save` writes.
+
+    `specs` are Concrete's parameters. `keys_given` says that it was compiled for the keys of another circuit.
+    """
 
     interface: Interface
     specs: bytes
     mlir: str
     cost: Cost
     config: CompileConfig
+    keys_given: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +91,16 @@ class ClientParts:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerParts:
-    """The checked contents of a `server.zip`. `file` is the zip itself."""
+    """The checked contents of a `server.zip`. `file` is the zip itself.
+
+    `keys_given` says that the circuit was compiled for the keys of another one.
+    """
 
     manifest: Manifest
     specs: bytes
     mlir: str
     config: CompileConfig
+    keys_given: bool
     file: bytes
 
 
@@ -118,6 +129,8 @@ def save(
         cost=exported.cost,
     )
     config = {name: value for name, value in asdict(exported.config).items() if name in _CONFIG}
+    if exported.keys_given:
+        config[_KEYS_GIVEN] = True
     parts = {
         "manifest.json": _json(manifest.to_dict()),
         "interface.json": interface_text(interface),
@@ -165,11 +178,19 @@ def read_server(file: str | Path | bytes) -> ServerParts:
             lists = {name: tuple(numbers) for name, numbers in given["parameters"].items()}
             given["parameters"] = ParameterRange(**lists)
         config = CompileConfig(**{name: given[name] for name in _CONFIG})
+        keys_given = given.get(_KEYS_GIVEN, False) is True
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(f"The compile options in {_name(file)} are altered: {error!r:.200}.") from error
     manifest, _ = _checked(parts, _name(file))
-    return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)
+    return ServerParts(
+        manifest=manifest,
+        specs=parts["specs.json"],
+        mlir=mlir,
+        config=config,
+        keys_given=keys_given,
+        file=data,
+    )
 
 
 def client_file(server_file: bytes) -> bytes:
