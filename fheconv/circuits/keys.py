@@ -163,8 +163,8 @@ def write_keys(path: Path, names: KeyNames, keys: bytes, *, overwrite: bool) -> 
     write_file(path, ENVELOPE.chunks(names.names(), [keys]), private=True, overwrite=overwrite)
 
 
-def read_keys(path: Path, fingerprint: str, keyset: str) -> tuple[str, bytes]:
-    """Return the key id and the keys of a file, for the circuit of that fingerprint and key set.
+def read_keys(path: Path, fingerprint: str, keyset: str) -> tuple[KeyNames, bytes]:
+    """Return the names and the keys of a file, for the circuit of that fingerprint and key set.
 
     Raises `ArtifactError` for a file that cannot be read, is damaged, or does not go with the circuit.
     """
@@ -175,7 +175,7 @@ def read_keys(path: Path, fingerprint: str, keyset: str) -> tuple[str, bytes]:
             "made for, or this one with keys_of=. Keys made for files of format 1 go with a client.zip of "
             "format 1."
         )
-    return names.key_id, keys
+    return names, keys
 
 
 def read_key_file(path: Path) -> tuple[KeyNames, bytes]:

@@ -23,11 +23,20 @@ from fheconv.lowering.interface import Interface
 
 
 class Keys:
-    """The present keys of a key set, `key_id` and `held`, which several circuits may share."""
+    """The present keys of a key set, which several circuits may share.
+
+    `key_id` is their name, "" before there are any, `held` the keys themselves. `maker` is the fingerprint of
+    the circuit that they were made with. It is part of the names of evaluation keys, so that these are the
+    same whichever of the circuits asks for them.
+    """
 
     def __init__(self) -> None:
-        self.key_id = ""
+        self.key_id = self.maker = ""
         self.held: bytes | None = None
+
+    def become(self, key_id: str, held: bytes, maker: str) -> None:
+        """Replace the keys."""
+        self.held, self.key_id, self.maker = held, key_id, maker
 
 
 class KeyedHandle(Handle):
@@ -69,7 +78,7 @@ class KeyedHandle(Handle):
     def keygen(self, key_id: str) -> None:
         """Make new keys with the name `key_id`."""
         keys = self.request("keygen", key_id)
-        self.present.held, self.present.key_id = keys, key_id
+        self.present.become(key_id, keys, self.fingerprint)
 
     def save_keys(self, path: Path, *, overwrite: bool) -> None:
         """Write the keys to a file (see `KeyOwner.save_keys`)."""
@@ -78,9 +87,9 @@ class KeyedHandle(Handle):
 
     def load_keys(self, path: Path) -> None:
         """Use the keys of a file (see `KeyOwner.load_keys`)."""
-        key_id, keys = read_keys(path, self.fingerprint, self.keyset)
-        self._reopen(key_id, keys)
-        self.present.held, self.present.key_id = keys, key_id
+        names, keys = read_keys(path, self.fingerprint, self.keyset)
+        self._reopen(names.key_id, keys)
+        self.present.become(names.key_id, keys, names.fingerprint)
 
     def evaluation_keys(self) -> EvaluationKeys:
         """Return the keys that a server needs, without the secret ones."""
@@ -89,7 +98,7 @@ class KeyedHandle(Handle):
         return EvaluationKeys(**self._names().names(), payload=payload)
 
     def _names(self) -> KeyNames:
-        return KeyNames(fingerprint=self.fingerprint, key_id=self.key_id, keyset=self.keyset)
+        return KeyNames(fingerprint=self.present.maker, key_id=self.key_id, keyset=self.keyset)
 
     def encrypt(self, q: Array, batched: bool) -> Ciphertext:
         """Encrypt integer images (N, C, *S)."""

@@ -7,7 +7,8 @@ import time
 import pytest
 
 import fheconv
-from fheconv.serving.keystore import KeyStore, UnknownKeys
+from fheconv.serving.disk import UnknownKeys
+from fheconv.serving.keystore import KeyStore
 
 CIRCUIT, KEYSET = "c" * 64, "e" * 64
 NAME = "a" * 64

@@ -13,7 +13,8 @@ import pytest
 import fheconv
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.serving import admission
-from fheconv.serving.keystore import KeyStore, StoreFull
+from fheconv.serving.disk import StoreFull
+from fheconv.serving.keystore import KeyStore
 from tests.support import serving
 
 CIRCUIT, KEYSET = "c" * 64, "e" * 64

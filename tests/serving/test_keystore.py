@@ -8,7 +8,8 @@ import pytest
 
 import fheconv
 from fheconv.circuits.keys import EvaluationKeys
-from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
+from fheconv.serving.disk import ForeignKeys, KeysInUse, StoreFull, UnknownKeys
+from fheconv.serving.keystore import KeyStore
 
 CIRCUIT, KEYSET = "c" * 64, "e" * 64
 SIZE = 10_000
