@@ -106,11 +106,16 @@ class FheCircuit(KeyOwner):
         """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
+        many = self._of_many()
+        if not self._is_current(many):
+            many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
+        return many
+
+    def _of_many(self) -> _LoweredHandle:
+        """Return the handle for several lanes, which has no keys yet when it is made."""
         if self._many is None:
             lowered = lower(self.network, self.config.engine, self._lanes)
             self._many = _LoweredHandle(self._session, self.network, lowered, self.config)
-        if not self._is_current(self._many):
-            self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return self._many
 
     def _is_current(self, handle: _LoweredHandle) -> bool:
@@ -136,16 +141,16 @@ class FheCircuit(KeyOwner):
         """The cost of one encrypted image, alone in its ciphertext."""
         compiled = self._one.compiled
         if not compiled.lookups:
-            return self._cost()
+            return self._cost(self._one)
         seconds = expected_seconds(self._session, compiled.lookups, compiled.complexity)
-        return replace(self._cost(), seconds=seconds)
+        return replace(self._cost(self._one), seconds=seconds)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
-        return self.network.input_shape, self.network.output_shape, self._cost().rows()
+        return self.network.input_shape, self.network.output_shape, self._cost(self._one).rows()
 
-    def _cost(self) -> Cost:
+    def _cost(self, handle: _LoweredHandle) -> Cost:
         """Return the cost without seconds. For seconds, lookups must be timed on this machine."""
-        compiled, lowered = self._one.compiled, self._one.lowered
+        compiled, lowered = handle.compiled, handle.lowered
         return Cost(
             layers=lowered.layers,
             lookups=compiled.lookups,
@@ -160,36 +165,49 @@ class FheCircuit(KeyOwner):
             seconds=None,
         )
 
-    def exported(self) -> Exported:
+    def exported(self, lanes: int = 1) -> Exported:
         """Return everything that files hold of the circuit. The seconds of this machine are left out.
 
-        Raises `InvalidArgumentError` for a circuit compiled with `CompileConfig.configuration`.
+        Raises `InvalidArgumentError` like `save`.
         """
+        check_integer("lanes", lanes, 1)
+        if lanes not in (1, self._lanes):
+            raise InvalidArgumentError(
+                f"lanes={lanes}; in this circuit, 1 or {self._lanes} images share a ciphertext. Compile it "
+                f"with CompileConfig(lanes={lanes})."
+            )
         if self.config.configuration is not None:
             raise InvalidArgumentError(
                 "A circuit compiled with CompileConfig.configuration cannot be saved: that is an object of "
                 "Concrete's. Use the other fields of CompileConfig."
             )
-        specs, mlir = self._one.request("export")
+        with self._lock:
+            handle = self._one if lanes == 1 else self._of_many()
+        specs, mlir = handle.request("export")
         return Exported(
-            interface=self._one.interface,
+            interface=handle.interface,
             specs=specs,
             mlir=mlir,
-            cost=self._cost(),
+            cost=self._cost(handle),
             config=self.config,
             keys_given=self._keys_given,
         )
 
-    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
+    def save(
+        self, folder: str | Path, *, class_names: Sequence[str] | None = None, lanes: int = 1
+    ) -> tuple[Path, Path]:
         """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-        The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext.
-        They hold no key, and nothing of the calibration images. `class_names` are names for the results.
+        The folder is made if it does not exist. The files hold no key, and nothing of the calibration images.
+        `class_names` are names for the results.
+
+        The files hold the circuit for one image in each ciphertext, or with `lanes` for so many, which may be
+        1 or `cost.lanes`. With several, a batch takes less time, a single image more, and keys are others.
 
         Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with
-        `CompileConfig.configuration`, and if there is not one name for each result.
+        `CompileConfig.configuration`, for other lanes, and if there is not one name for each result.
         """
-        return save(self.exported(), folder, class_names=class_names)
+        return save(self.exported(lanes), folder, class_names=class_names)
 
     def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.

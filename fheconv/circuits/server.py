@@ -124,7 +124,7 @@ def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str, keyset: str)
 
 def check_input(ciphertext: Ciphertext, manifest: Manifest, key_id: str) -> None:
     """Raise `ArtifactError` unless these are encrypted images of that circuit and key set, of their size."""
-    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, 1)
+    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, manifest.lanes)
     most = manifest.cost.input_bytes + MARGIN
     for value in ciphertext.values:
         if len(value) > most:

@@ -52,7 +52,10 @@ STATUS: dict[type[FheConvError], int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of a request: `images` in one ciphertext, the bytes of its body, and of a set of keys."""
+    """The limits of a request: `images` in one ciphertext, the bytes of its body, and of a set of keys.
+
+    Images that share a value of the ciphertext count as one.
+    """
 
     images: int
     ciphertext_bytes: int

@@ -16,7 +16,6 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -103,7 +102,8 @@ def stream(
     """Yield (index, result) when each image finishes on the workers of a Dask cluster, each index once.
 
     server: a `server.zip`, or the server that `load_server` made of it. The workers use its limits.
-    ciphertexts: one ciphertext, whose images are sent and yielded one by one; or several ciphertexts, each of
+    ciphertexts: one ciphertext, whose images are sent and yielded one by one (or, if they share values, value
+        by value); or several ciphertexts, each of
         which goes to one worker. An iterator is read only as far as the workers need, so the ciphertexts need
         not all be in memory.
     client: Dask's client. If the cluster has no workers yet, the call waits for them.
@@ -127,7 +127,8 @@ def stream(
     check_keys(keys, manifest.fingerprint, keyset)
     if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
         check_input(ciphertexts, manifest, keys.key_id)
-        ciphertexts = [replace(ciphertexts, images=1, values=(value,)) for value in ciphertexts.values]
+        whole, lanes = ciphertexts, manifest.lanes
+        ciphertexts = [whole.part(place, place + 1, lanes) for place in range(len(whole.values))]
     elif isinstance(ciphertexts, Sequence):
         for ciphertext in ciphertexts:
             check_input(ciphertext, manifest, keys.key_id)

@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 from fheconv.basics.arrays import Shape
@@ -142,10 +141,10 @@ class RemoteCircuit(Client):
         values = ciphertext.values
         if values:
             self._name_at_server(ciphertext.key_id)  # before the images' progress bar, because it has its own
-        parts = [values[start : start + self._images] for start in range(0, len(values), self._images)]
+        starts = range(0, len(values), self._images)
         results: list[bytes] = []
-        for part in track(parts, "Running on encrypted images…"):
-            results += self._run(replace(ciphertext, images=len(part), values=part))
+        for start in track(starts, "Running on encrypted images…"):
+            results += self._run(ciphertext.part(start, start + self._images, self.manifest.lanes))
         return ciphertext.with_results(results)
 
     def _run_at(self, server: Evaluator | None, ciphertext: Ciphertext) -> Ciphertext:

@@ -22,8 +22,8 @@ from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import read_file, write_file
 from fheconv.circuits.cost import Cost
-from fheconv.circuits.files.consistency import check_fingerprint, check_sizes, check_values
-from fheconv.circuits.files.identity import Identity, digest
+from fheconv.circuits.files.consistency import check_fingerprint, check_lanes, check_sizes, check_values
+from fheconv.circuits.files.identity import digest, identity_of
 from fheconv.circuits.files.interface import interface_from_dict, interface_text
 from fheconv.circuits.files.manifest import FORMAT, Manifest
 from fheconv.circuits.files.plain import read_json
@@ -109,14 +109,14 @@ def save(
 ) -> tuple[Path, Path]:
     """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-    The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext. They
-    hold no key, and nothing of the calibration images. `class_names` are names for the results.
+    The folder is made if it does not exist. The files hold no key, and nothing of the calibration images.
+    `class_names` are names for the results.
 
     Raises `ArtifactError` if they cannot be written, or could not be read again because the circuit is larger
     than files may be, `InvalidArgumentError` if there is not one name for each result.
     """
     interface, mlir = exported.interface, exported.mlir.encode()
-    identity = Identity.of(exported.specs, mlir, interface_text(interface))
+    identity = identity_of(exported.specs, mlir, interface)
     manifest = Manifest(
         format=FORMAT,
         fingerprint=identity.fingerprint,
@@ -126,6 +126,7 @@ def save(
         input_shape=interface.input_shape,
         output_shape=interface.output_shape,
         class_names=_class_names(class_names, interface.output_shape),
+        lanes=interface.lanes.count,
         cost=exported.cost,
     )
     config = {name: value for name, value in asdict(exported.config).items() if name in _CONFIG}
@@ -220,6 +221,7 @@ def _checked(parts: Mapping[str, bytes], what: str) -> tuple[Manifest, Interface
         cost = replace(manifest.cost, key_bytes=sizes.key_bytes, sent_key_bytes=sizes.sent_key_bytes)
         manifest = replace(manifest, cost=cost)
     check_values(specs, interface)
+    check_lanes(specs, interface, manifest)
     check_sizes(sizes, manifest)
     return manifest, interface
 

@@ -49,10 +49,7 @@ class Identity:
 
 def identity_of(specs: bytes, mlir: bytes, interface: Interface) -> Identity:
     """Return the identity of a compiled circuit. How images share a ciphertext belongs to it, if they do."""
-    text = interface_text(interface)
-    if interface.lanes.count > 1:
-        text += json.dumps([interface.lanes.count, interface.lanes.bits]).encode()
-    return Identity.of(specs, mlir, text)
+    return Identity.of(specs, mlir, interface_text(interface))
 
 
 def keyset_of(specs: bytes) -> str:
