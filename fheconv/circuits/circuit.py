@@ -23,6 +23,7 @@ from fheconv.basics.samples import Data, share_right, with_classes
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.native.child import in_process
 from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
@@ -176,11 +177,6 @@ class FheCircuit(KeyOwner):
                 f"lanes={lanes}; in this circuit, 1 or {self._lanes} images share a ciphertext. Compile it "
                 f"with CompileConfig(lanes={lanes})."
             )
-        if self.config.configuration is not None:
-            raise InvalidArgumentError(
-                "A circuit compiled with CompileConfig.configuration cannot be saved: that is an object of "
-                "Concrete's. Use the other fields of CompileConfig."
-            )
         with self._lock:
             handle = self._one if lanes == 1 else self._of_many()
         specs, mlir = handle.request("export")
@@ -189,8 +185,7 @@ class FheCircuit(KeyOwner):
             specs=specs,
             mlir=mlir,
             cost=self._cost(handle),
-            config=self.config,
-            keys_given=self._keys_given,
+            recipe=Recipe.of(self.config, keys_given=self._keys_given),
         )
 
     def save(
@@ -204,8 +199,9 @@ class FheCircuit(KeyOwner):
         The files hold the circuit for one image in each ciphertext, or with `lanes` for so many, which may be
         1 or `cost.lanes`. With several, a batch takes less time, a single image more, and keys are others.
 
-        Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with
-        `CompileConfig.configuration`, for other lanes, and if there is not one name for each result.
+        Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for other lanes, if there is
+        not one name for each result, and for a `CompileConfig.configuration` that files cannot hold
+        (`fheconv.circuits.files.recipe`).
         """
         return save(self.exported(lanes), folder, class_names=class_names)
 

@@ -44,16 +44,14 @@ class Server(Brief):
     def __init__(
         self, parts: ServerParts, *, session: Session | None = None, keys_in_memory: int = KEYS_IN_MEMORY
     ) -> None:
-        self.manifest, self.config, self.file = parts.manifest, parts.config, parts.file
+        self.manifest, self.config, self.file = parts.manifest, parts.recipe.config, parts.file
         self._parts = parts
         self._keys_in_memory = keys_in_memory
         # `cost.lookups` cannot be used: Concrete leaves out lookups on which no result depends.
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
-        opening = (
-            parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config, parts.keys_given
-        )  # fmt: skip
+        opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.recipe
         self._handle = Handle(
-            worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
+            worker() if session is None else session, ("open_server", opening), Limits.of(parts.recipe.config)
         )
 
     def _summary(self) -> tuple[str, list[tuple[str, str]]]:
@@ -157,5 +155,5 @@ def load_server(
         (1, 2, 2)
     """
     parts = read_server(file)
-    limited = replace(parts.config, time_limit=time_limit, memory_limit=memory_limit)
-    return Server(replace(parts, config=limited), session=session)
+    limited = replace(parts.recipe.config, time_limit=time_limit, memory_limit=memory_limit)
+    return Server(replace(parts, recipe=replace(parts.recipe, config=limited)), session=session)

@@ -2,7 +2,7 @@
 
 Both hold `manifest.json`, `interface.json` (see the modules of these names) and `specs.json` (Concrete's
 parameters). `server.zip` also holds `circuit.mlir`, the program as Concrete's text, and `config.json`, the
-configuration to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
+recipe to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
 pickle and no native library. The server compiles the text, so a file from elsewhere is only data.
 
 Nothing is unpacked or made that is out of proportion to the file (`LIMITS`, `PACKED`).
@@ -13,12 +13,11 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import read_file, write_file
 from fheconv.circuits.cost import Cost
@@ -27,6 +26,7 @@ from fheconv.circuits.files.identity import digest, identity_of
 from fheconv.circuits.files.interface import interface_from_dict, interface_text
 from fheconv.circuits.files.manifest import FORMAT, Manifest
 from fheconv.circuits.files.plain import read_json
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.files.security import MOST_BYTES as SPECS_BYTES
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.sizes import sizes_of
@@ -51,33 +51,17 @@ LIMITS = {
 PACKED, FREE = 16, 2**22
 # The same for the program, whose tables repeat more.
 PROGRAM_PACKED, PROGRAM_FREE = 256, 2**26
-# The fields of a `CompileConfig` that `config.json` holds: those on which the parameters depend.
-_CONFIG = (
-    "p_error",
-    "global_p_error",
-    "security_level",
-    "compress_input",
-    "compress_evaluation_keys",
-    "parameters",
-)
-# The name of what `config.json` says more of a circuit that was compiled for the keys of another one. It says
-# nothing of which circuit: the parameters of the keys are in `specs.json`.
-_KEYS_GIVEN = "keys_given"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A compiled circuit as plain data, which `save` writes.
-
-    `specs` are Concrete's parameters. `keys_given` says that it was compiled for the keys of another circuit.
-    """
+    """A compiled circuit as plain data, which `save` writes. `specs` are Concrete's parameters."""
 
     interface: Interface
     specs: bytes
     mlir: str
     cost: Cost
-    config: CompileConfig
-    keys_given: bool
+    recipe: Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +75,12 @@ class ClientParts:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerParts:
-    """The checked contents of a `server.zip`. `file` is the zip itself.
-
-    `keys_given` says that the circuit was compiled for the keys of another one.
-    """
+    """The checked contents of a `server.zip`. `file` is the zip itself."""
 
     manifest: Manifest
     specs: bytes
     mlir: str
-    config: CompileConfig
-    keys_given: bool
+    recipe: Recipe
     file: bytes
 
 
@@ -129,15 +109,12 @@ def save(
         lanes=interface.lanes.count,
         cost=exported.cost,
     )
-    config = {name: value for name, value in asdict(exported.config).items() if name in _CONFIG}
-    if exported.keys_given:
-        config[_KEYS_GIVEN] = True
     parts = {
         "manifest.json": _json(manifest.to_dict()),
         "interface.json": interface_text(interface),
         "specs.json": exported.specs,
         "circuit.mlir": mlir,
-        "config.json": _json(config),
+        "config.json": _json(exported.recipe.to_dict()),
     }
     files = [_zipped(_only(parts, names)) for names in (CLIENT, SERVER)]
     try:
@@ -174,24 +151,12 @@ def read_server(file: str | Path | bytes) -> ServerParts:
     """
     data, parts = _read(file, SERVER)
     try:
-        given = _loaded(parts, "config.json")
-        if given["parameters"] is not None:
-            lists = {name: tuple(numbers) for name, numbers in given["parameters"].items()}
-            given["parameters"] = ParameterRange(**lists)
-        config = CompileConfig(**{name: given[name] for name in _CONFIG})
-        keys_given = given.get(_KEYS_GIVEN, False) is True
+        recipe = Recipe.from_dict(_loaded(parts, "config.json"))
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(f"The compile options in {_name(file)} are altered: {error!r:.200}.") from error
     manifest, _ = _checked(parts, _name(file))
-    return ServerParts(
-        manifest=manifest,
-        specs=parts["specs.json"],
-        mlir=mlir,
-        config=config,
-        keys_given=keys_given,
-        file=data,
-    )
+    return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, recipe=recipe, file=data)
 
 
 def client_file(server_file: bytes) -> bytes:

@@ -9,7 +9,9 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of, keyset_of
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
@@ -130,16 +133,17 @@ class NativeCircuits:
         specs: bytes,
         mlir: str,
         looks_up: bool,
-        config: CompileConfig,
-        keys_given: bool,
+        recipe: Recipe,
     ) -> Opened:
         """Make the server side of an exported circuit, as number `number`.
 
         It is compiled here from text, because a compiled library from elsewhere could do anything.
-        `keys_given` says that it was compiled for the keys of another circuit.
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
-        configuration = _configuration(looks_up, config, specs if keys_given else None)
+        config, settings = recipe.config, recipe.settings
+        if settings is not None:
+            config = replace(config, configuration=_configuration_of(settings))
+        configuration = _configuration(looks_up, config, specs if recipe.keys_given else None)
         server = fhe.Server.create(mlir, configuration, tfhers_specs=tfhers)
         self._folders[number].add(_folder(server))
         if server.client_specs.serialize() != specs:
@@ -309,6 +313,16 @@ def _configuration(looks_up: bool, config: CompileConfig, within: bytes | None) 
         keyset = fhe.ClientSpecs.deserialize(within).program_info.get_keyset_info()
         changes["keyset_restriction"] = keyset.get_restriction()
     return base.fork(**changes)
+
+
+def _configuration_of(settings: Mapping[str, Any]) -> Any:
+    """Return Concrete's configuration with settings of a file."""
+    usual = fhe.Configuration()
+    given = {}
+    for name, value in settings.items():
+        kind = type(getattr(usual, name))
+        given[name] = kind(value) if issubclass(kind, Enum) else value
+    return usual.fork(**given)
 
 
 def _restriction(parameters: ParameterRange) -> RangeRestriction:
