@@ -29,6 +29,7 @@ def serve(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Listen for other machines without a token.")
     ] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Tell Prometheus of it at /metrics.")] = False,
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     authority: Authority = None,
@@ -70,4 +71,5 @@ def serve(
         queue=queue,
         quota=quota * 10**9,
         expiry=expiry * 86_400,
+        metrics=metrics,
     )

@@ -6,6 +6,7 @@ admission: decides which requests may run, and runs them.
 tls: encrypts connections.
 connections: closes connections that wait too long.
 problems: turns errors into answers.
+metrics: counts requests, for Prometheus.
 routes: defines what the server takes and answers.
 request_log: writes the log.
 app: the entry: the server.

@@ -36,6 +36,7 @@ try:
     from fheconv.serving import routes
     from fheconv.serving.admission import Circuits, Limits, Pool, Refused, Service
     from fheconv.serving.connections import CONNECTIONS, Connection
+    from fheconv.serving.metrics import Counting, Metrics
     from fheconv.serving.problems import HANDLERS
     from fheconv.serving.request_log import LOGGER, RequestLog, log_as_json
 except ImportError as error:
@@ -56,6 +57,7 @@ def application(
     quota: int = QUOTA,
     expiry: float = EXPIRY,
     keys_in_memory: int = KEYS_IN_MEMORY,
+    metrics: bool = False,
 ) -> FastAPI:
     """Return the ASGI application that serves a circuit, or several.
 
@@ -63,7 +65,8 @@ def application(
     their last use. `workers` processes run ciphertexts. Each holds all circuits, and up to `keys_in_memory`
     sets of keys. `queue` requests may wait for them. Further requests are answered 429. With a `token` (one
     word of printable ASCII), every request must bear it, except those for /health and the description of the
-    API.
+    API. With `metrics`, /metrics tells numbers and seconds of requests, the queue and the stored keys in the
+    text format of Prometheus.
 
     Raises `InvalidArgumentError` for invalid numbers, for a folder that cannot be used, and unless there are
     circuits that all differ.
@@ -89,10 +92,15 @@ def application(
     app.add_middleware(RequestLog)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
+    if metrics:
+        counted = Metrics()
+        app.add_middleware(Counting, metrics=counted)
     guarded: Any = {"dependencies": [Depends(_guard(token))]}
     routes.describe(app, service, guarded)
     routes.store_keys(app, service, guarded)
     routes.run_circuits(app, service, guarded)
+    if metrics:
+        routes.tell_metrics(app, service, counted, guarded)
     return app
 
 

@@ -135,6 +135,11 @@ class KeyStore:
         with self._lock:
             return self._entry(name).size
 
+    def held(self) -> tuple[int, int]:
+        """Return the number of sets of keys that are stored, and their bytes."""
+        with self._lock:
+            return len(self._entries), sum(entry.size for entry in self._entries.values())
+
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[StoredKeys]:
         """Keep the keys of that name in the store while the block runs.

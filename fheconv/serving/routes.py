@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from fheconv.basics.errors import RemoteError
@@ -14,6 +15,7 @@ from fheconv.circuits.files.archive import client_file
 from fheconv.circuits.server import Server
 from fheconv.serving.admission import Refused, Service
 from fheconv.serving.keystore import NAME
+from fheconv.serving.metrics import MEDIA_TYPE, Metrics
 from fheconv.serving.problems import Problem
 
 T = TypeVar("T")
@@ -145,6 +147,15 @@ def run_circuits(app: FastAPI, service: Service, guarded: Any) -> None:
         """Run a ciphertext, as Ciphertext.to_bytes() writes it, with the evaluation keys of that name."""
         results = await _until_stopped(service.run(request, name))
         return Response(results, media_type="application/octet-stream")
+
+
+def tell_metrics(app: FastAPI, service: Service, metrics: Metrics, guarded: Any) -> None:
+    """Add the route that tells how busy the server is and was."""
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_answers(), **guarded)
+    async def told() -> Response:
+        """Return the metrics in the text format of Prometheus."""
+        return PlainTextResponse(metrics.text(service), media_type=MEDIA_TYPE)
 
 
 async def _until_stopped(work: Awaitable[T]) -> T:

@@ -39,7 +39,7 @@ def test_a_client_that_made_keys_once_uses_both_versions_over_https(servers, cli
     issued, certificate = signer.issue_cert("127.0.0.1"), tmp_path / "server.pem"
     issued.private_key_and_cert_chain_pem.write_to_path(certificate)
     tls = Tls(authority=authority)
-    with serving.serving(servers, tmp_path / "keys", tls=Tls(certificate=certificate)) as url:
+    with serving.serving(servers, tmp_path / "keys", tls=Tls(certificate=certificate), metrics=True) as url:
         old = fheconv.RemoteCircuit(url, client, tls=tls)
         retrained = fheconv.load_client(later / "client.zip", keys_of=client)
         new = fheconv.RemoteCircuit(url, retrained, tls=tls)
@@ -49,6 +49,9 @@ def test_a_client_that_made_keys_once_uses_both_versions_over_https(servers, cli
         asked = httpx.get(f"{url}/keys", params={"key_id": key_id}, verify=tls.context())
         assert [stored["name"] for stored in asked.json()] == [client.evaluation_keys.name]
         assert client.evaluation_keys == new.evaluation_keys
+        told = httpx.get(f"{url}/metrics", verify=tls.context()).text.splitlines()
+        assert 'fheconv_requests_total{method="POST",route="run",status="200"} 2' in told
+        assert "fheconv_keys 1" in told
 
 
 @pytest.fixture
