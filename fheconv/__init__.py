@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.basics.config import QuantConfig
     from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
     from fheconv.capture.onnx_file import from_onnx
+    from fheconv.capture.splitting import split
     from fheconv.circuits.cascade import Cascade, CascadeCost
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.circuit import FheCircuit
@@ -82,6 +83,7 @@ _HOMES = {
     "basics.config": ("QuantConfig",),
     "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
     "capture.onnx_file": ("from_onnx",),
+    "capture.splitting": ("split",),
     "circuits.cascade": ("Cascade", "CascadeCost"),
     "circuits.ciphertext": ("Ciphertext",),
     "circuits.circuit": ("FheCircuit",),
@@ -184,6 +186,7 @@ __all__ = [
     "plots",
     "quantize",
     "serve",
+    "split",
     "tune",
 ]
 
