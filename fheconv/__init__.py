@@ -40,10 +40,12 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.basics.config import QuantConfig
     from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
     from fheconv.capture.onnx_file import from_onnx
+    from fheconv.capture.splitting import split
     from fheconv.circuits.cascade import Cascade, CascadeCost
     from fheconv.circuits.ciphertext import Ciphertext
-    from fheconv.circuits.circuit import FheCircuit, compile  # noqa: A004
+    from fheconv.circuits.circuit import FheCircuit
     from fheconv.circuits.client import Client, load_client
+    from fheconv.circuits.compiling import compile  # noqa: A004
     from fheconv.circuits.cost import Cost, TiledCost
     from fheconv.circuits.files.manifest import Manifest
     from fheconv.circuits.keys import EvaluationKeys
@@ -81,10 +83,12 @@ _HOMES = {
     "basics.config": ("QuantConfig",),
     "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
     "capture.onnx_file": ("from_onnx",),
+    "capture.splitting": ("split",),
     "circuits.cascade": ("Cascade", "CascadeCost"),
     "circuits.ciphertext": ("Ciphertext",),
-    "circuits.circuit": ("FheCircuit", "compile"),
+    "circuits.circuit": ("FheCircuit",),
     "circuits.client": ("Client", "load_client"),
+    "circuits.compiling": ("compile",),
     "circuits.cost": ("Cost", "TiledCost"),
     "circuits.files.manifest": ("Manifest",),
     "circuits.keys": ("EvaluationKeys",),
@@ -182,6 +186,7 @@ __all__ = [
     "plots",
     "quantize",
     "serve",
+    "split",
     "tune",
 ]
 

@@ -18,7 +18,7 @@ MOST_LINES = 350
 MOST_FUNCTION_LINES = 60
 MOST_PARAMETERS = 8
 # What users call takes what they choose. torch's operators have the parameters that torch gives them.
-PUBLIC_CALLS = {"tune", "finetune", "distill", "of", "conv", "filter_matrix"}
+PUBLIC_CALLS = {"tune", "finetune", "distill", "of", "conv", "filter_matrix", "application"}
 OPERATORS = {"_batch_norm", "_conv_transpose"}
 
 

@@ -23,6 +23,8 @@ from fheconv.networks.integers import Lookup, QuantizedLayer
 
 # Above these, a user is warned: seconds of an image, bytes of keys, seconds of compiling.
 LONG_SECONDS, LARGE_KEYS, LONG_COMPILING = 60.0, 2 * 10**9, 30.0
+# Under given keys, a circuit may take so many times the time that it takes under its own.
+MUCH_LONGER = 2.0
 # What is tried in a network with lookups: the width to which accumulators are rounded (None: as they are),
 # and the failure probability of a lookup (None: as it was). Those that change least come first.
 REMEDIES: tuple[tuple[int | None, float | None], ...] = (
@@ -73,6 +75,33 @@ def check_cost(lowered: Lowered, config: CompileConfig) -> None:
             f"{config.most_key_bytes} bytes (CompileConfig.most_seconds and most_key_bytes)."
         )
     raise advice_for(lowered, config, expected).after(CostError(what))
+
+
+def check_cost_within(lowered: Lowered, config: CompileConfig, complexity: float) -> None:
+    """Check the cost of a circuit that was compiled for given keys, with that complexity.
+
+    Warns (`CostWarning`) if it takes more than `MUCH_LONGER` times the time that it takes under keys of its
+    own. Raises `CostError` if it takes longer than `CompileConfig.most_seconds`.
+    """
+    if config.configuration is not None:
+        return
+    own = forecast_of(lowered, config)
+    if not own.possible or not own.lookups:
+        return
+    times = complexity / own.complexity
+    seconds = times * own.seconds
+    if config.most_seconds is not None and seconds > config.most_seconds:
+        raise CostError(
+            f"Under the given keys this circuit would take {_long(seconds)} an image; allowed are "
+            f"{config.most_seconds} s (CompileConfig.most_seconds). Under keys of its own it would take "
+            f"{_long(own.seconds)}: compile it without keys_of=."
+        )
+    if times > MUCH_LONGER:
+        warn(
+            f"Under the given keys this circuit takes {times:.1f} times as long as under keys of its own, "
+            f"{_long(seconds)} an image by the forecast; compile it without keys_of= if that matters more.",
+            CostWarning,
+        )
 
 
 def _costs(expected: Forecast) -> str:

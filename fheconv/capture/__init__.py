@@ -25,5 +25,6 @@ onnx_operators: the table of ONNX's operators.
 onnx_windows: ONNX's convolutions and poolings.
 onnx_quantizers: ONNX operators that round to integers, and back.
 onnx_moves: ONNX's operators of shapes and places.
+splitting: a public and a private part of a model.
 pickles: what to do with files of torch.save.
 """

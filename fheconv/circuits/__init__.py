@@ -10,7 +10,8 @@ owner: holds the keys, encrypts and decrypts.
 verification: compares encrypted results with clear ones.
 together: decides how many images share a ciphertext.
 refused: finds out what does compile, where Concrete refuses.
-circuit: the entry: compiles a circuit with both sides at once.
+circuit: both sides of a circuit at once.
+compiling: the entry: compiles a network, for keys of its own or of another circuit.
 client: the side with the keys.
 server: the side without secret keys.
 tiled: runs images of any size, tile by tile.

@@ -70,8 +70,8 @@ class Cascade(Brief):
 
     The client decrypts the answer of the first circuit. If the two greatest scores differ by less than
     `margin`, it encrypts the image for the second circuit, too, and takes that answer. With a first circuit
-    without lookups, most images take no lookup at all. Both are compiled circuits, or a `RemoteCircuit` each,
-    and each has its own keys.
+    without lookups, most images take no lookup at all. Both are compiled circuits, or a `RemoteCircuit` each.
+    Each has its own keys, or the second one is compiled for those of the first (`keys_of`).
 
     **The second request is seen by whoever runs the circuits.** It says that the margin of this image was
     small, which is a bit about the decrypted scores. Whoever chooses images could learn from many such bits
@@ -170,9 +170,10 @@ class Cascade(Brief):
         return CascadeCost(first=self.first.cost, second=self.second.cost, share=float(asked.mean()))
 
     def keygen(self) -> None:
-        """Make keys for both circuits, each its own."""
+        """Make keys for both circuits: one set if they share it, or else each its own."""
         self.first.keygen()
-        self.second.keygen()
+        if not self.second.has_keys_of(self.first):
+            self.second.keygen()
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
         inputs, outputs = _shapes(self.first)

@@ -72,6 +72,14 @@ class Ciphertext:
         if not self.batched and (self.images, len(self.values)) != (1, 1):
             raise ArtifactError(f"A ciphertext without a batch has {self.images} images.")
 
+    def part(self, start: int, stop: int, lanes: int) -> "Ciphertext":
+        """Return a ciphertext of the values from `start` to `stop`, of `lanes` images each.
+
+        The last value may hold fewer images.
+        """
+        images = min(self.images, stop * lanes) - start * lanes
+        return replace(self, images=images, values=self.values[start:stop])
+
     def with_results(self, values: Iterable[bytes]) -> "Ciphertext":
         """Return a ciphertext of the results of these images. `values` holds one result for each value."""
         return replace(self, kind="output", values=tuple(values))

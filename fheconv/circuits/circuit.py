@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from fheconv.analysis.affordability import check_cost
 from fheconv.analysis.forecast import completed
 from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_integer
@@ -24,12 +23,12 @@ from fheconv.basics.samples import Data, share_right, with_classes
 from fheconv.circuits.ciphertext import OTHER_KEYS, Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import Exported, save
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.native.child import in_process
 from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.refused import compiled
 from fheconv.circuits.together import images_together
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
@@ -44,11 +43,20 @@ SIMULATED = 40
 class _LoweredHandle(KeyedHandle):
     """A handle of the function for one image, or for the images that share a ciphertext."""
 
-    def __init__(self, session: Session, network: QuantizedNetwork, lowered: Lowered, config: CompileConfig):
+    def __init__(
+        self,
+        session: Session,
+        network: QuantizedNetwork,
+        lowered: Lowered,
+        config: CompileConfig,
+        keys_of: KeyOwner | None = None,
+    ) -> None:
         self.lowered = lowered
-        opening = "compile", (network, config, lowered.interface.lanes.count)
+        within = None if keys_of is None else keys_of.specs
+        opening = "compile", (network, config, lowered.interface.lanes.count, within)
+        shared = None if keys_of is None else keys_of.present_keys
         with status("Compiling…"):
-            super().__init__(session, opening, lowered.interface, Limits.of(config))
+            super().__init__(session, opening, lowered.interface, Limits.of(config), shared)
 
 
 class FheCircuit(KeyOwner):
@@ -59,7 +67,7 @@ class FheCircuit(KeyOwner):
 
     Example:
         >>> import numpy as np
-        >>> from fheconv import quantize
+        >>> from fheconv import compile, quantize
         >>> image = np.arange(9).reshape(1, 3, 3)
         >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
         >>> circuit.keygen()
@@ -69,9 +77,16 @@ class FheCircuit(KeyOwner):
     """
 
     def __init__(
-        self, network: QuantizedNetwork, config: CompileConfig, lowered: Lowered | None = None
+        self,
+        network: QuantizedNetwork,
+        config: CompileConfig,
+        lowered: Lowered | None = None,
+        keys_of: KeyOwner | None = None,
     ) -> None:
-        """Compile the network. `lowered` is its function, if it was made already."""
+        """Compile the network, for the keys of `keys_of` if it is given.
+
+        `lowered` is its function, if it was made already.
+        """
         if not isinstance(config, CompileConfig):
             raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
         super().__init__()
@@ -80,22 +95,28 @@ class FheCircuit(KeyOwner):
         self._session: Session = in_process() if config.in_process else worker()
         one = lower(network, config.engine) if lowered is None else lowered
         self._lanes = images_together(one, config)
-        self._one: _LoweredHandle = self._compile(one)
+        self._keys_given = keys_of is not None
+        if keys_of is not None:
+            self._share_lock_of(keys_of)
+        self._one: _LoweredHandle = _LoweredHandle(self._session, network, one, config, keys_of)
         self._many: _LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
             self._handle_for(config.lanes)
-
-    def _compile(self, lowered: Lowered) -> _LoweredHandle:
-        return _LoweredHandle(self._session, self.network, lowered, self.config)
 
     def _handle_for(self, images: int) -> _LoweredHandle:
         """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
+        many = self._of_many()
+        if not self._is_current(many):
+            many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
+        return many
+
+    def _of_many(self) -> _LoweredHandle:
+        """Return the handle for several lanes, which has no keys yet when it is made."""
         if self._many is None:
-            self._many = self._compile(lower(self.network, self.config.engine, self._lanes))
-        if not self._is_current(self._many):
-            self._many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
+            lowered = lower(self.network, self.config.engine, self._lanes)
+            self._many = _LoweredHandle(self._session, self.network, lowered, self.config)
         return self._many
 
     def _is_current(self, handle: _LoweredHandle) -> bool:
@@ -121,16 +142,16 @@ class FheCircuit(KeyOwner):
         """The cost of one encrypted image, alone in its ciphertext."""
         compiled = self._one.compiled
         if not compiled.lookups:
-            return self._cost()
+            return self._cost(self._one)
         seconds = expected_seconds(self._session, compiled.lookups, compiled.complexity)
-        return replace(self._cost(), seconds=seconds)
+        return replace(self._cost(self._one), seconds=seconds)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
-        return self.network.input_shape, self.network.output_shape, self._cost().rows()
+        return self.network.input_shape, self.network.output_shape, self._cost(self._one).rows()
 
-    def _cost(self) -> Cost:
+    def _cost(self, handle: _LoweredHandle) -> Cost:
         """Return the cost without seconds. For seconds, lookups must be timed on this machine."""
-        compiled, lowered = self._one.compiled, self._one.lowered
+        compiled, lowered = handle.compiled, handle.lowered
         return Cost(
             layers=lowered.layers,
             lookups=compiled.lookups,
@@ -145,35 +166,44 @@ class FheCircuit(KeyOwner):
             seconds=None,
         )
 
-    def exported(self) -> Exported:
+    def exported(self, lanes: int = 1) -> Exported:
         """Return everything that files hold of the circuit. The seconds of this machine are left out.
 
-        Raises `InvalidArgumentError` for a circuit compiled with `CompileConfig.configuration`.
+        Raises `InvalidArgumentError` like `save`.
         """
-        if self.config.configuration is not None:
+        check_integer("lanes", lanes, 1)
+        if lanes not in (1, self._lanes):
             raise InvalidArgumentError(
-                "A circuit compiled with CompileConfig.configuration cannot be saved: that is an object of "
-                "Concrete's. Use the other fields of CompileConfig."
+                f"lanes={lanes}; in this circuit, 1 or {self._lanes} images share a ciphertext. Compile it "
+                f"with CompileConfig(lanes={lanes})."
             )
-        specs, mlir = self._one.request("export")
+        with self._lock:
+            handle = self._one if lanes == 1 else self._of_many()
+        specs, mlir = handle.request("export")
         return Exported(
-            interface=self._one.interface,
+            interface=handle.interface,
             specs=specs,
             mlir=mlir,
-            cost=self._cost(),
-            config=self.config,
+            cost=self._cost(handle),
+            recipe=Recipe.of(self.config, keys_given=self._keys_given),
         )
 
-    def save(self, folder: str | Path, *, class_names: Sequence[str] | None = None) -> tuple[Path, Path]:
+    def save(
+        self, folder: str | Path, *, class_names: Sequence[str] | None = None, lanes: int = 1
+    ) -> tuple[Path, Path]:
         """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-        The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext.
-        They hold no key, and nothing of the calibration images. `class_names` are names for the results.
+        The folder is made if it does not exist. The files hold no key, and nothing of the calibration images.
+        `class_names` are names for the results.
 
-        Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for a circuit compiled with
-        `CompileConfig.configuration`, and if there is not one name for each result.
+        The files hold the circuit for one image in each ciphertext, or with `lanes` for so many, which may be
+        1 or `cost.lanes`. With several, a batch takes less time, a single image more, and keys are others.
+
+        Raises `ArtifactError` if they cannot be written, `InvalidArgumentError` for other lanes, if there is
+        not one name for each result, and for a `CompileConfig.configuration` that files cannot hold
+        (`fheconv.circuits.files.recipe`).
         """
-        return save(self.exported(), folder, class_names=class_names)
+        return save(self.exported(lanes), folder, class_names=class_names)
 
     def encrypt(self, x: Data) -> Ciphertext:
         """Quantize and encrypt images (n, *input_shape), or one image without n.
@@ -292,38 +322,3 @@ class FheCircuit(KeyOwner):
         if not self._is_current(handle):
             raise ArtifactError(OTHER_KEYS)
         return handle
-
-
-@answers_keywords
-def compile(network: QuantizedNetwork, config: CompileConfig | None = None) -> FheCircuit:  # noqa: A001
-    """Compile a quantized network to an FHE circuit. No key is made yet.
-
-    Warns (`CostWarning`) of a circuit that takes over a minute an image or over 30 s to compile, or has over
-    2 GB of keys. Raises `CostError` before Concrete starts for a circuit that costs more than `config`
-    allows, or for which there are no parameters; both say what brings the cost down. Raises
-    `AccumulatorOverflowError` for accumulators wider than Concrete can hold, `CompilationError` if Concrete
-    cannot compile the network. What these advise was compiled before.
-
-    Example:
-        >>> import numpy as np
-        >>> from fheconv import quantize
-        >>> image = np.arange(9).reshape(1, 3, 3)
-        >>> circuit = compile(quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), image))
-        >>> circuit.predict(image)
-        array([[[ 5.,  7.],
-                [11., 13.]]])
-    """
-    if not isinstance(network, QuantizedNetwork):
-        raise InvalidArgumentError(
-            f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
-        )
-    return compiled(_checked, network, CompileConfig() if config is None else config)
-
-
-def _checked(network: QuantizedNetwork, config: CompileConfig) -> FheCircuit:
-    """Compile a network that costs no more than allowed."""
-    lowered = None
-    if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
-        lowered = lower(network, config.engine)
-        check_cost(lowered, config)
-    return FheCircuit(network, config, lowered)

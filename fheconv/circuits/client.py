@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Protocol
 
 from fheconv.basics.arrays import Array, ArrayLike, Shape
-from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.samples import Data, share_right, with_classes
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import read_client
+from fheconv.circuits.files.identity import keyset_of
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.circuits.native.worker import worker
@@ -38,10 +39,16 @@ class Client(KeyOwner):
         True
     """
 
-    def __init__(self, manifest: Manifest, interface: Interface, specs: bytes) -> None:
+    def __init__(
+        self, manifest: Manifest, interface: Interface, specs: bytes, keys_of: KeyOwner | None = None
+    ) -> None:
         self.manifest = manifest
         super().__init__()
-        self._one = KeyedHandle(worker(), ("open_client", (manifest.fingerprint, specs)), interface)
+        if keys_of is not None:
+            self._share_lock_of(keys_of)
+        shared = None if keys_of is None else keys_of.present_keys
+        opening = "open_client", (manifest.fingerprint, specs)
+        self._one = KeyedHandle(worker(), opening, interface, shared=shared)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         return self.manifest.input_shape, self.manifest.output_shape, self.cost.rows()
@@ -121,11 +128,14 @@ class Evaluator(Protocol):
         """Return the encrypted results."""
 
 
-def load_client(file: str | Path | bytes) -> Client:
+def load_client(file: str | Path | bytes, *, keys_of: KeyOwner | None = None) -> Client:
     """Return the client of a `client.zip`, or of its bytes. It has no keys yet.
 
+    keys_of: the client of another circuit, which was compiled for the same keys (`keys_of` of
+        `fheconv.compile`). The new client has its keys. Keys that either makes later are those of both.
+
     Raises `ArtifactError` for a file that is damaged, altered or of another version, or whose parameters
-    would not hide the images (`fheconv.circuits.files.security`).
+    would not hide the images (`fheconv.circuits.files.security`), and for one of another key set.
 
     Example:
         >>> import numpy as np, tempfile
@@ -137,4 +147,9 @@ def load_client(file: str | Path | bytes) -> Client:
         (0.0, 15.0)
     """
     parts = read_client(file)
-    return Client(parts.manifest, parts.interface, parts.specs)
+    if keys_of is not None and keyset_of(parts.specs) != keys_of.keyset:
+        raise ArtifactError(
+            "The circuit has other parameters than the given keys, and cannot run under them; it must be "
+            "compiled with keys_of=, or get keys of its own."
+        )
+    return Client(parts.manifest, parts.interface, parts.specs, keys_of)

@@ -9,32 +9,45 @@ from fheconv.basics.errors import ArtifactError
 from fheconv.basics.files import PIECE, check_regular, naming, read_file, write_file
 from fheconv.circuits.files.envelope import Envelope, Incoming
 
-ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", names=("fingerprint", "key_id"))
-EVALUATION = Envelope(
-    magic=b"fheevalk", what="evaluation key file", maker="to_bytes()", names=("fingerprint", "key_id")
-)
+_NAMES = {"names": ("fingerprint", "key_id"), "later": ("keyset",)}
+ENVELOPE = Envelope(magic=b"fhekeys\0", what="key file", maker="save_keys()", **_NAMES)
+EVALUATION = Envelope(magic=b"fheevalk", what="evaluation key file", maker="to_bytes()", **_NAMES)
 MAX_BYTES = 2**36
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PublicKeys:
-    """The names of a key set in hexadecimal: its circuit's fingerprint and its own id.
+class KeyNames:
+    """The names of keys in hexadecimal.
+
+    fingerprint: the circuit that they were made with.
+    key_id: their own id. Those of every `keygen` are others.
+    keyset: the key set of their parameters (`fheconv.circuits.files.identity`). Every circuit of that key set
+        runs under them. None in files of earlier versions, whose keys go with the one circuit only.
 
     Raises `ArtifactError` for other names.
     """
 
     fingerprint: str
     key_id: str
+    keyset: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("fingerprint", "key_id"):
-            value = getattr(self, name)
+        for name, value in self.names().items():
             if not isinstance(value, str) or not value:
-                raise ArtifactError(f"The evaluation keys' {name} is {value!r:.50}, not a name.")
+                raise ArtifactError(f"The keys' {name} is {value!r:.50}, not a name.")
+
+    def names(self) -> dict[str, str]:
+        """Return those names that there are, as headers have them."""
+        later = {} if self.keyset is None else {"keyset": self.keyset}
+        return {"fingerprint": self.fingerprint, "key_id": self.key_id, **later}
+
+    def belong_to(self, fingerprint: str, keyset: str) -> bool:
+        """Return True if the circuit with that fingerprint and key set runs under these keys."""
+        return self.fingerprint == fingerprint if self.keyset is None else self.keyset == keyset
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationKeys(_PublicKeys):
+class EvaluationKeys(KeyNames):
     """The keys that a server needs to run a circuit. They cannot decrypt anything.
 
     `payload` is the keys as Concrete writes them.
@@ -62,7 +75,7 @@ class EvaluationKeys(_PublicKeys):
 
     def chunks(self) -> Iterator[bytes]:
         """Yield `to_bytes` in pieces, without a copy of the keys."""
-        return EVALUATION.chunks({"fingerprint": self.fingerprint, "key_id": self.key_id}, [self.payload])
+        return EVALUATION.chunks(self.names(), [self.payload])
 
     def to_bytes(self) -> bytes:
         """Return everything as bytes, in the format of `fheconv.circuits.files.envelope`."""
@@ -96,7 +109,7 @@ class EvaluationKeys(_PublicKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredKeys(_PublicKeys):
+class StoredKeys(KeyNames):
     """Evaluation keys that stay on the disk, in a checked file of `EvaluationKeys.to_bytes`.
 
     The keys begin at byte `start` and take `size` bytes. `name` is the name of the `EvaluationKeys`.
@@ -142,31 +155,31 @@ class StoredKeys(_PublicKeys):
             return file.read(self.size)
 
 
-def write_keys(path: Path, fingerprint: str, key_id: str, keys: bytes, *, overwrite: bool) -> None:
+def write_keys(path: Path, names: KeyNames, keys: bytes, *, overwrite: bool) -> None:
     """Write a key file that only its owner may read. It is written completely or not at all.
 
     Raises `ArtifactError` if the file exists and `overwrite` is False, or if it cannot be written.
     """
-    chunks = ENVELOPE.chunks({"fingerprint": fingerprint, "key_id": key_id}, [keys])
-    write_file(path, chunks, private=True, overwrite=overwrite)
+    write_file(path, ENVELOPE.chunks(names.names(), [keys]), private=True, overwrite=overwrite)
 
 
-def read_keys(path: Path, fingerprint: str) -> tuple[str, bytes]:
-    """Return the key id and the keys of a file made for the circuit of that fingerprint.
+def read_keys(path: Path, fingerprint: str, keyset: str) -> tuple[KeyNames, bytes]:
+    """Return the names and the keys of a file, for the circuit of that fingerprint and key set.
 
-    Raises `ArtifactError` for a file that cannot be read, is damaged, or belongs to another circuit.
+    Raises `ArtifactError` for a file that cannot be read, is damaged, or does not go with the circuit.
     """
-    found, key_id, keys = read_key_file(path)
-    if found != fingerprint:
+    names, keys = read_key_file(path)
+    if not names.belong_to(fingerprint, keyset):
         raise ArtifactError(
-            f"The keys of {path} belong to another circuit; compile the one they were made for. Keys made "
-            "for files of format 1 go with a client.zip of format 1."
+            f"The keys of {path} belong to another circuit, with other parameters; compile the one they were "
+            "made for, or this one with keys_of=. Keys made for files of format 1 go with a client.zip of "
+            "format 1."
         )
-    return key_id, keys
+    return names, keys
 
 
-def read_key_file(path: Path) -> tuple[str, str, bytes]:
-    """Return the circuit's fingerprint, the key id and the secret keys of a file.
+def read_key_file(path: Path) -> tuple[KeyNames, bytes]:
+    """Return the names and the secret keys of a file.
 
     Raises `ArtifactError` for a file that cannot be read or is damaged.
     """
@@ -181,7 +194,4 @@ def read_key_file(path: Path) -> tuple[str, str, bytes]:
         raise ArtifactError(f"The keys cannot be read from {path}: {error}.") from error
     with naming(path):
         fields, payload = ENVELOPE.unpack(data, MAX_BYTES)
-    for name in ("fingerprint", "key_id"):
-        if not isinstance(fields[name], str) or not fields[name]:
-            raise ArtifactError(f"The key file {path} names no {name}.")
-    return fields["fingerprint"], fields["key_id"], bytes(payload)
+        return KeyNames(**fields), bytes(payload)

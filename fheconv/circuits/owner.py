@@ -16,17 +16,35 @@ from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import status
 from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
-from fheconv.circuits.keys import EvaluationKeys, read_keys, write_keys
+from fheconv.circuits.keys import EvaluationKeys, KeyNames, read_keys, write_keys
 from fheconv.circuits.native.handle import Handle
 from fheconv.circuits.native.protocol import UNLIMITED, Limits, Session
 from fheconv.lowering.interface import Interface
 
 
+class Keys:
+    """The present keys of a key set, which several circuits may share.
+
+    `key_id` is their name, "" before there are any, `held` the keys themselves. `maker` is the fingerprint of
+    the circuit that they were made with. It is part of the names of evaluation keys, so that these are the
+    same whichever of the circuits asks for them.
+    """
+
+    def __init__(self) -> None:
+        self.key_id = self.maker = ""
+        self.held: bytes | None = None
+
+    def become(self, key_id: str, held: bytes, maker: str) -> None:
+        """Replace the keys."""
+        self.held, self.key_id, self.maker = held, key_id, maker
+
+
 class KeyedHandle(Handle):
     """One compiled function and its keys.
 
-    The native library holds the function with the key set named `key_id`. Every request says this name. A
-    worker that holds the function with other keys, or with none, is given it again with these.
+    The native library holds the function with the keys named `key_id`. Every request says this name. A worker
+    that holds the function with other keys, or with none, is given it again with these. `shared` are the keys
+    of another circuit with the same key set, to have in common with it.
     """
 
     def __init__(
@@ -35,39 +53,52 @@ class KeyedHandle(Handle):
         opening: tuple[str, tuple[Any, ...]],
         interface: Interface,
         limits: Limits = UNLIMITED,
+        shared: Keys | None = None,
     ) -> None:
         self.interface = interface
-        self.key_id = ""
-        self.keys: bytes | None = None
+        self.present = Keys() if shared is None else shared
         super().__init__(session, opening, limits)
+
+    @property
+    def key_id(self) -> str:
+        """The name of the present keys, "" before there are any."""
+        return self.present.key_id
+
+    @property
+    def keys(self) -> bytes | None:
+        """The present keys, None before there are any."""
+        return self.present.held
 
     def _request(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return super()._request(method, (self.key_id, *arguments))
 
-    def _reopen(self, *more: Any) -> None:
-        super()._reopen(*(more or (self.key_id, self.keys)))
+    def _open(self, *more: Any) -> Any:
+        return super()._open(*(more or (self.key_id, self.keys)))
 
     def keygen(self, key_id: str) -> None:
         """Make new keys with the name `key_id`."""
         keys = self.request("keygen", key_id)
-        self.keys, self.key_id = keys, key_id
+        self.present.become(key_id, keys, self.fingerprint)
 
     def save_keys(self, path: Path, *, overwrite: bool) -> None:
         """Write the keys to a file (see `KeyOwner.save_keys`)."""
         self.require_keys("save_keys")
-        write_keys(path, self.fingerprint, self.key_id, self.keys or b"", overwrite=overwrite)
+        write_keys(path, self._names(), self.keys or b"", overwrite=overwrite)
 
     def load_keys(self, path: Path) -> None:
         """Use the keys of a file (see `KeyOwner.load_keys`)."""
-        key_id, keys = read_keys(path, self.fingerprint)
-        self._reopen(key_id, keys)
-        self.key_id, self.keys = key_id, keys
+        names, keys = read_keys(path, self.fingerprint, self.keyset)
+        self._reopen(names.key_id, keys)
+        self.present.become(names.key_id, keys, names.fingerprint)
 
     def evaluation_keys(self) -> EvaluationKeys:
         """Return the keys that a server needs, without the secret ones."""
         self.require_keys("evaluation_keys")
         payload = self.request("evaluation_keys")
-        return EvaluationKeys(fingerprint=self.fingerprint, key_id=self.key_id, payload=payload)
+        return EvaluationKeys(**self._names().names(), payload=payload)
+
+    def _names(self) -> KeyNames:
+        return KeyNames(fingerprint=self.present.maker, key_id=self.key_id, keyset=self.keyset)
 
     def encrypt(self, q: Array, batched: bool) -> Ciphertext:
         """Encrypt integer images (N, C, *S)."""
@@ -126,9 +157,14 @@ class KeyOwner(Brief):
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         """Return the shapes of an image and of its results, and what matters most of the cost."""
 
-    def _share_keys_of(self, other: "KeyOwner") -> None:
-        """Have one set of keys with another owner, no matter which of the two makes new ones."""
-        self._one, self._lock = other._one, other._lock
+    def _share_circuit_of(self, other: "KeyOwner") -> None:
+        """Have the circuit in common with another owner, and so the keys."""
+        self._one = other._one
+        self._share_lock_of(other)
+
+    def _share_lock_of(self, other: "KeyOwner") -> None:
+        """Let the keys of both change only while neither uses them."""
+        self._lock = other._lock
         _owners.add(self)
 
     def __reduce__(self) -> NoReturn:
@@ -141,6 +177,25 @@ class KeyOwner(Brief):
     def fingerprint(self) -> str:
         """The fingerprint of the circuit, in hexadecimal."""
         return self._one.fingerprint
+
+    @property
+    def keyset(self) -> str:
+        """The name of the key set, in hexadecimal: circuits with the same one run under the same keys."""
+        return self._one.keyset
+
+    @property
+    def specs(self) -> bytes:
+        """Concrete's parameters of the circuit, on which its keys depend."""
+        return bytes(self._one.compiled.specs)
+
+    @property
+    def present_keys(self) -> Keys:
+        """The keys, which other circuits of the key set may have in common with this one."""
+        return self._one.present
+
+    def has_keys_of(self, other: "KeyOwner") -> bool:
+        """Return True if both have one set of keys, no matter which of the two makes new ones."""
+        return self._one.present is other._one.present
 
     @property
     def evaluation_keys(self) -> EvaluationKeys:
@@ -171,8 +226,8 @@ class KeyOwner(Brief):
     def load_keys(self, path: str | Path) -> None:
         """Use the keys of a file that `save_keys` wrote for the same circuit, here or on its other side.
 
-        Raises `ArtifactError` for a file that is damaged or belongs to another circuit. Then the present keys
-        stay.
+        It may also be of another circuit with the same key set (see `keys_of` of `fheconv.compile`). Raises
+        `ArtifactError` for a file that is damaged or goes with another key set. Then the present keys stay.
         """
         with self._lock:
             self._one.load_keys(Path(path))

@@ -1,7 +1,7 @@
 """Finds out what does compile, where Concrete refuses a network: it compiles one change after the other."""
 
-from collections.abc import Callable, Iterator
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, takewhile
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -22,22 +22,30 @@ ROUNDED = (6, 5, 4)
 
 
 def compiled(
-    make: Callable[[QuantizedNetwork, CompileConfig], C], network: QuantizedNetwork, config: CompileConfig
+    make: Callable[[QuantizedNetwork, CompileConfig], C],
+    network: QuantizedNetwork,
+    config: CompileConfig,
+    first: Sequence[dict[str, Any]] = (),
 ) -> C:
-    """Return what `make` compiles. If that is refused, raise the error with a change that does compile."""
+    """Return what `make` compiles. If that is refused, raise the error with a change that does compile.
+
+    Of the changes, those that are `first` are tried first.
+    """
     try:
         return make(network, config)
     except AccumulatorOverflowError as error:
-        raise _advice(make, network, config).after(error) from error
+        raise _advice(make, network, config, first).after(error) from error
     except Refused as error:
-        raise _advice(make, network, config).after(CompilationError(str(error))) from error
+        raise _advice(make, network, config, first).after(CompilationError(str(error))) from error
 
 
-def _advice(make: Compile, network: QuantizedNetwork, config: CompileConfig) -> Advice:
+def _advice(
+    make: Compile, network: QuantizedNetwork, config: CompileConfig, first: Sequence[dict[str, Any]]
+) -> Advice:
     """Return the first change that compiles. Nothing new is tried after `MOST_SECONDS`."""
     end = monotonic() + MOST_SECONDS
     with status("Looking for what does compile…"):
-        for settings in takewhile(lambda _: monotonic() < end, _changes(network, config)):
+        for settings in takewhile(lambda _: monotonic() < end, chain(first, _changes(network, config))):
             quant, compiling = applied(settings, network.config, config)
             try:
                 changed = network

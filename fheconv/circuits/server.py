@@ -44,14 +44,14 @@ class Server(Brief):
     def __init__(
         self, parts: ServerParts, *, session: Session | None = None, keys_in_memory: int = KEYS_IN_MEMORY
     ) -> None:
-        self.manifest, self.config, self.file = parts.manifest, parts.config, parts.file
+        self.manifest, self.config, self.file = parts.manifest, parts.recipe.config, parts.file
         self._parts = parts
         self._keys_in_memory = keys_in_memory
         # `cost.lookups` cannot be used: Concrete leaves out lookups on which no result depends.
         looks_up = any(layer.lookups for layer in parts.manifest.cost.layers)
-        opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.config
+        opening = parts.manifest.fingerprint, parts.specs, parts.mlir, looks_up, parts.recipe
         self._handle = Handle(
-            worker() if session is None else session, ("open_server", opening), Limits.of(parts.config)
+            worker() if session is None else session, ("open_server", opening), Limits.of(parts.recipe.config)
         )
 
     def _summary(self) -> tuple[str, list[tuple[str, str]]]:
@@ -73,6 +73,11 @@ class Server(Brief):
         return self.manifest.fingerprint
 
     @property
+    def keyset(self) -> str:
+        """The name of the key set, in hexadecimal: circuits with the same one run under the same keys."""
+        return self._handle.keyset
+
+    @property
     def cost(self) -> Cost:
         """The cost of one encrypted image."""
         return self.manifest.cost
@@ -89,7 +94,7 @@ class Server(Brief):
 
     def check(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> None:
         """Raise `ArtifactError` unless the ciphertext can be run with these keys."""
-        check_keys(evaluation_keys, self.fingerprint)
+        check_keys(evaluation_keys, self.fingerprint, self.keyset)
         check_input(ciphertext, self.manifest, evaluation_keys.key_id)
 
     def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
@@ -102,22 +107,22 @@ class Server(Brief):
             return bytes(self._handle.request("run_for", keys.name, given, most, value))
 
 
-def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str) -> None:
-    """Raise `ArtifactError` unless these are evaluation keys of that circuit."""
+def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str, keyset: str) -> None:
+    """Raise `ArtifactError` unless the circuit of that fingerprint and key set runs under these keys."""
     if not isinstance(keys, EvaluationKeys | StoredKeys):
         raise ArtifactError(
             f"run takes evaluation keys, not {type(keys).__name__}; give it client.evaluation_keys."
         )
-    if keys.fingerprint != fingerprint:
+    if not keys.belong_to(fingerprint, keyset):
         raise ArtifactError(
-            "The evaluation keys belong to another circuit; make keys with this one's client. (With a "
-            "server.zip of file format 1, a client of format 1 goes.)"
+            "The evaluation keys belong to another circuit, with other parameters; make keys with this one's "
+            "client. (With a server.zip of file format 1, a client of format 1 goes.)"
         )
 
 
 def check_input(ciphertext: Ciphertext, manifest: Manifest, key_id: str) -> None:
     """Raise `ArtifactError` unless these are encrypted images of that circuit and key set, of their size."""
-    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, 1)
+    check_ciphertext(ciphertext, "input", "run", manifest.fingerprint, key_id, manifest.lanes)
     most = manifest.cost.input_bytes + MARGIN
     for value in ciphertext.values:
         if len(value) > most:
@@ -150,5 +155,5 @@ def load_server(
         (1, 2, 2)
     """
     parts = read_server(file)
-    limited = replace(parts.config, time_limit=time_limit, memory_limit=memory_limit)
-    return Server(replace(parts, config=limited), session=session)
+    limited = replace(parts.recipe.config, time_limit=time_limit, memory_limit=memory_limit)
+    return Server(replace(parts, recipe=replace(parts.recipe, config=limited)), session=session)

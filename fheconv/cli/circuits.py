@@ -77,6 +77,9 @@ def compile_model(
     class_names: Annotated[
         str | None, typer.Option(help="What the results stand for, with commas between.")
     ] = None,
+    keys_of: Annotated[
+        Path | None, typer.Option(help="The client.zip of a circuit, under whose keys this one is to run.")
+    ] = None,
     trusted: Annotated[
         bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it, from people you trust.")
     ] = False,
@@ -89,7 +92,7 @@ def compile_model(
     --rounding-bits 6 --p-error 0.05 --class-names 0,1,2,3,4,5,6,7,8,9
     """
     from fheconv.capture.checkpoint import load_model
-    from fheconv.circuits.circuit import compile as compile_circuit
+    from fheconv.circuits.compiling import compile as compile_circuit
     from fheconv.quantized import quantize
 
     given = bits_of(
@@ -106,7 +109,7 @@ def compile_model(
     try:
         with status("Quantizing…"):
             network = quantize(load_model(model, layer, trusted=trusted), images, config)
-        circuit = compile_circuit(network, compile_config)
+        circuit = compile_circuit(network, compile_config, keys_of=keys_of)
     except AccumulatorOverflowError as error:
         if as_json:
             _print_json({"fits": False, "message": str(error), **vars(error)})

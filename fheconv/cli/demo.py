@@ -9,7 +9,7 @@ from rich.console import Console
 from fheconv.basics.arrays import Array
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import MissingExtraError
-from fheconv.circuits.circuit import compile as compile_circuit
+from fheconv.circuits.compiling import compile as compile_circuit
 from fheconv.quantized import quantize
 
 SOBEL_X = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])

@@ -245,7 +245,7 @@ def _quantized(*arguments: Any) -> "QuantizedNetwork":
 
 
 def _compiled(network: "QuantizedNetwork", p_error: float | None) -> "FheCircuit":
-    from fheconv.circuits.circuit import compile as compile_circuit
+    from fheconv.circuits.compiling import compile as compile_circuit
 
     return compile_circuit(network, CompileConfig(p_error=p_error))
 

@@ -77,8 +77,8 @@ def inspect_file(path: Path) -> Inspection:
             kind=kind.removesuffix(".zip"), size=size, fingerprint=manifest.fingerprint, manifest=manifest
         )
     if kind == "a file of secret keys":
-        fingerprint, key_id, _ = read_key_file(path)
-        return Inspection(kind="secret keys", size=size, fingerprint=fingerprint, key_id=key_id)
+        names, _ = read_key_file(path)
+        return Inspection(kind="secret keys", size=size, fingerprint=names.fingerprint, key_id=names.key_id)
     if kind == "a file of evaluation keys":
         stored = StoredKeys.of(path)
         return Inspection(

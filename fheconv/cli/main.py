@@ -278,7 +278,7 @@ app.command()(serve)
 
 def _run_layer(source: Conv, config: QuantConfig, engine: str, image: Path, output: Path) -> bool:
     """Run a layer on an encrypted image, and return whether the result equals the clear one."""
-    from fheconv.circuits.circuit import compile as compile_circuit
+    from fheconv.circuits.compiling import compile as compile_circuit
     from fheconv.quantized import quantize
 
     pixels = load_image(image, source.in_channels, len(source.geometry.kernel))

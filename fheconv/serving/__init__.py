@@ -1,10 +1,13 @@
 """Runs circuits elsewhere: behind HTTP, and on the workers of a Dask cluster.
 
+disk: writes and removes files of keys.
 keystore: stores evaluation keys on the disk.
 admission: decides which requests may run, and runs them.
 tls: encrypts connections.
 connections: closes connections that wait too long.
 problems: turns errors into answers.
+metrics: counts requests, for Prometheus.
+routes: defines what the server takes and answers.
 request_log: writes the log.
 app: the entry: the server.
 remote: the server's client.

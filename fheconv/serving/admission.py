@@ -8,17 +8,18 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 
 from fheconv.basics.errors import ArtifactError, ExecutionError, FheConvError, RemoteError
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.server import MARGIN, Server
-from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
+from fheconv.serving.disk import ForeignKeys, KeysInUse, StoreFull, UnknownKeys
+from fheconv.serving.keystore import KeyStore
 
 # A request's ciphertexts hold at most this many images, and fewer if they are large or take more than about a
 # minute together (two cores do 10^10 of Concrete's units in a second). One image is always allowed.
@@ -51,7 +52,10 @@ STATUS: dict[type[FheConvError], int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of a request: `images` in one ciphertext, the bytes of its body, and of a set of keys."""
+    """The limits of a request: `images` in one ciphertext, the bytes of its body, and of a set of keys.
+
+    Images that share a value of the ciphertext count as one.
+    """
 
     images: int
     ciphertext_bytes: int
@@ -70,20 +74,24 @@ class Limits:
         )
 
 
+# The circuits that a server serves, by their fingerprints, all in one worker.
+Circuits: TypeAlias = Mapping[str, Server]
+
+
 class Pool:
-    """Copies of a server, each in its own worker, and places for the requests that use or wait for one."""
+    """Workers, each with copies of the circuits, and places for the requests that use or wait for one."""
 
     def __init__(self, workers: int, queue: int) -> None:
         self.places = workers + queue
         self.taken = self.running = 0
         self.workers, self._seconds = workers, 0.0
-        # Last in, first out: the server that was used last probably has the keys in memory.
-        self._idle: asyncio.Queue[Server] = asyncio.LifoQueue()
+        # Last in, first out: the worker that was used last probably has the keys in memory.
+        self._idle: asyncio.Queue[Circuits] = asyncio.LifoQueue()
         self._threads = ThreadPoolExecutor(workers, "fheconv run")
 
-    def add(self, server: Server) -> None:
-        """Let requests use this copy."""
-        self._idle.put_nowait(server)
+    def add(self, circuits: Circuits) -> None:
+        """Let requests use these copies, which are in one worker."""
+        self._idle.put_nowait(circuits)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -104,20 +112,20 @@ class Pool:
             self.taken -= 1
 
     async def run(
-        self, request: Request, values: Sequence[bytes], evaluate: Callable[[Server, bytes], bytes]
+        self, request: Request, values: Sequence[bytes], evaluate: Callable[[Circuits, bytes], bytes]
     ) -> list[bytes]:
-        """Evaluate each value in a thread, with a server. All servers that are free take part.
+        """Evaluate each value in a thread, with the circuits of a worker. All free workers take part.
 
-        Requests wait for one server at a time, so those that come later get their turn between two values.
+        Requests wait for one worker at a time, so those that come later get their turn between two values.
         Raises `ClientDisconnect` if the client leaves. Then the values that run are the last ones.
         """
         leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
         begun: list[asyncio.Task[bytes]] = []
         try:
             for value in values:
-                server = await self._turn(leaving)
+                circuits = await self._turn(leaving)
                 self.running += not begun
-                begun.append(asyncio.ensure_future(self._evaluated(server, value, evaluate)))
+                begun.append(asyncio.ensure_future(self._evaluated(circuits, value, evaluate)))
                 if any(one.done() and one.exception() is not None for one in begun):
                     break
             return await asyncio.gather(*begun)
@@ -132,17 +140,17 @@ class Pool:
                 self.running -= 1
 
     async def _evaluated(
-        self, server: Server, value: bytes, evaluate: Callable[[Server, bytes], bytes]
+        self, circuits: Circuits, value: bytes, evaluate: Callable[[Circuits, bytes], bytes]
     ) -> bytes:
         started = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, evaluate, server, value)
+            return await loop.run_in_executor(self._threads, evaluate, circuits, value)
         finally:
             self._seconds = time.monotonic() - started
-            self._idle.put_nowait(server)
+            self._idle.put_nowait(circuits)
 
-    async def _turn(self, leaving: "asyncio.Future[Any]") -> Server:
+    async def _turn(self, leaving: "asyncio.Future[Any]") -> Circuits:
         turn = asyncio.ensure_future(self._idle.get())
         try:
             await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,10 +195,22 @@ async def _pieces(request: Request, most: int) -> AsyncIterator[bytes]:
 class Service:
     """Does the work of the routes."""
 
-    def __init__(self, server: Server, store: KeyStore, limits: Limits, pool: Pool) -> None:
-        self.store, self.limits, self.pool = store, limits, pool
-        self._server = server
+    def __init__(self, circuits: Circuits, store: KeyStore, pool: Pool) -> None:
+        self.circuits, self.store, self.pool = circuits, store, pool
+        self.limits = {name: Limits.of(server) for name, server in circuits.items()}
+        self._most_bytes = max(limits.ciphertext_bytes for limits in self.limits.values())
         self._uploads = 0
+
+    def circuit(self, fingerprint: str | None) -> Server:
+        """Return the circuit of a fingerprint, by default the first. Refuse what is not served."""
+        if fingerprint is None:
+            return next(iter(self.circuits.values()))
+        if fingerprint not in self.circuits:
+            served = ", ".join(f"{name:.12}" for name in self.circuits)
+            raise Refused(
+                404, ArtifactError, f"Here is no circuit {fingerprint:.64}; the server serves {served}."
+            )
+        return self.circuits[fingerprint]
 
     async def receive_keys(self, request: Request, name: str) -> int:
         """Store the keys of a body under their name, and return how many bytes they take."""
@@ -201,7 +221,7 @@ class Service:
         self._uploads += 1
         try:
             with self.store.receive() as upload:
-                async for piece in _gathered(_pieces(request, self.limits.key_bytes)):
+                async for piece in _gathered(_pieces(request, self.store.max_bytes)):
                     await asyncio.to_thread(upload.feed, piece)
                 await asyncio.to_thread(upload.keep, name)
         finally:
@@ -212,7 +232,7 @@ class Service:
         """Run the ciphertext of a body with the keys of that name."""
         with self.pool.place(), contextlib.ExitStack() as used:
             keys = await asyncio.to_thread(used.enter_context, self.store.use(name))
-            body = b"".join([piece async for piece in _pieces(request, self.limits.ciphertext_bytes)])
+            body = b"".join([piece async for piece in _pieces(request, self._most_bytes)])
             ciphertext = await asyncio.to_thread(self._read, body)
             del body
 
@@ -221,21 +241,26 @@ class Service:
                     409, ArtifactError, "The ciphertext was made with other keys than it comes for."
                 )
 
-            self._server.check(ciphertext, keys)
+            served = ciphertext.fingerprint
+            self.circuits[served].check(ciphertext, keys)
             values = await self.pool.run(
-                request, ciphertext.values, lambda server, value: server.run_value(value, keys)
+                request,
+                ciphertext.values,
+                lambda circuits, value: circuits[served].run_value(value, keys),
             )
             return await asyncio.to_thread(ciphertext.with_results(values).to_bytes)
 
     def _read(self, body: bytes) -> Ciphertext:
-        ciphertext = Ciphertext.from_bytes(body, max_bytes=self.limits.ciphertext_bytes)
-        if ciphertext.fingerprint != self._server.fingerprint:
+        ciphertext = Ciphertext.from_bytes(body, max_bytes=self._most_bytes)
+        if ciphertext.fingerprint not in self.circuits:
             raise Refused(409, ArtifactError, "The ciphertext belongs to another circuit than the server's.")
-        if len(ciphertext.values) > self.limits.images:
+        limits, images = self.limits[ciphertext.fingerprint], len(ciphertext.values)
+        if images > limits.images or len(body) > limits.ciphertext_bytes:
             raise Refused(
                 413,
                 ArtifactError,
-                f"The ciphertext has {len(ciphertext.values)} images; send at most {self.limits.images}.",
+                f"The ciphertext has {images} images in {len(body):,} bytes; send at most {limits.images} "
+                f"images in {limits.ciphertext_bytes:,} bytes to this circuit.",
             )
         return ciphertext
 

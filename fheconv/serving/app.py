@@ -1,10 +1,12 @@
-"""Serves one circuit over HTTP (the extra `serve`).
+"""Serves circuits over HTTP (the extra `serve`).
 
 A client sends evaluation keys once. They stay on the disk under a name that is the digest of their content.
 Ciphertexts are run with the keys of a name. Everything that arrives is checked before the native library sees
 a byte of it. The library runs in worker processes, so if it dies, only one request fails.
 
-Everybody who may talk to the server may run the circuit, store keys, and remove keys whose name they know.
+Circuits of one key set run under the same keys. A ciphertext says which circuit is to run.
+
+Everybody who may talk to the server may run the circuits, store keys, and remove keys whose name they know.
 TLS must protect the token and the ciphertexts on their way, if other machines reach the server: see `Tls`.
 """
 
@@ -14,72 +16,39 @@ import hmac
 import ipaddress
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fheconv.basics.checks import check_integer, check_token
 from fheconv.basics.errors import InvalidArgumentError, MissingExtraError, RemoteError
-from fheconv.circuits.files.archive import client_file
 from fheconv.circuits.native.worker import Worker
 from fheconv.circuits.server import KEYS_IN_MEMORY, Server
-from fheconv.serving.keystore import EXPIRY, NAME, QUOTA, KeyStore
+from fheconv.serving.keystore import EXPIRY, QUOTA, KeyStore
 from fheconv.serving.tls import Tls
 
 try:
     import uvicorn
-    from fastapi import Depends, FastAPI, Request, Response
-    from fastapi import Path as PathParameter
+    from fastapi import Depends, FastAPI
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-    from pydantic import BaseModel
 
-    from fheconv.serving.admission import Limits, Pool, Refused, Service
+    from fheconv.serving import routes
+    from fheconv.serving.admission import Circuits, Limits, Pool, Refused, Service
     from fheconv.serving.connections import CONNECTIONS, Connection
-    from fheconv.serving.problems import HANDLERS, Problem
+    from fheconv.serving.metrics import Counting, Metrics
+    from fheconv.serving.problems import HANDLERS
     from fheconv.serving.request_log import LOGGER, RequestLog, log_as_json
 except ImportError as error:
     raise MissingExtraError(
         f'fheconv.serve needs FastAPI and uvicorn ({error}); install them with: pip install "fheconv[serve]".'
     ) from error
 
-# The time that running requests still have when the server is told to stop.
-GRACE_SECONDS = 10
 SWEEP_SECONDS = 3600
-T = TypeVar("T")
-
-Name = Annotated[str, PathParameter(pattern=f"^{NAME.pattern}$", description="The keys' SHA-256.")]
-
-
-class Health(BaseModel):
-    """The state of the server: its status, and the numbers of requests that run and wait."""
-
-    status: str
-    running: int
-    waiting: int
-
-
-class Stored(BaseModel):
-    """Evaluation keys that the server has."""
-
-    name: str
-    bytes: int
-
-
-def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in (401, *statuses)}
-
-
-def _binary(media_type: str) -> dict[str, Any]:
-    return {"content": {media_type: {"schema": {"type": "string", "format": "binary"}}}}
-
-
-_BODY = {"requestBody": {**_binary("application/octet-stream"), "required": True}}
 
 
 def application(
-    server: Server,
+    server: Server | Sequence[Server],
     *,
     folder: str | Path,
     token: str | None = None,
@@ -88,55 +57,81 @@ def application(
     quota: int = QUOTA,
     expiry: float = EXPIRY,
     keys_in_memory: int = KEYS_IN_MEMORY,
+    metrics: bool = False,
 ) -> FastAPI:
-    """Return the ASGI application that serves a circuit.
+    """Return the ASGI application that serves a circuit, or several.
 
     Evaluation keys are stored in `folder`, at most `quota` bytes of them, and for `expiry` seconds after
-    their last use. `workers` processes run ciphertexts, each with up to `keys_in_memory` sets of keys.
-    `queue` requests may wait for them. Further requests are answered 429. With a `token` (one word of
-    printable ASCII), every request must bear it, except those for /health and the description of the API.
+    their last use. `workers` processes run ciphertexts. Each holds all circuits, and up to `keys_in_memory`
+    sets of keys. `queue` requests may wait for them. Further requests are answered 429. With a `token` (one
+    word of printable ASCII), every request must bear it, except those for /health and the description of the
+    API. With `metrics`, /metrics tells numbers and seconds of requests, the queue and the stored keys in the
+    text format of Prometheus.
 
-    Raises `InvalidArgumentError` for invalid numbers, and for a folder that cannot be used.
+    Raises `InvalidArgumentError` for invalid numbers, for a folder that cannot be used, and unless there are
+    circuits that all differ.
     """
     check_integer("workers", workers, 1)
     check_integer("queue", queue, 0)
     check_integer("keys_in_memory", keys_in_memory, 1)
     if token is not None:
         check_token(token)
-    limits = Limits.of(server)
-    store = KeyStore(folder, server.fingerprint, max_bytes=limits.key_bytes, quota=quota, expiry=expiry)
+    circuits = _by_name(server)
+    keysets = {name: one.keyset for name, one in circuits.items()}
+    most = max(Limits.of(one).key_bytes for one in circuits.values())
+    store = KeyStore(folder, keysets, max_bytes=most, quota=quota, expiry=expiry)
     pool = Pool(workers, queue)
-    service = Service(server, store, limits, pool)
+    service = Service(circuits, store, pool)
 
     app = FastAPI(
         title="fheconv",
-        description="A circuit that runs on encrypted images.",
+        description="Circuits that run on encrypted images.",
         redoc_url=None,
-        lifespan=_lifespan(server, pool, store, keys_in_memory),
+        lifespan=_lifespan(circuits, pool, store, keys_in_memory),
     )
     app.add_middleware(RequestLog)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
+    if metrics:
+        counted = Metrics()
+        app.add_middleware(Counting, metrics=counted)
     guarded: Any = {"dependencies": [Depends(_guard(token))]}
-    _describe(app, server, service, guarded)
-    _store_keys(app, service, guarded)
-    _run(app, service, guarded)
+    routes.describe(app, service, guarded)
+    routes.store_keys(app, service, guarded)
+    routes.run_circuits(app, service, guarded)
+    if metrics:
+        routes.tell_metrics(app, service, counted, guarded)
     return app
 
 
+def _by_name(server: Server | Sequence[Server]) -> dict[str, Server]:
+    """Return the circuits by their fingerprints."""
+    servers = [server] if isinstance(server, Server) else list(server)
+    circuits = {one.fingerprint: one for one in servers}
+    if not circuits or len(circuits) < len(servers):
+        raise InvalidArgumentError(
+            f"There are {len(servers)} circuits to serve, and {len(circuits)} different ones; give at least "
+            "one, and each once."
+        )
+    return circuits
+
+
 def _lifespan(
-    server: Server, pool: Pool, store: KeyStore, keys_in_memory: int
+    circuits: Circuits, pool: Pool, store: KeyStore, keys_in_memory: int
 ) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     """Return a context that starts the workers before the first request and stops them after the last."""
+
+    def copies(session: Worker) -> Circuits:
+        return {name: one.beside(session, keys_in_memory) for name, one in circuits.items()}
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         sessions = [Worker() for _ in range(pool.workers)]
         sweep = asyncio.ensure_future(_sweep(store))
         try:
-            opened = (asyncio.to_thread(server.beside, session, keys_in_memory) for session in sessions)
-            for copy in await asyncio.gather(*opened):
-                pool.add(copy)
+            opened = (asyncio.to_thread(copies, session) for session in sessions)
+            for held in await asyncio.gather(*opened):
+                pool.add(held)
             yield
         finally:
             sweep.cancel()
@@ -148,78 +143,8 @@ def _lifespan(
     return lifespan
 
 
-def _describe(app: FastAPI, server: Server, service: Service, guarded: Any) -> None:
-    """Add the routes that describe the circuit."""
-    client_zip = client_file(server.file)
-
-    @app.get("/health")
-    async def health() -> Health:
-        """Tell that the server works, and how busy it is."""
-        return Health(
-            status="ok", running=service.pool.running, waiting=service.pool.taken - service.pool.running
-        )
-
-    @app.get("/circuit", responses=_answers(), **guarded)
-    async def circuit() -> dict[str, Any]:
-        """Return the description of the circuit, and the limits of a request."""
-        return {"manifest": server.manifest.to_dict(), "limits": asdict(service.limits)}
-
-    @app.get(
-        "/client",
-        response_class=Response,
-        responses={200: _binary("application/zip"), **_answers()},
-        **guarded,
-    )
-    async def client() -> Response:
-        """Return client.zip, which is needed to make keys, encrypt images and decrypt results."""
-        return Response(client_zip, media_type="application/zip")
-
-
-def _store_keys(app: FastAPI, service: Service, guarded: Any) -> None:
-    """Add the routes that store evaluation keys."""
-
-    @app.get("/keys/{name}", responses=_answers(404, 422), **guarded)
-    async def known(name: Name) -> Stored:
-        """Tell if the server has these evaluation keys."""
-        return Stored(name=name, bytes=service.store.size_of(name))
-
-    @app.put(
-        "/keys/{name}",
-        responses=_answers(400, 408, 409, 413, 422, 429, 503, 507),
-        openapi_extra=_BODY,
-        **guarded,
-    )
-    async def send(name: Name, request: Request) -> Stored:
-        """Store evaluation keys, as EvaluationKeys.to_bytes() writes them, under the digest at their end."""
-        return Stored(name=name, bytes=await _until_stopped(service.receive_keys(request, name)))
-
-    @app.delete("/keys/{name}", status_code=204, responses=_answers(404, 409, 422), **guarded)
-    async def forget(name: Name) -> None:
-        """Remove evaluation keys, unless a request is using them."""
-        service.store.delete(name)
-
-
-def _run(app: FastAPI, service: Service, guarded: Any) -> None:
-    """Add the route that runs ciphertexts."""
-
-    @app.post(
-        "/run/{name}",
-        response_class=Response,
-        responses={
-            200: _binary("application/octet-stream"),
-            **_answers(400, 404, 408, 409, 413, 422, 429, 500, 503),
-        },
-        openapi_extra=_BODY,
-        **guarded,
-    )
-    async def run(name: Name, request: Request) -> Response:
-        """Run a ciphertext, as Ciphertext.to_bytes() writes it, with the evaluation keys of that name."""
-        results = await _until_stopped(service.run(request, name))
-        return Response(results, media_type="application/octet-stream")
-
-
 def serve(
-    server: Server,
+    server: Server | Sequence[Server],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -228,7 +153,7 @@ def serve(
     tls: Tls | None = None,
     **options: Any,
 ) -> None:
-    """Serve a circuit until the process is told to stop. Other `options` are those of `application`.
+    """Serve circuits until the process is told to stop. Other `options` are those of `application`.
 
     With `tls` the server talks https. If it has an authority, clients need a certificate of it.
 
@@ -251,7 +176,7 @@ def serve(
         port = listener.getsockname()[1]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         scheme = "https" if encrypted else "http"
-        LOGGER.info("Serving circuit %s on %s://%s", server.fingerprint, scheme, address)
+        LOGGER.info("Serving circuit %s on %s://%s", ", ".join(_by_name(server)), scheme, address)
         _Heedful(configured(app, **encrypted)).run(sockets=[listener])
 
 
@@ -280,7 +205,7 @@ def configured(app: FastAPI, **encrypted: Any) -> uvicorn.Config:
         http=Connection,
         ws="none",
         limit_concurrency=CONNECTIONS + 1,  # reached only when so many requests run; then it answers 503
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=routes.GRACE_SECONDS,
     )
 
 
@@ -312,15 +237,6 @@ def _guard(token: str | None) -> Callable[..., Awaitable[None]]:
             raise Refused(401, RemoteError, "The server asks for a token, and this is not it.", **wants)
 
     return check
-
-
-async def _until_stopped(work: Awaitable[T]) -> T:
-    """Wait for an answer. If the server is stopped first, tell the client to ask again."""
-    try:
-        return await work
-    except asyncio.CancelledError:
-        again = {"Retry-After": str(GRACE_SECONDS)}
-        raise Refused(503, RemoteError, "The server is being stopped.", **again) from None
 
 
 async def _sweep(store: KeyStore) -> None:

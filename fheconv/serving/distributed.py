@@ -16,7 +16,6 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -30,6 +29,7 @@ from fheconv.basics.errors import (
 )
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import read_server
+from fheconv.circuits.files.identity import keyset_of
 from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
 from fheconv.circuits.native.worker import Worker
@@ -102,7 +102,8 @@ def stream(
     """Yield (index, result) when each image finishes on the workers of a Dask cluster, each index once.
 
     server: a `server.zip`, or the server that `load_server` made of it. The workers use its limits.
-    ciphertexts: one ciphertext, whose images are sent and yielded one by one; or several ciphertexts, each of
+    ciphertexts: one ciphertext, whose images are sent and yielded one by one (or, if they share values, value
+        by value); or several ciphertexts, each of
         which goes to one worker. An iterator is read only as far as the workers need, so the ciphertexts need
         not all be in memory.
     client: Dask's client. If the cluster has no workers yet, the call waits for them.
@@ -117,19 +118,22 @@ def stream(
         )
     if isinstance(server, Server):
         manifest, file, config = server.manifest, server.file, server.config
+        keyset = server.keyset
         limits = {"time_limit": config.time_limit, "memory_limit": config.memory_limit}
     else:
         parts = read_server(server)
         manifest, file, limits = parts.manifest, parts.file, {}
-    check_keys(keys, manifest.fingerprint)
+        keyset = keyset_of(parts.specs)
+    check_keys(keys, manifest.fingerprint, keyset)
     if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
         check_input(ciphertexts, manifest, keys.key_id)
-        ciphertexts = [replace(ciphertexts, images=1, values=(value,)) for value in ciphertexts.values]
+        whole, lanes = ciphertexts, manifest.lanes
+        ciphertexts = [whole.part(place, place + 1, lanes) for place in range(len(whole.values))]
     elif isinstance(ciphertexts, Sequence):
         for ciphertext in ciphertexts:
             check_input(ciphertext, manifest, keys.key_id)
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
-    fields = {"fingerprint": keys.fingerprint, "key_id": keys.key_id, "payload": payload}
+    fields = {**keys.names(), "payload": payload}
     return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
 
 

@@ -15,15 +15,17 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from fheconv.basics.checks import check_integer, check_number
-from fheconv.basics.errors import ArtifactError, InvalidArgumentError, RemoteError
+from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.circuits.files.envelope import Incoming
+from fheconv.circuits.files.identity import digest
 from fheconv.circuits.keys import EVALUATION, StoredKeys
+from fheconv.serving.disk import ForeignKeys, KeysInUse, StoreFull, UnknownKeys, discard, private, writing
 
 QUOTA = 10 * 10**9
 EXPIRY = 30 * 86_400
@@ -32,22 +34,6 @@ _ENDING = ".keys"
 _HALF = ".incoming-"
 _GUARD = ".lock"
 LOGGER = logging.getLogger(__name__)
-
-
-class UnknownKeys(ArtifactError):
-    """There are no keys of that name: they never came, have expired, or were removed to make room."""
-
-
-class ForeignKeys(ArtifactError):
-    """The keys belong to another circuit, or do not have the name under which they were sent."""
-
-
-class KeysInUse(RemoteError):
-    """The keys cannot be removed while something runs with them."""
-
-
-class StoreFull(RemoteError):
-    """There is no room for more keys, or the disk cannot store them."""
 
 
 @dataclass(kw_only=True)
@@ -65,9 +51,11 @@ class _Entry:
 
 
 class KeyStore:
-    """The evaluation keys of one circuit, in a folder that no other process uses.
+    """The evaluation keys of the circuits of a server, in a folder that no other process uses.
 
-    They are in a folder named by the circuit's fingerprint, inside `folder`. Only their owner may enter it.
+    `circuits` has the fingerprint of each circuit, with its key set. The keys are in a folder inside `folder`
+    that is named by these key sets: a server finds them again that serves further circuits of the same key
+    sets. Only their owner may enter it.
     All keys together take at most `quota` bytes. If there is no room, the keys used longest ago are removed.
     Keys not used for `expiry` seconds are removed too. One set has at most `max_bytes` bytes.
 
@@ -76,12 +64,14 @@ class KeyStore:
     """
 
     def __init__(
-        self, folder: str | Path, fingerprint: str, *, max_bytes: int, quota: int, expiry: float
+        self, folder: str | Path, circuits: Mapping[str, str], *, max_bytes: int, quota: int, expiry: float
     ) -> None:
         check_integer("quota", quota, 1)
         check_number("expiry", expiry, 0)
-        self.folder = Path(folder).absolute() / fingerprint  # workers have other working directories
-        self.fingerprint, self.max_bytes = fingerprint, max_bytes
+        keysets = sorted(set(circuits.values()))
+        name = keysets[0] if len(keysets) == 1 else digest(" ".join(keysets).encode())
+        self.folder = Path(folder).absolute() / name  # workers have other working directories
+        self._circuits, self.max_bytes = dict(circuits), max_bytes
         self._quota, self._expiry = quota, expiry
         self._arriving = 0
         self._lock = threading.Lock()
@@ -99,7 +89,7 @@ class KeyStore:
 
     def _guarded(self) -> IO[bytes]:
         """Keep other processes out of the folder as long as this process lives."""
-        guard = os.fdopen(_private(str(self.folder / _GUARD), os.O_RDWR | os.O_CREAT), "rb+")
+        guard = os.fdopen(private(str(self.folder / _GUARD), os.O_RDWR | os.O_CREAT), "rb+")
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -119,7 +109,7 @@ class KeyStore:
             if not stat.S_ISREG(found.st_mode) or not (half or keys):
                 LOGGER.warning("%s is not of the server's making and is ignored.", path)
             elif half:
-                _discard(path)
+                discard(path)
             else:
                 self._entries[path.stem] = _Entry(size=found.st_size, used=found.st_mtime)
         self.expire()
@@ -145,6 +135,11 @@ class KeyStore:
         with self._lock:
             return self._entry(name).size
 
+    def held(self) -> tuple[int, int]:
+        """Return the number of sets of keys that are stored, and their bytes."""
+        with self._lock:
+            return len(self._entries), sum(entry.size for entry in self._entries.values())
+
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[StoredKeys]:
         """Keep the keys of that name in the store while the block runs.
@@ -163,6 +158,21 @@ class KeyStore:
                 entry.used = time.time()
             with contextlib.suppress(OSError):  # the keys were removed, or the disk is read-only
                 os.utime(self._path(name))
+
+    def of_owner(self, key_id: str) -> dict[str, int]:
+        """Return the names of the keys with that id, and their bytes.
+
+        Files that an earlier process wrote are first read completely and checked.
+        """
+        self.expire()
+        with self._lock:
+            entries = dict(self._entries)
+        found = {}
+        for name, entry in entries.items():
+            with contextlib.suppress(UnknownKeys):
+                if self._checked(name, entry).key_id == key_id:
+                    found[name] = entry.size
+        return found
 
     def delete(self, name: str) -> None:
         """Remove the keys of that name. Raises `UnknownKeys`, `KeysInUse`, `StoreFull` if the disk fails."""
@@ -227,17 +237,18 @@ class KeyStore:
                 except ArtifactError as error:
                     with self._lock:
                         if self._entries.get(name) is entry:
-                            _discard(self._path(name))
+                            discard(self._path(name))
                             self._entries.pop(name)
                     raise UnknownKeys(f"The keys {name} were lost on the disk; send them again.") from error
                 entry.keys = keys
             return entry.keys
 
     def check(self, keys: StoredKeys, name: str) -> None:
-        """Raise `ForeignKeys` for keys of another circuit or another name."""
-        if keys.fingerprint != self.fingerprint:
+        """Raise `ForeignKeys` for keys that none of the circuits runs under, or of another name."""
+        if not any(keys.belong_to(*circuit) for circuit in self._circuits.items()):
             raise ForeignKeys(
-                "The evaluation keys belong to another circuit; make keys with this one's client."
+                "The evaluation keys belong to another circuit, with other parameters; make keys with this "
+                "one's client."
             )
         if keys.name != name:
             raise ForeignKeys(f"The evaluation keys are sent as {name}, and their digest is {keys.name}.")
@@ -249,7 +260,7 @@ class KeyStore:
 
     def _remove(self, name: str) -> bool:
         """Remove the file of that name, and return whether it is gone. If it is not, it still counts."""
-        gone = _discard(self._path(name))
+        gone = discard(self._path(name))
         if gone:
             self._entries.pop(name, None)
         return gone
@@ -279,15 +290,15 @@ class Upload:
         self._reserved = 0
 
     def __enter__(self) -> "Upload":
-        with _writing():
-            self._file = open(self._path, "xb", opener=_private)
+        with writing():
+            self._file = open(self._path, "xb", opener=private)
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
             with contextlib.suppress(OSError):  # it tries again to write what the disk has refused
                 self._file.close()
-            _discard(self._path)
+            discard(self._path)
         finally:
             self._store.release(self._reserved)
 
@@ -299,7 +310,7 @@ class Upload:
         self._incoming.feed(piece)
         self._store.reserve(len(piece))
         self._reserved += len(piece)
-        with _writing():
+        with writing():
             self._file.write(piece)
 
     def keep(self, name: str) -> None:
@@ -309,33 +320,8 @@ class Upload:
         """
         keys = StoredKeys.arrived(self._path, self._incoming)
         self._store.check(keys, name)
-        with _writing():
+        with writing():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._store.keep(keys, self._reserved)
         self._reserved = 0
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK, 0o600)  # without this flag, a named pipe would block
-
-
-def _discard(path: Path) -> bool:
-    """Remove a file, and return whether it is gone. If the disk refuses, the log says so."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        LOGGER.warning("%s cannot be removed: %s.", path, error.strerror)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    """Turn errors of the disk into `StoreFull`."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreFull(
-            f"The keys cannot be stored: {error.strerror}. Try again later, or tell whoever runs the server."
-        ) from error

@@ -38,7 +38,9 @@ async def _ours(_: Request, error: Exception) -> Response:
 
 
 async def _bad_name(_: Request, error: Any) -> Response:
-    return _problem(422, "ArtifactError", "A name of keys is 64 hexadecimal digits, in small letters.")
+    return _problem(
+        422, "ArtifactError", "A name of keys, or a fingerprint, is 64 hexadecimal digits, in small letters."
+    )
 
 
 async def _http(_: Request, error: Any) -> Response:

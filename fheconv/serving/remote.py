@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 from fheconv.basics.arrays import Shape
@@ -55,10 +54,11 @@ _MOST_JSON = 2**24
 class RemoteCircuit(Client):
     """A circuit that runs at `url`, where `fheconv serve` serves it. Its keys stay here.
 
-    `client` is the circuit's `client.zip`, or a `fheconv.Client`, whose keys it then shares. Without it,
-    `client.zip` is fetched from the server. Then the server chooses the parameters of the encryption, and
-    could choose some that protect nothing. Do this only if you trust the server. Otherwise get `client.zip`
-    from the person who compiled it.
+    `client` is the circuit's `client.zip`, or a `fheconv.Client`, whose keys it then shares. If the server
+    has several circuits, `fheconv.load_client(…, keys_of=)` gives the client of another one the same keys.
+    Without `client`, the `client.zip` of the first circuit is fetched from the server. Then the server
+    chooses the parameters of the encryption, and could choose some that protect nothing. Do this only if you
+    trust the server. Otherwise get `client.zip` from the person who compiled it.
 
     `token` is the token that the server asks for. Send it to https only, unless the server is on this
     machine. `tls` holds the authority that signed the server's certificate, if it is one of your own, and
@@ -105,11 +105,11 @@ class RemoteCircuit(Client):
         verify = True if tls is None else tls.context()
         self._http = httpx.Client(base_url=address, headers=headers, verify=verify)
         weakref.finalize(self, self._http.close)
-        manifest, self._images = self._circuit()
+        if client is not None and not isinstance(client, Client):
+            client = load_client(client)
+        manifest, self._images = self._circuit(None if client is None else client.fingerprint)
         if client is None:
             client = load_client(self._request("GET", "/client", most=MOST_BYTES))
-        elif not isinstance(client, Client):
-            client = load_client(client)
         if client.manifest.format != manifest.format:
             raise ArtifactError(
                 f"{url} serves a circuit of file format {manifest.format}, and the client is of format "
@@ -123,7 +123,7 @@ class RemoteCircuit(Client):
                 f"{client.fingerprint}; get the client.zip that was saved with the server's server.zip."
             )
         self.manifest = client.manifest
-        self._share_keys_of(client)
+        self._share_circuit_of(client)
 
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         inputs, outputs, rows = super()._described()
@@ -141,10 +141,10 @@ class RemoteCircuit(Client):
         values = ciphertext.values
         if values:
             self._name_at_server(ciphertext.key_id)  # before the images' progress bar, because it has its own
-        parts = [values[start : start + self._images] for start in range(0, len(values), self._images)]
+        starts = range(0, len(values), self._images)
         results: list[bytes] = []
-        for part in track(parts, "Running on encrypted images…"):
-            results += self._run(replace(ciphertext, images=len(part), values=part))
+        for start in track(starts, "Running on encrypted images…"):
+            results += self._run(ciphertext.part(start, start + self._images, self.manifest.lanes))
         return ciphertext.with_results(results)
 
     def _run_at(self, server: Evaluator | None, ciphertext: Ciphertext) -> Ciphertext:
@@ -152,9 +152,15 @@ class RemoteCircuit(Client):
             raise InvalidArgumentError(f"server={server!r:.100}; images run at the URL, so leave it out.")
         return self.run(ciphertext)
 
-    def _circuit(self) -> tuple[Manifest, int]:
-        """Return the manifest of the server's circuit, and how many images the server takes at a time."""
-        answer = self._request("GET", "/circuit")
+    def _circuit(self, fingerprint: str | None) -> tuple[Manifest, int]:
+        """Return the manifest of a circuit, and how many images the server takes at a time.
+
+        Without that circuit, or without a `fingerprint`, it is the server's first.
+        """
+        try:
+            answer = self._request("GET", "/circuit" + (f"?fingerprint={fingerprint}" if fingerprint else ""))
+        except _Unknown:
+            answer = self._request("GET", "/circuit")
         try:
             read = read_json(answer, "its answer", _MOST_JSON)
             described, images = read["manifest"], read["limits"]["images"]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import fheconv
 from fheconv.circuits.files import archive as artifacts
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import EVALUATION, StoredKeys
 from fheconv.circuits.native.worker import Worker, worker
 from tests.support.files import parts_of, sealed, secret_rows, secrets_held, shown, zipped
@@ -423,12 +424,71 @@ def test_a_ciphertext_in_a_file(network, client, tmp_path):
         fheconv.Ciphertext.load(tmp_path)
 
 
-def test_a_configuration_of_concretes_own_is_not_saved(network, tmp_path):
+@pytest.fixture
+def fhe():
     from concrete import fhe
 
-    circuit = fheconv.compile(network, fheconv.CompileConfig(configuration=fhe.Configuration(p_error=0.01)))
-    with pytest.raises(fheconv.InvalidArgumentError, match="configuration"):
-        circuit.save(tmp_path)
+    return fhe
+
+
+@pytest.fixture
+def recipe(fhe):
+    return Recipe.of(fheconv.CompileConfig(configuration=fhe.Configuration(p_error=0.01))).to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [{}, {"p_error": 0.001}], ids=["alone", "with another p_error"])
+def test_a_configuration_of_concretes_own_is_saved(fhe, network, tmp_path, own):
+    settings = {
+        "p_error": P_ERROR,
+        "parameter_selection_strategy": fhe.ParameterSelectionStrategy.MONO,
+        "security_level": type(fhe.Configuration().security_level)(132),
+        "compress_input_ciphertexts": True,
+    }
+    config = fheconv.CompileConfig(configuration=fhe.Configuration(**settings), **own)
+    circuit = fheconv.compile(network, config)
+    circuit.save(tmp_path)
+    client, server = (getattr(fheconv, f"load_{n}")(tmp_path / f"{n}.zip") for n in ("client", "server"))
+    assert server.cost.p_error == circuit.cost.p_error <= own.get("p_error", P_ERROR)
+    client.keygen()
+    x = images(network, 1)
+    np.testing.assert_array_equal(
+        client.decrypt(server.run(client.encrypt(x), client.evaluation_keys)), network(x)
+    )
+
+
+@pytest.mark.parametrize("name", ["composable", "dataflow_parallelize", "use_gpu"])
+def test_a_setting_that_changes_what_a_server_does_is_not_saved(fhe, name):
+    with pytest.raises(fheconv.InvalidArgumentError, match=rf"configuration\.{name}=True cannot be saved"):
+        Recipe.of(fheconv.CompileConfig(configuration=fhe.Configuration(**{name: True})))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("p_error", 0),
+        ("p_error", 1.0),
+        ("p_error", "0.1"),
+        ("p_error", float("nan")),
+        ("security_level", 80),
+        ("security_level", 128.0),
+        ("parameter_selection_strategy", "other"),
+        ("multi_parameter_strategy", None),
+        ("loop_parallelize", 1),
+        ("use_gpu", True),
+        ("verbose", True),
+    ],
+)
+def test_settings_that_no_file_has_are_refused(recipe, name, value):
+    assert Recipe.from_dict(recipe).to_dict() == recipe
+    with pytest.raises((ValueError, fheconv.InvalidArgumentError)):
+        Recipe.from_dict({**recipe, "settings": {**recipe["settings"], name: value}})
+
+
+def test_a_setting_that_is_missing_is_refused(recipe):
+    settings = {name: value for name, value in recipe["settings"].items() if name != "p_error"}
+    with pytest.raises(ValueError, match="the settings must be"):
+        Recipe.from_dict({**recipe, "settings": settings})
 
 
 @pytest.mark.slow

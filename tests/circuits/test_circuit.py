@@ -325,7 +325,7 @@ def test_the_verdict_is_on_the_program_that_ran(network):
     sloppy = fheconv.compile(network, fheconv.CompileConfig(p_error=0.2, lanes=4))
     sloppy.keygen()
     report = sloppy.verify(unlike_calibration(network, 8, 4), runs=4)
-    of_four = Handle(worker(), ("compile", (network, sloppy.config, 4)), UNLIMITED)
+    of_four = Handle(worker(), ("compile", (network, sloppy.config, 4, None)), UNLIMITED)
     assert report.promised == of_four.compiled.p_error != sloppy.cost.p_error
     assert report.as_promised
 

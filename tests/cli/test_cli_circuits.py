@@ -113,6 +113,20 @@ def test_the_whole_path_gives_the_right_class(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_version_of_a_model_runs_under_the_keys_of_the_first(command):
+    second = (*COMPILE[:5], "new", *COMPILE[6:]), ("--weight-bits", "3", "--p-error", "1e-5")
+    status, _, errors = command(*second[0], *second[1], "--keys-of", "out/client.zip")
+    assert (status, errors) == (0, "")
+    for arguments in (ENCRYPT, RUN, (*DECRYPT, "--output", "y.npy")):
+        status, _, errors = command(*(part.replace("out/", "new/") for part in arguments))
+        assert (status, errors) == (0, "")
+    images = np.load("x.npy")
+    config = fheconv.QuantConfig(accumulator_bits=4, weight_bits=3)
+    network = fheconv.quantize(load_model(Path("m.safetensors")), images, config)
+    np.testing.assert_array_equal(np.load("y.npy"), network(images[0]))
+
+
+@pytest.mark.slow
 def test_a_batch_and_an_image_file(command, tmp_path):
     encrypted = [*ENCRYPT]
     encrypted[encrypted.index("one.npy")] = "x.npy"

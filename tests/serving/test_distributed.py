@@ -134,6 +134,18 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
 
 
 @pytest.mark.slow
+def test_images_that_share_a_ciphertext_travel_together(tiled, dask, tmp_path):
+    lanes = tiled.circuit.cost.lanes
+    client_file, server_file = tiled.circuit.save(tmp_path, lanes=lanes)
+    client = fheconv.load_client(client_file)
+    client.keygen()
+    x = np.random.default_rng(0).integers(0, 4, (2 * lanes + 1, 1, 5, 5))
+    result = distributed.run(server_file, client.evaluation_keys, client.encrypt(x), client=dask)
+    assert len(result.values) == 3
+    np.testing.assert_array_equal(client.decrypt(result), tiled.circuit.predict(x))
+
+
+@pytest.mark.slow
 def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     tiled, tile_file, dask, cluster, opened, tmp_path
 ):

@@ -7,14 +7,15 @@ import time
 import pytest
 
 import fheconv
-from fheconv.serving.keystore import KeyStore, UnknownKeys
+from fheconv.serving.disk import UnknownKeys
+from fheconv.serving.keystore import KeyStore
 
-CIRCUIT = "c" * 64
+CIRCUIT, KEYSET = "c" * 64, "e" * 64
 NAME = "a" * 64
 
 
 def opened(folder):
-    return KeyStore(folder, CIRCUIT, max_bytes=10**6, quota=10**6, expiry=1000.0)
+    return KeyStore(folder, {CIRCUIT: KEYSET}, max_bytes=10**6, quota=10**6, expiry=1000.0)
 
 
 def folder(path):
@@ -42,7 +43,7 @@ def listening(path):
 @pytest.mark.parametrize("name", ["notes", f"{NAME}.keys", ".incoming-0123", "short.keys", "lost+found"])
 @pytest.mark.parametrize("make", [folder, pipe, dangling, endless, listening])
 def test_what_is_no_file_is_ignored_and_stays(tmp_path, monkeypatch, caplog, make, name):
-    place = tmp_path / CIRCUIT
+    place = tmp_path / KEYSET
     place.mkdir()
     monkeypatch.chdir(place)
     make(place / name)
@@ -60,7 +61,7 @@ def test_what_is_no_file_is_ignored_and_stays(tmp_path, monkeypatch, caplog, mak
 
 
 def test_a_file_with_another_name_is_ignored_and_what_a_crash_left_goes(tmp_path, caplog):
-    place = tmp_path / CIRCUIT
+    place = tmp_path / KEYSET
     place.mkdir()
     (place / "README").write_text("kept")
     (place / ".incoming-0123").write_text("half")
@@ -73,7 +74,7 @@ def test_a_file_with_another_name_is_ignored_and_what_a_crash_left_goes(tmp_path
 
 @pytest.mark.parametrize("make", [folder, pipe, listening])
 def test_a_lock_that_is_no_file_is_a_clear_error(tmp_path, monkeypatch, make):
-    place = tmp_path / CIRCUIT
+    place = tmp_path / KEYSET
     place.mkdir()
     monkeypatch.chdir(place)
     make(place / ".lock")

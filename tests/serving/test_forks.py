@@ -37,7 +37,7 @@ def test_a_client_of_a_server_can_be_used_after_a_fork(url, client, events, monk
 
 
 def store_at(folder):
-    return KeyStore(folder, "c" * 64, max_bytes=10**6, quota=10**6, expiry=1000.0)
+    return KeyStore(folder, {"c" * 64: "e" * 64}, max_bytes=10**6, quota=10**6, expiry=1000.0)
 
 
 def test_stored_keys_can_be_used_after_a_fork_and_the_child_lets_go_of_the_folder(

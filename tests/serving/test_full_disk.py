@@ -13,10 +13,11 @@ import pytest
 import fheconv
 from fheconv.circuits.keys import EvaluationKeys
 from fheconv.serving import admission
-from fheconv.serving.keystore import KeyStore, StoreFull
+from fheconv.serving.disk import StoreFull
+from fheconv.serving.keystore import KeyStore
 from tests.support import serving
 
-CIRCUIT = "c" * 64
+CIRCUIT, KEYSET = "c" * 64, "e" * 64
 SIZE = 3 * 2**20
 
 
@@ -46,7 +47,7 @@ def files_of_at_most(size):
 
 @contextlib.contextmanager
 def opened(folder):
-    store = KeyStore(folder, CIRCUIT, max_bytes=2 * SIZE, quota=2 * SIZE, expiry=1000.0)
+    store = KeyStore(folder, {CIRCUIT: KEYSET}, max_bytes=2 * SIZE, quota=2 * SIZE, expiry=1000.0)
     try:
         yield store
     finally:

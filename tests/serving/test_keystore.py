@@ -8,9 +8,10 @@ import pytest
 
 import fheconv
 from fheconv.circuits.keys import EvaluationKeys
-from fheconv.serving.keystore import ForeignKeys, KeysInUse, KeyStore, StoreFull, UnknownKeys
+from fheconv.serving.disk import ForeignKeys, KeysInUse, StoreFull, UnknownKeys
+from fheconv.serving.keystore import KeyStore
 
-CIRCUIT = "c" * 64
+CIRCUIT, KEYSET = "c" * 64, "e" * 64
 SIZE = 10_000
 
 
@@ -39,7 +40,7 @@ def opened(tmp_path):
         while made:
             made.pop().close()
         limits = {"max_bytes": 10**6, "quota": 10**6, "expiry": 1000.0, **options}
-        made.append(KeyStore(tmp_path / "store", CIRCUIT, **limits))
+        made.append(KeyStore(tmp_path / "store", {CIRCUIT: KEYSET}, **limits))
         return made[0]
 
     yield open_store
@@ -218,8 +219,8 @@ def test_many_at_once_stay_within_the_quota(opened):
 def test_a_store_is_of_one_process(opened, tmp_path):
     store = opened()
     with pytest.raises(fheconv.InvalidArgumentError, match="Another server"):
-        KeyStore(tmp_path / "store", CIRCUIT, max_bytes=1, quota=1, expiry=1)
-    KeyStore(tmp_path / "store", "d" * 64, max_bytes=1, quota=1, expiry=1).close()
+        KeyStore(tmp_path / "store", {CIRCUIT: KEYSET}, max_bytes=1, quota=1, expiry=1)
+    KeyStore(tmp_path / "store", {CIRCUIT: "d" * 64}, max_bytes=1, quota=1, expiry=1).close()
     store.close()
     opened()
 
@@ -228,10 +229,10 @@ def test_limits_and_folders_that_are_none(tmp_path):
     limits = {"max_bytes": 1, "quota": 1, "expiry": 1.0}
     for wrong in ({"quota": 0}, {"expiry": 0}, {"expiry": float("nan")}):
         with pytest.raises(fheconv.InvalidArgumentError, match=next(iter(wrong))):
-            KeyStore(tmp_path, CIRCUIT, **{**limits, **wrong})
+            KeyStore(tmp_path, {CIRCUIT: KEYSET}, **{**limits, **wrong})
     (tmp_path / "file").touch()
     with pytest.raises(fheconv.InvalidArgumentError, match="another folder"):
-        KeyStore(tmp_path / "file", CIRCUIT, **limits)
+        KeyStore(tmp_path / "file", {CIRCUIT: KEYSET}, **limits)
 
 
 def test_a_full_disk_is_said(opened, monkeypatch):

@@ -209,7 +209,7 @@ def test_a_busy_server_is_asked_again_when_it_says(url, client, waits):
     sometime = 503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"no JSON"
     with answering(busy, later, sometime, sometime, circuit_answer(url)) as (some, requests):
         fheconv.RemoteCircuit(some, client)
-    assert requests == ["/circuit"] * 5
+    assert requests == [f"/circuit?fingerprint={client.fingerprint}"] * 5
     assert waits[:2] == [7, 60]
     assert 1 <= waits[2] <= 2 <= waits[3] <= 4
     with (

@@ -76,7 +76,8 @@ def test_what_it_says_of_itself(http, server, folder, keys):
     assert http.get("/client").content == (folder / "client.zip").read_bytes()
     assert http.get("/docs").status_code == 200
     paths = http.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/health", "/circuit", "/client", "/keys/{name}", "/run/{name}"}
+    circuits = {"/circuits", "/circuit", "/client"}
+    assert set(paths) == circuits | {"/health", "/keys", "/keys/{name}", "/run/{name}"}
 
 
 def test_errors_that_are_not_of_a_route_are_json_too(http, monkeypatch):
@@ -290,7 +291,7 @@ def test_those_whom_the_stop_of_the_server_interrupts_are_told_to_ask_again(
     begun, go = blocked
     # Its worker is what a run waits for.
     monkeypatch.setattr(serve, "Worker", lambda: SimpleNamespace(stop=go.set))
-    monkeypatch.setattr(serve, "GRACE_SECONDS", 1)
+    monkeypatch.setattr("fheconv.serving.routes.GRACE_SECONDS", 1)
     body, url_path = client.encrypt(serving.images(1)).to_bytes(), f"/run/{keys.name}"
     with ThreadPoolExecutor(2) as pool, httpx.Client(timeout=60) as http:
         with serving.serving(server, tmp_path) as url:

@@ -132,7 +132,7 @@ def test_a_body_that_comes_byte_by_byte_is_408(start, keys, monkeypatch):
 @pytest.fixture
 def large(monkeypatch):
     """A client.zip that fits into no buffer of the system."""
-    monkeypatch.setattr("fheconv.serving.app.client_file", lambda data: bytes(2**24))
+    monkeypatch.setattr("fheconv.serving.routes.client_file", lambda data: bytes(2**24))
     monkeypatch.setattr(connections, "SLOWEST", 2**26)
 
 

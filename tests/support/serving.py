@@ -50,7 +50,9 @@ def check(results: Array, x: Array) -> None:
 
 
 @contextlib.contextmanager
-def serving(server: Server, folder: Path, *, tls: fheconv.Tls | None = None, **options: Any) -> Iterator[str]:
+def serving(
+    server: Server | list[Server], folder: Path, *, tls: fheconv.Tls | None = None, **options: Any
+) -> Iterator[str]:
     """Serve in a thread, and yield the URL. The first request waits until the workers are there."""
     app = application(server, folder=folder, **options)
     uvicorn_server = uvicorn.Server(configured(app, **({} if tls is None else tls.of_server())))

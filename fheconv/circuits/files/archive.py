@@ -2,7 +2,7 @@
 
 Both hold `manifest.json`, `interface.json` (see the modules of these names) and `specs.json` (Concrete's
 parameters). `server.zip` also holds `circuit.mlir`, the program as Concrete's text, and `config.json`, the
-configuration to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
+recipe to compile it with. `sha256.json` holds the digest of each of the others. The files contain no
 pickle and no native library. The server compiles the text, so a file from elsewhere is only data.
 
 Nothing is unpacked or made that is out of proportion to the file (`LIMITS`, `PACKED`).
@@ -13,20 +13,20 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fheconv.basics.compile_config import CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, InvalidArgumentError
 from fheconv.basics.files import read_file, write_file
 from fheconv.circuits.cost import Cost
-from fheconv.circuits.files.consistency import check_fingerprint, check_sizes, check_values
-from fheconv.circuits.files.identity import Identity, digest
+from fheconv.circuits.files.consistency import check_fingerprint, check_lanes, check_sizes, check_values
+from fheconv.circuits.files.identity import digest, identity_of
 from fheconv.circuits.files.interface import interface_from_dict, interface_text
 from fheconv.circuits.files.manifest import FORMAT, Manifest
 from fheconv.circuits.files.plain import read_json
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.files.security import MOST_BYTES as SPECS_BYTES
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.sizes import sizes_of
@@ -51,15 +51,6 @@ LIMITS = {
 PACKED, FREE = 16, 2**22
 # The same for the program, whose tables repeat more.
 PROGRAM_PACKED, PROGRAM_FREE = 256, 2**26
-# The fields of a `CompileConfig` that `config.json` holds: those on which the parameters depend.
-_CONFIG = (
-    "p_error",
-    "global_p_error",
-    "security_level",
-    "compress_input",
-    "compress_evaluation_keys",
-    "parameters",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +61,7 @@ class Exported:
     specs: bytes
     mlir: str
     cost: Cost
-    config: CompileConfig
+    recipe: Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +80,7 @@ class ServerParts:
     manifest: Manifest
     specs: bytes
     mlir: str
-    config: CompileConfig
+    recipe: Recipe
     file: bytes
 
 
@@ -98,14 +89,14 @@ def save(
 ) -> tuple[Path, Path]:
     """Write `client.zip` and `server.zip` into a folder, and return their paths.
 
-    The folder is made if it does not exist. The files hold the circuit for one image in each ciphertext. They
-    hold no key, and nothing of the calibration images. `class_names` are names for the results.
+    The folder is made if it does not exist. The files hold no key, and nothing of the calibration images.
+    `class_names` are names for the results.
 
     Raises `ArtifactError` if they cannot be written, or could not be read again because the circuit is larger
     than files may be, `InvalidArgumentError` if there is not one name for each result.
     """
     interface, mlir = exported.interface, exported.mlir.encode()
-    identity = Identity.of(exported.specs, mlir, interface_text(interface))
+    identity = identity_of(exported.specs, mlir, interface)
     manifest = Manifest(
         format=FORMAT,
         fingerprint=identity.fingerprint,
@@ -115,15 +106,15 @@ def save(
         input_shape=interface.input_shape,
         output_shape=interface.output_shape,
         class_names=_class_names(class_names, interface.output_shape),
+        lanes=interface.lanes.count,
         cost=exported.cost,
     )
-    config = {name: value for name, value in asdict(exported.config).items() if name in _CONFIG}
     parts = {
         "manifest.json": _json(manifest.to_dict()),
         "interface.json": interface_text(interface),
         "specs.json": exported.specs,
         "circuit.mlir": mlir,
-        "config.json": _json(config),
+        "config.json": _json(exported.recipe.to_dict()),
     }
     files = [_zipped(_only(parts, names)) for names in (CLIENT, SERVER)]
     try:
@@ -160,16 +151,12 @@ def read_server(file: str | Path | bytes) -> ServerParts:
     """
     data, parts = _read(file, SERVER)
     try:
-        given = _loaded(parts, "config.json")
-        if given["parameters"] is not None:
-            lists = {name: tuple(numbers) for name, numbers in given["parameters"].items()}
-            given["parameters"] = ParameterRange(**lists)
-        config = CompileConfig(**{name: given[name] for name in _CONFIG})
+        recipe = Recipe.from_dict(_loaded(parts, "config.json"))
         mlir = parts["circuit.mlir"].decode()
     except (InvalidArgumentError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(f"The compile options in {_name(file)} are altered: {error!r:.200}.") from error
     manifest, _ = _checked(parts, _name(file))
-    return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, config=config, file=data)
+    return ServerParts(manifest=manifest, specs=parts["specs.json"], mlir=mlir, recipe=recipe, file=data)
 
 
 def client_file(server_file: bytes) -> bytes:
@@ -199,6 +186,7 @@ def _checked(parts: Mapping[str, bytes], what: str) -> tuple[Manifest, Interface
         cost = replace(manifest.cost, key_bytes=sizes.key_bytes, sent_key_bytes=sizes.sent_key_bytes)
         manifest = replace(manifest, cost=cost)
     check_values(specs, interface)
+    check_lanes(specs, interface, manifest)
     check_sizes(sizes, manifest)
     return manifest, interface
 

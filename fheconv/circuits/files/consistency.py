@@ -49,6 +49,16 @@ def check_values(specs: Specs, interface: Interface) -> None:
             )
 
 
+def check_lanes(specs: Specs, interface: Interface, manifest: Manifest) -> None:
+    """Raise `ArtifactError` unless all parts tell of as many images in a ciphertext, which has no lookups."""
+    lanes = interface.lanes.count
+    if lanes != manifest.lanes or (lanes > 1 and specs.bootstraps):
+        raise ArtifactError(
+            f"The parts of the file do not belong together: {lanes} images share a ciphertext in one, and "
+            f"{manifest.lanes} in another, or there are lookups. Get it again."
+        )
+
+
 def check_sizes(sizes: Sizes, manifest: Manifest) -> None:
     """Raise `ArtifactError` unless the manifest tells the right sizes, and ciphertexts and keys have room."""
     for name, size in asdict(sizes).items():

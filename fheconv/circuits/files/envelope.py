@@ -37,12 +37,16 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
-    """One kind of bytes: its magic (8 bytes), its name, its maker, and the names in its header."""
+    """One kind of bytes: its magic (8 bytes), its name, its maker, and the names in its header.
+
+    `later` are names that bytes of earlier versions do not have.
+    """
 
     magic: bytes
     what: str
     maker: str
     names: Collection[str]
+    later: Collection[str] = ()
 
     def chunks(self, header: dict[str, Any], payload: Sequence[bytes]) -> Iterator[bytes]:
         """Yield header and payload as bytes. Raises `ArtifactError` for a header that `unpack` refuses."""
@@ -82,7 +86,7 @@ class Envelope:
     def parse(self, header: bytes) -> dict[str, Any]:
         """Return the fields of a header. Raises `ArtifactError` if it has other fields, or is no header."""
         fields = read_json(header, f"The {self.what}'s header", HEADER_LIMIT)
-        if not isinstance(fields, dict) or set(fields) != set(self.names):
+        if not isinstance(fields, dict) or set(fields) - set(self.later) != set(self.names):
             raise ArtifactError(
                 f"The {self.what}'s header must be an object of {', '.join(sorted(self.names))}."
             )

@@ -5,6 +5,9 @@ has the same keys needs only the same parameters; but a result that is read with
 bias is a wrong number and nothing shows it. So the fingerprint covers the interface too.
 
 In files of format 1 it did not: there a circuit is named by `first_fingerprint`.
+
+Keys are of a *key set*, which several circuits may share: it is named by `keyset_of`, from the parameters of
+its keys alone.
 """
 
 import hashlib
@@ -46,10 +49,16 @@ class Identity:
 
 def identity_of(specs: bytes, mlir: bytes, interface: Interface) -> Identity:
     """Return the identity of a compiled circuit. How images share a ciphertext belongs to it, if they do."""
-    text = interface_text(interface)
-    if interface.lanes.count > 1:
-        text += json.dumps([interface.lanes.count, interface.lanes.bits]).encode()
-    return Identity.of(specs, mlir, text)
+    return Identity.of(specs, mlir, interface_text(interface))
+
+
+def keyset_of(specs: bytes) -> str:
+    """Return the name of the key set of Concrete's parameters, in hexadecimal.
+
+    It covers every number of every key. So whoever has keys of that name has keys of these very parameters,
+    no matter which circuit they were made for.
+    """
+    return digest(json.dumps(json.loads(specs)["keyset"]).encode())
 
 
 def first_fingerprint(specs: bytes, mlir: bytes) -> str:

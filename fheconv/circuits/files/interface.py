@@ -12,6 +12,7 @@ from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array, Shape, frozen
 from fheconv.basics.errors import ArtifactError
 from fheconv.lowering.interface import Interface
+from fheconv.lowering.lanes import Lanes
 from fheconv.networks.expression import FUNCTIONS, Expression
 from fheconv.networks.floats import Finish
 from fheconv.networks.linear import Select
@@ -23,16 +24,18 @@ GREATEST = 2**62
 MOST_VALUES = 2**22
 MOST_OPERATORS, MOST_DEPTH = 1000, 100
 MOST_AXES = 8
+# The most images in a ciphertext, and the most bits of all their lanes together.
+MOST_LANES, LANE_BITS = 64, 62
 
 
 def interface_text(interface: Interface) -> bytes:
-    """Return the text of `interface.json`. Two interfaces with one text do the same, with one lane."""
+    """Return the text of `interface.json`. Two interfaces with one text do the same."""
     return json.dumps(interface_to_dict(interface)).encode()
 
 
 def interface_to_dict(interface: Interface) -> dict[str, Any]:
-    """Return everything but the lanes as plain data, ready for JSON. `interface_from_dict` reads it."""
-    finish = interface.finish
+    """Return everything as plain data, ready for JSON. `interface_from_dict` reads it."""
+    finish, lanes = interface.finish, interface.lanes
     return {
         # Files of versions that clipped nothing have no slack, and nothing that clips.
         "input": {
@@ -54,11 +57,13 @@ def interface_to_dict(interface: Interface) -> dict[str, Any]:
             "view": None if finish.view is None else _plain(finish.view.index),
             "last": _plain(finish.last),
         },
+        # One image in each ciphertext is what files of earlier versions hold, without a word of it.
+        **({"lanes": asdict(lanes)} if lanes.count > 1 else {}),
     }
 
 
 def interface_from_dict(data: Any) -> Interface:
-    """Return the interface, with one lane, from data that `interface_to_dict` made.
+    """Return the interface from data that `interface_to_dict` made.
 
     Nothing larger than the data is made of it, whatever sizes it declares.
 
@@ -89,7 +94,8 @@ def _plain(value: Any) -> Any:
 def _interface(data: Any) -> Interface:
     names = {"input", "input_shape", "inputs", "shape", "outputs"}
     names |= {"start", "factors", "bias", "scale", "finish"}
-    _require(isinstance(data, dict) and set(data) == names, f"it must be an object of {sorted(names)}")
+    whole = isinstance(data, dict) and set(data) - {"lanes"} == names
+    _require(whole, f"it must be an object of {sorted(names)}")
     input_shape, shape = _shape(data["input_shape"]), _shape(data["shape"])
     _require(len(input_shape) <= 4 and 1 <= len(shape) <= 4, "images and results have at most 3 axes")
     factors = _integers(data["factors"])
@@ -105,7 +111,10 @@ def _interface(data: Any) -> Interface:
         bias=_integers(data["bias"]),
         scale=_reals(data["scale"]),
         finish=None if data["finish"] is None else _finish(data["finish"], shape),
+        lanes=_lanes(data["lanes"]) if "lanes" in data else Lanes.of(1, 1),
     )
+    width = interface.lanes.width(max(interface.lanes.bits, interface.input.integer_bits))
+    _require(width <= LANE_BITS, f"lanes of {width} bits together")
     _require(factors.shape == (factors.size,) and 0 < planes <= MOST_VALUES, "factors are p numbers")
     _require(interface.start.shape == (shape[0] * factors.size,), "start is a number for each plane")
     for name in ("bias", "scale"):
@@ -113,6 +122,14 @@ def _interface(data: Any) -> Interface:
     _require(bool(np.isfinite(interface.scale).all()), "scale is finite")
     _require(len(interface.output_shape) > 0, "a model's outputs have an axis")  # and they can be computed
     return interface
+
+
+def _lanes(data: Any) -> Lanes:
+    _require(set(data) == {"count", "bits"}, "lanes have a count and bits")
+    count, bits = data["count"], data["bits"]
+    _require(type(count) is int and 2 <= count <= MOST_LANES, f"there are 2 to {MOST_LANES} lanes")
+    _require(type(bits) is int and 1 <= bits <= LANE_BITS, "a lane has bits")
+    return Lanes(count=count, bits=bits)
 
 
 def _quantization(data: Any) -> Quantization:

@@ -13,7 +13,7 @@ from fheconv.basics.errors import ArtifactError
 from fheconv.basics.report import Report
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.identity import Identity
-from fheconv.circuits.files.interface import GREATEST, MOST_AXES, MOST_VALUES
+from fheconv.circuits.files.interface import GREATEST, MOST_AXES, MOST_LANES, MOST_VALUES
 from fheconv.lowering.lower import LoweredLayer
 
 # The version of the file format that is written, and those that are read. In format 1 the fingerprint did not
@@ -30,8 +30,8 @@ class Manifest(Report):
 
     `format` is that of its files. `identity` is what the fingerprint is made of, None in format 1.
     `input_shape` (C, *S) is the shape of an image, `output_shape` the shape of its results. `class_names` are
-    the names of the results, if these are scores of classes. `cost` is `circuit.cost` without the seconds of
-    the machine that compiled it.
+    the names of the results, if these are scores of classes. `lanes` images share a ciphertext. `cost` is
+    that of one image alone in a ciphertext, without the seconds of the machine that compiled it.
 
     Example:
         >>> import numpy as np
@@ -53,6 +53,7 @@ class Manifest(Report):
     input_shape: Shape
     output_shape: Shape
     class_names: tuple[str, ...] | None
+    lanes: int = 1
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Manifest(Report):
             "input_shape": list(self.input_shape),
             "output_shape": list(self.output_shape),
             "class_names": None if self.class_names is None else list(self.class_names),
+            **({} if self.lanes == 1 else {"lanes": self.lanes}),
             "cost": cost,
         }
 
@@ -110,12 +112,14 @@ class Manifest(Report):
         table.add_row("results", " × ".join(map(str, self.output_shape)))
         if self.class_names is not None:
             table.add_row("classes", Text(", ".join(self.class_names)))
+        if self.lanes > 1:
+            table.add_row("images in a ciphertext", str(self.lanes))
         return Group(table, self.cost)
 
 
 def _read(data: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(Manifest)} - ({"identity"} if data["format"] == 1 else set())
-    if set(data) != names:
+    if set(data) | {"lanes"} != names or (data["format"] == 1 and "lanes" in data):
         raise ValueError(f"it must be an object of {sorted(names)}")
     for name in ("fingerprint", "fheconv", "concrete"):
         _check(type(data[name]) is str and len(data[name]) <= MOST_LETTERS, name)
@@ -139,8 +143,17 @@ def _read(data: dict[str, Any]) -> dict[str, Any]:
     if data["format"] == 1:  # which holds one size of the keys
         cost["sent_key_bytes"] = cost["key_bytes"]
     read = Cost(layers=layers, seconds=None, **_numbers(Cost, cost))
+    lanes = data.get("lanes", 2)  # written only if there are two or more
+    _check(type(lanes) is int and 2 <= lanes <= MOST_LANES, "lanes")
     kept = {name: data[name] for name in ("format", "fingerprint", "fheconv", "concrete")}
-    return {**kept, **shapes, "identity": identity, "class_names": classes, "cost": read}
+    return {
+        **kept,
+        **shapes,
+        "identity": identity,
+        "class_names": classes,
+        "lanes": data.get("lanes", 1),
+        "cost": read,
+    }
 
 
 def _numbers(kind: type[Any], data: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 from fheconv.basics.errors import CompilationError, ExecutionError
+from fheconv.circuits.files.identity import keyset_of
 from fheconv.circuits.native.protocol import CircuitForgotten, Limits, Session
 
 _numbers = itertools.count()
@@ -27,6 +28,11 @@ class Handle:
     def fingerprint(self) -> str:
         """The fingerprint of the circuit, in hexadecimal."""
         return str(self.compiled.fingerprint)
+
+    @property
+    def keyset(self) -> str:
+        """The name of the circuit's key set, in hexadecimal."""
+        return keyset_of(self.compiled.specs)
 
     def request(self, method: str, *arguments: Any) -> Any:
         """Call a method of `NativeCircuits` for this circuit.

@@ -9,7 +9,9 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, CompileConfig, ParameterRange
 from fheconv.basics.errors import ArtifactError, CompilationError
-from fheconv.circuits.files.identity import identity_of
+from fheconv.circuits.files.identity import identity_of, keyset_of
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
@@ -51,12 +54,15 @@ class NativeCircuits:
         network: QuantizedNetwork,
         config: CompileConfig,
         lanes: int,
+        within: bytes | None,
         key_id: str = "",
         keys: bytes | None = None,
     ) -> Compiled:
         """Compile `network` as circuit `number`, with `lanes` images in one ciphertext.
 
-        `keys` are the keys that `keygen` returned for `key_id`.
+        `within` are the parameters of another circuit, under whose keys it is to run. `keys` are the keys
+        that `keygen` returned for `key_id`. Raises `Refused` for what cannot be compiled, or not for these
+        keys.
 
         By itself, Concrete gives each value the width that it sees on some inputs. Here every width comes as
         a hint, from the proof, and the inputs show only the sign.
@@ -66,7 +72,7 @@ class NativeCircuits:
         names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
             circuit = compiler.compile(
-                [x[None] for x in lowered.inputset()], _configuration(lowered.lookups > 0, config)
+                [x[None] for x in lowered.inputset()], _configuration(lowered.lookups > 0, config, within)
             )
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
@@ -81,13 +87,20 @@ class NativeCircuits:
                 f"Concrete gave the result of layer {lowered.layers[-1].name!r} {output.dtype.bit_width} "
                 f"bits, but {lowered.bits} are proved necessary; please report this network."
             )
+        specs = circuit.client.specs.serialize()
+        # Where Concrete has no parameters within a key set, it silently takes others.
+        if within is not None and keyset_of(specs) != keyset_of(within):
+            raise Refused(
+                f"This network of {names} cannot run under the given keys: its widths, its failure "
+                "probability or its security level need other parameters than the keys have."
+            )
         _load_keys(circuit.client, keys)
         self._held[number] = _Held(
             key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
         )
-        specs = circuit.client.specs.serialize()
         return Compiled(
             fingerprint=identity_of(specs, circuit.mlir.encode(), lowered.interface).fingerprint,
+            specs=specs,
             output_bits=output.dtype.bit_width,
             lookups=circuit.programmable_bootstrap_count,
             complexity=circuit.complexity,
@@ -111,17 +124,27 @@ class NativeCircuits:
         client = fhe.Client(fhe.ClientSpecs.deserialize(specs))
         _load_keys(client, keys)
         self._held[number] = _Held(key_id=key_id, client=client)
-        return Opened(fingerprint=fingerprint)
+        return Opened(fingerprint=fingerprint, specs=specs)
 
     def open_server(
-        self, number: int, fingerprint: str, specs: bytes, mlir: str, looks_up: bool, config: CompileConfig
+        self,
+        number: int,
+        fingerprint: str,
+        specs: bytes,
+        mlir: str,
+        looks_up: bool,
+        recipe: Recipe,
     ) -> Opened:
         """Make the server side of an exported circuit, as number `number`.
 
         It is compiled here from text, because a compiled library from elsewhere could do anything.
         """
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
-        server = fhe.Server.create(mlir, _configuration(looks_up, config), tfhers_specs=tfhers)
+        config, settings = recipe.config, recipe.settings
+        if settings is not None:
+            config = replace(config, configuration=_configuration_of(settings))
+        configuration = _configuration(looks_up, config, specs if recipe.keys_given else None)
+        server = fhe.Server.create(mlir, configuration, tfhers_specs=tfhers)
         self._folders[number].add(_folder(server))
         if server.client_specs.serialize() != specs:
             raise ArtifactError(
@@ -129,7 +152,7 @@ class NativeCircuits:
                 "or from another version of Concrete. Compile and save it anew."
             )
         self._held[number] = _Held(server=server)
-        return Opened(fingerprint=fingerprint)
+        return Opened(fingerprint=fingerprint, specs=specs)
 
     def run_for(
         self, number: int, name: str, keys: bytes | StoredKeys | None, most: int, ciphertext: bytes
@@ -263,8 +286,11 @@ def _load_keys(client: Any, keys: bytes | None) -> None:
         raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
 
 
-def _configuration(looks_up: bool, config: CompileConfig) -> Any:
-    """Return Concrete's configuration for a circuit with or without lookups."""
+def _configuration(looks_up: bool, config: CompileConfig, within: bytes | None) -> Any:
+    """Return Concrete's configuration for a circuit with or without lookups.
+
+    The parameters `within` are those of the keys to compile for, None for keys of its own.
+    """
     p_error = config.p_error
     chosen = (p_error, config.global_p_error, config.configuration)
     if not looks_up and all(choice is None for choice in chosen):
@@ -283,7 +309,20 @@ def _configuration(looks_up: bool, config: CompileConfig) -> Any:
         changes["security_level"] = type(base.security_level)(config.security_level)
     if config.parameters is not None:
         changes["range_restriction"] = _restriction(config.parameters)
+    if within is not None:
+        keyset = fhe.ClientSpecs.deserialize(within).program_info.get_keyset_info()
+        changes["keyset_restriction"] = keyset.get_restriction()
     return base.fork(**changes)
+
+
+def _configuration_of(settings: Mapping[str, Any]) -> Any:
+    """Return Concrete's configuration with settings of a file."""
+    usual = fhe.Configuration()
+    given = {}
+    for name, value in settings.items():
+        kind = type(getattr(usual, name))
+        given[name] = kind(value) if issubclass(kind, Enum) else value
+    return usual.fork(**given)
 
 
 def _restriction(parameters: ParameterRange) -> RangeRestriction:

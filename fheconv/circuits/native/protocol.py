@@ -32,9 +32,10 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Names the circuit that the native library holds, in hexadecimal."""
+    """Names the circuit that the native library holds, in hexadecimal. `specs` are Concrete's parameters."""
 
     fingerprint: str
+    specs: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
