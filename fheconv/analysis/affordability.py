@@ -32,6 +32,10 @@ REMEDIES: tuple[tuple[int | None, float | None], ...] = (
 )  # fmt: skip
 # The width to which accumulators are rounded where values get fewer bits too.
 CHEAP = 5
+# What is quantized in another way may cost this share of what is allowed, and must keep this share of the
+# lookups. It is tried on images that stand in for the user's: with those it can cost a little more, because
+# parameters come in steps, and lookups that are constant for the stand-ins need not be so.
+SHARE = 3 / 4
 # In a network without, the failure probability of a result.
 LINEAR_P_ERRORS = (1e-15, 1e-12, 1e-9, 1e-6)
 
@@ -221,8 +225,10 @@ def _tried(
         expected = forecast_of(lower(network, compiling.engine), compiling)
     except (FheConvError, MemoryError):
         return None
-    if expected.wide and not same:  # see `Trials.works`
-        return None
+    if not same:
+        dear = expected.wide or not allowed(expected, compiling, SHARE)  # see `Trials.works`
+        if dear or expected.lookups < SHARE * lowered.lookups:
+            return None
     return expected if helps(expected) else None
 
 

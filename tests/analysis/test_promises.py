@@ -106,7 +106,7 @@ def test_what_a_budget_requires_or_advises_compiles(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(8), 41])
 def test_what_a_refused_cost_advises_is_allowed(seed):
     one, network = drawn(seed)
     config = CompileConfig(most_seconds=one.seconds, **one.compiling)
