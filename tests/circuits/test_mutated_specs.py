@@ -23,9 +23,6 @@ from fheconv.circuits.client import Client
 from fheconv.circuits.files.archive import read_client
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.files.specs import Specs
-from fheconv.circuits.native.handle import Handle
-from fheconv.circuits.native.protocol import UNLIMITED
-from fheconv.circuits.native.worker import worker
 from tests.support.files import parts_of, sealed, secrets_held, zipped
 from tests.support.nets import splitting
 
@@ -135,10 +132,8 @@ KINDS = {
 def written(kind):
     """What Concrete writes of a circuit of this kind."""
     quantized, options = KINDS[kind]()
-    if "lanes" in options:  # files hold one lane; in memory there are more
-        compiled = quantized, fheconv.CompileConfig(**options), options["lanes"]
-        return Handle(worker(), ("compile", compiled), UNLIMITED).request("export", "")[0]
-    return fheconv.compile(quantized, fheconv.CompileConfig(**options)).exported().specs
+    circuit = fheconv.compile(quantized, fheconv.CompileConfig(**options))
+    return circuit.exported(options.get("lanes", 1)).specs
 
 
 @pytest.mark.parametrize("kind", KINDS)
