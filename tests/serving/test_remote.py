@@ -27,7 +27,7 @@ def asked(monkeypatch):
     stream = httpx.Client.stream
 
     def counting(self, method, path, **options):
-        counted[method, path.split("/")[1]] += 1
+        counted[method, path.split("/")[1].partition("?")[0]] += 1
         return stream(self, method, path, **options)
 
     monkeypatch.setattr(httpx.Client, "stream", counting)
