@@ -337,7 +337,7 @@ def test_where_no_temporary_folder_is_usable_the_error_says_what_to_set(monkeypa
 
 NO_DESCRIPTORS = """
 import os, resource, sys
-import numpy as np, fheconv, fheconv.circuits.circuit
+import numpy as np, fheconv, fheconv.circuits.compiling
 network = fheconv.quantize(np.array([[1.0, -1.0], [2.0, 0.0]]), np.arange(9).reshape(1, 3, 3))
 usual = resource.getrlimit(resource.RLIMIT_NOFILE)
 before = sorted(os.listdir("/proc/self/fd"), key=int)

@@ -54,7 +54,7 @@ class NativeCircuits:
         network: QuantizedNetwork,
         config: CompileConfig,
         lanes: int,
-        within: bytes | None,
+        within: bytes | None = None,
         key_id: str = "",
         keys: bytes | None = None,
     ) -> Compiled:
