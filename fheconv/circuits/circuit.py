@@ -138,6 +138,11 @@ class FheCircuit(KeyOwner):
             return float(compiled.global_p_error if compiled.lookups else compiled.p_error)
 
     @property
+    def complexity(self) -> float:
+        """Concrete's count of operations for one encrypted image. Unlike `cost`, it times no lookup."""
+        return float(self._one.compiled.complexity)
+
+    @property
     def cost(self) -> Cost:
         """The cost of one encrypted image, alone in its ciphertext."""
         compiled = self._one.compiled

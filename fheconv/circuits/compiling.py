@@ -79,7 +79,7 @@ def _checked(network: QuantizedNetwork, config: CompileConfig, keys_of: KeyOwner
         check_cost(lowered, config)
     circuit = FheCircuit(network, config, lowered, keys_of)
     if keys_of is not None and lowered is not None and config.configuration is None:
-        check_cost_within(lowered, config, circuit.exported().cost.complexity)
+        check_cost_within(lowered, config, circuit.complexity)
     return circuit
 
 

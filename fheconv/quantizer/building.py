@@ -8,9 +8,8 @@ import numpy as np
 from fheconv.basics.arrays import Array, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError
-from fheconv.networks.bounds import norm_bits
 from fheconv.networks.floats import Layer, Maximum, Network
-from fheconv.networks.integers import AnyLayer, IntegerNetwork, QuantizedLayer, blank_image
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.draft import Draft
 from fheconv.quantizer.gains import gained, quiet_steps, row_gains
@@ -142,9 +141,9 @@ class Building:
             tensors=self.tensors,
             blanks=self._blanks,
         )
-        if self.config.overflow == "proved" or layer.activation is None:
-            return draft
-        return replace(draft, reached=self._reached(draft))
+        if self.config.overflow == "defined" and layer.activation is not None:
+            draft.reached = self._reached(draft)
+        return draft
 
     def fits(self, draft: Draft) -> bool:
         """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
@@ -173,8 +172,7 @@ class Building:
             gain = compressed(gains[draft.rows.of_value])
             accumulators, blank = accumulators * gain, blank * gain
             terms = gained(draft.rows, quantized.terms, gains)
-            bias_of_sums: Array = bias - step * draft.zero
-            table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=bias_of_sums)
+            table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=draft.origin)
             quantized = replace(quantized, terms=terms, gain=frozen(gain), lookup=table)
         quantized = replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias)))
         observed = _ends(accumulators)
@@ -193,7 +191,7 @@ class Building:
         bits = max(bits, self._check_width(layer, int(span.max()), rounding_bits, proved=proved))
         gain = filling_gains(span, bits, rounding_bits, proved=proved)
         if rounding_bits is not None:
-            gain = np.minimum(gain, self._quiet_gains(draft.bare, rounding_bits))
+            gain = np.minimum(gain, self._quiet_gains(draft, rounding_bits))
         gains = row_gains(draft.rows, gain)
         by_channel = gains[draft.rows.of_value].reshape(len(span), -1)[:, 0]
         window = Window(
@@ -206,12 +204,12 @@ class Building:
         )
         return window, gains
 
-    def _quiet_gains(self, bare: QuantizedLayer, rounding_bits: int) -> Array:
+    def _quiet_gains(self, draft: Draft, rounding_bits: int) -> Array:
         """Return for each channel the greatest gain (C,) whose noise costs nothing."""
-        noise = np.log2(self._noise(bare)) / 2
-        return quiet_gains(norm_bits(bare, self.source.shapes) + noise, rounding_bits)
+        noise = np.log2(self._noise(draft.layer)) / 2
+        return quiet_gains(draft.norm_bits + noise, rounding_bits)
 
-    def _noise(self, layer: QuantizedLayer | Layer) -> float:
+    def _noise(self, layer: Layer) -> float:
         """Return the noise of the values that a layer reads, in units of a lookup's noise.
 
         A maximum adds a lookup to one of its values for each of the others.
@@ -285,12 +283,13 @@ class Building:
         if layer.activation is not None and budget.rounding_bits is not None:
             placing = Placing(
                 rounding_bits=budget.rounding_bits,
-                gains=self._quiet_gains(draft.bare, budget.rounding_bits),
+                gains=self._quiet_gains(draft, budget.rounding_bits),
                 widest=self.width_limit(layer) or WIDEST,
             )
             if self._windows_lie_freely:
-                real: dict[str, Array] = {"step": draft.step, "bias": draft.bias - draft.step * draft.zero}
-                sums = Sums.of(accumulators, layer.activation, stretch=self._stretch, **real)
+                sums = Sums.of(
+                    accumulators, layer.activation, stretch=self._stretch, step=draft.step, bias=draft.origin
+                )
                 if (found := placing.best(sums, (least, greatest), blank)) is not None:
                     return found
         narrow = np.maximum(least, blank[1] - budget.steps)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, Shape, first_position
 from fheconv.basics.errors import CalibrationError
-from fheconv.networks.bounds import AccumulatorBounds, layer_bounds
+from fheconv.networks.bounds import AccumulatorBounds, layer_bounds, norm_bits
 from fheconv.networks.floats import Layer
 from fheconv.networks.integers import QuantizedLayer
 from fheconv.networks.quantization import Quantization
@@ -19,14 +19,15 @@ from fheconv.quantizer.rows import IntegerTerms, Rows
 BIAS_LIMIT = 2**53
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Draft:
     """Holds a layer of integer weights, and its accumulators on the calibration images.
 
     `bare` has neither bias nor lookup. Accumulator `a` of it means the real number (a − zero) · step + bias,
     where `zero` are the accumulators of real inputs of zero. `step`, `bias` and `zero` are (C, *S).
     `accumulators` are (N, C, *S), `blank` (1, C, *S) those of the blank image. `reached` says where a window
-    should lie that need not be proved (None: the window is proved, or there is none).
+    should lie that need not be proved (None: the window is proved, or there is none). It is chosen last, from
+    all the others.
     """
 
     layer: Layer
@@ -74,6 +75,17 @@ class Draft:
     def bounds(self) -> AccumulatorBounds:
         """The least and the greatest accumulators of any image."""
         return layer_bounds(self.bare, self.shapes)
+
+    @cached_property
+    def norm_bits(self) -> Array:
+        """The bits (C,) by which sums multiply the noise of their summands (`fheconv.networks.bounds`)."""
+        return norm_bits(self.bare, self.shapes)
+
+    @cached_property
+    def origin(self) -> Array:
+        """The real numbers (C, *S) that accumulators of 0 mean."""
+        origin: Array = self.bias - self.step * self.zero
+        return origin
 
     @cached_property
     def rows(self) -> Rows:
