@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 
 import fheconv
-from fheconv.circuits.files.archive import load_manifest
 from fheconv.serving import admission
 from tests.support import serving
 
@@ -288,7 +288,7 @@ def test_results_that_are_not_of_these_images_are_refused(url, server, client):
 @pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_path):
     """Its keys are there when it is back, no half-written file is, and the same call returns the results."""
-    store = tmp_path / "keys" / load_manifest(folder / "server.zip").fingerprint
+    store = tmp_path / "keys" / client.keyset
     x = serving.images(4)
     (tmp_path / "token").write_text("secret\n")
     token = "--token-file", str(tmp_path / "token")
@@ -298,8 +298,9 @@ def test_a_server_that_is_killed_in_mid_run_costs_time_only(folder, client, tmp_
     ):
         process, url = start(*token)
         half = half_uploaded(url, client.evaluation_keys)
+        end = time.monotonic() + SECONDS
         while not list(store.glob(".incoming-*")):
-            pass
+            assert time.monotonic() < end, "The server stores nothing."
         results = pool.submit(fheconv.RemoteCircuit(url, client, token="secret").predict, x)
         while not httpx.get(f"{url}/health").json()["running"]:
             assert not results.done()
