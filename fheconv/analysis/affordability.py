@@ -33,8 +33,8 @@ REMEDIES: tuple[tuple[int | None, float | None], ...] = (
 # The width to which accumulators are rounded where values get fewer bits too.
 CHEAP = 5
 # What is quantized in another way may cost this share of what is allowed, and must keep this share of the
-# lookups. It is tried on images that stand in for the user's: with those it can cost a little more, because
-# parameters come in steps, and lookups that are constant for the stand-ins need not be so.
+# lookups. It is tried on images that stand in for the user's. With those it can cost a little more, because
+# parameters come in steps.
 SHARE = 3 / 4
 # In a network without, the failure probability of a result.
 LINEAR_P_ERRORS = (1e-15, 1e-12, 1e-9, 1e-6)
@@ -212,24 +212,27 @@ def _tried(
 ) -> Forecast | None:
     """Return the forecast with other settings if it helps, None otherwise.
 
-    Quantizing takes long. So what does not help by an estimate is not quantized.
+    Quantizing takes long. So what does not help by an estimate is not quantized. The estimate also counts
+    where stand-ins leave lookups constant, which those of the user's images need not be.
     """
     quant, compiling = applied(settings, lowered.network.config, config)
+    estimate = None
     if "rounding_bits" in settings and "activation_bits" not in settings:
-        expected = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
-        if not helps(expected) or not quantizing:
-            return expected if helps(expected) else None
+        estimate = forecast_of(_rounded(lowered, settings["rounding_bits"]), compiling)
+        if not helps(estimate) or not quantizing:
+            return estimate if helps(estimate) else None
     try:
         same = quant == lowered.network.config
         network = lowered.network if same else requantized(lowered.network, quant)
         expected = forecast_of(lower(network, compiling.engine), compiling)
     except (FheConvError, MemoryError):
         return None
-    if not same:
-        dear = expected.wide or not allowed(expected, compiling, SHARE)  # see `Trials.works`
-        if dear or expected.lookups < SHARE * lowered.lookups:
+    if not same and expected.lookups < SHARE * lowered.lookups:
+        if estimate is None:
             return None
-    return expected if helps(expected) else None
+        expected = estimate
+    certain = same or (not expected.wide and allowed(expected, compiling, SHARE))  # see `Trials.works`
+    return expected if certain and helps(expected) else None
 
 
 def _table(layer: object) -> Lookup | None:
