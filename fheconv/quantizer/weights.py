@@ -11,7 +11,7 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.moments import Moments
-from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
+from fheconv.quantizer.rounding.base import IntegerWeight, Rounding, greatest_integer
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget
 
@@ -121,6 +121,23 @@ class FittedWeights:
             values[:, batch.read] = result.values
             results.append((batch.numbers, result._replace(values=values, scale=result.scale * batch.size)))
         return _assembled(rows, results)._replace(evidence=self._evidence)
+
+    def usual_steps(self, bits: int) -> Array:
+        """Return the real steps (C,) at which the greatest weights become the greatest integer of `bits`."""
+        greatest = [np.abs(batch.weights).max(axis=1) * batch.size for batch in self._batches]
+        return self._by_channel(greatest) * self.rows.parts[0].unit / greatest_integer(bits)
+
+    def variance(self) -> Array:
+        """Return the sum (C,) of the second moments of all inputs of a filter, in squares of their steps."""
+        return self._by_channel([np.trace(batch.moment) for batch in self._batches])
+
+    def _by_channel(self, values: Sequence[Array]) -> Array:
+        """Return the greatest value (C,) of the rows of each channel, from those of each batch."""
+        of_row = np.zeros(len(self.rows.rows))
+        for batch, own in zip(self._batches, values, strict=True):
+            of_row[batch.numbers] = own
+        of_channel: Array = of_row[self.rows.of_value].reshape(self._layer.shape[0], -1).max(axis=1)
+        return of_channel
 
     def _check(self, budget: Budget) -> None:
         """Raise `AccumulatorOverflowError` if the budget is too small for any weight."""
