@@ -1,6 +1,6 @@
 """Rounds the weights of a layer to integers."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,11 +90,12 @@ class FittedWeights:
         moments = Moments(rows, inputs, shapes, tensors, floats)
         self._evidence = moments.evidence
         self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
+        self._rounded: dict[Hashable, tuple[Array, float, tuple[int, int]]] = {}
 
     def rounded(
         self, bits: int, method: Rounding, budget: Budget | None, steps: Array | None = None
     ) -> IntegerTerms:
-        """Return the weights rounded by `method`.
+        """Return the weights rounded by `method`. Rows that were rounded before in the same way are not again.
 
         `steps` (C,) are the finest real steps of accumulators, if the `budget` needs no proof.
 
@@ -107,19 +108,22 @@ class FittedWeights:
             finest = rows.greatest(steps) / rows.parts[0].unit
         if budget is not None:
             self._check(budget)
+        steps_left = budget and budget.steps
         results = []
         for batch in self._batches:
-            result = method(
-                batch.weights,
-                bits,
-                batch.moment,
-                rows.ranges(rows.rows[batch.numbers[0]])[batch.read],
-                budget and budget.steps,
-                finest[batch.numbers] / np.maximum(batch.size, TINY),
-            )
+            own = finest[batch.numbers] / np.maximum(batch.size, TINY)
+            keys = [(bits, method, steps_left, *key) for key in zip(batch.numbers, own.tolist(), strict=True)]
+            new = [at for at, key in enumerate(keys) if key not in self._rounded]
+            if new:
+                ranges = rows.ranges(rows.rows[batch.numbers[0]])[batch.read]
+                result = method(batch.weights[new], bits, batch.moment, ranges, steps_left, own[new])
+                for at, *row in zip(new, result.values, result.scale, strict=True):
+                    self._rounded[keys[at]] = row[0], row[1], result.range
+            found = [self._rounded[key] for key in keys]
             values = np.zeros((len(batch.numbers), len(batch.read)), np.int64)
-            values[:, batch.read] = result.values
-            results.append((batch.numbers, result._replace(values=values, scale=result.scale * batch.size)))
+            values[:, batch.read] = np.stack([integers for integers, _, _ in found])
+            scale = np.array([one for _, one, _ in found]) * batch.size
+            results.append((batch.numbers, IntegerWeight(values, scale, found[0][2])))
         return _assembled(rows, results)._replace(evidence=self._evidence)
 
     def usual_steps(self, bits: int) -> Array:
