@@ -240,6 +240,8 @@ class Graph:
 
     def select(self, value: Value, step: Select, name: str) -> Value:
         """Apply a selection. An activation stays pending if the selection adds no zeros."""
+        if step.index.shape == value.shape and (step.index.ravel() == np.arange(step.index.size)).all():
+            return value  # nothing moves
         if isinstance(value, Pending) and (step.index != OUTSIDE).all():
             index = step.index if value.view is None else value.view.index.ravel()[step.index]
             return replace(value, name=name, view=Select(index=frozen(index)))
