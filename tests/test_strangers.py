@@ -33,7 +33,7 @@ def test_models_of_others(name):
         np.testing.assert_allclose(results, expected, atol=1e-4)
     else:
         about_mean = ((values - values.mean(axis=0)).ravel() for values in (results, expected))
-        assert np.corrcoef(*about_mean)[0, 1] > LEAST_CORRELATION.get(name, 0.8)
+        assert np.corrcoef(*about_mean)[0, 1] > LEAST_CORRELATION.get(name, 0.7)
     forecast = network.forecast(CONFIG)
     assert forecast.lookups == network.budget().lookups
     try:

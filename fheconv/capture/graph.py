@@ -251,7 +251,7 @@ class Graph:
         """Return a + factor · b, of equal shapes."""
         if sum(len(term.inexact()) > 1 for term in (*a.terms, *b.terms)) > MOST_PRODUCTS:
             a, b = (self._function(Pending(value.name, value, X)) for value in (a, b))
-        terms = (replace(term, factor=factor * term.factor) for term in b.terms)
+        terms = (replace(term, factor=factor * term.factor) for term in b.terms if factor)
         return Affine(weighed(a, weighed(b, name)), summed((*a.terms, *terms)), a.bias + factor * b.bias)
 
     def squares(self, x: Affine, y: Affine, name: str) -> Affine:
