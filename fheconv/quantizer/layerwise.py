@@ -23,8 +23,8 @@ from fheconv.quantizer.steps import Aim
 from fheconv.quantizer.trained import trained_weights, with_own_widths
 from fheconv.quantizer.weights import FittedWeights, round_nearest
 
-# How often weights are rounded again, with coarser steps for channels that do not fit the window.
-TRIES = 4
+# How often weights are rounded, each time with coarser steps for channels that do not fit the window.
+TRIES = 2
 # Coarser steps leave this much of the window free.
 FREE = 1.02
 

@@ -48,8 +48,10 @@ def aims(
         most, in_column = room(bits, rounding_bits, proved=False), 2.0 ** (bits - rounding_bits)
         finest = np.maximum(spans * HEADROOM / most, quiet)
         steps = np.maximum(finest, CLIPPED * usual)
-        gain = np.minimum(most / np.maximum(spans, tiny), 1 / np.maximum(quiet, tiny)) * steps
-        columns = in_column * steps / np.clip(np.floor(gain), 1, in_column)
-        found.append((float((columns**2 + LEFT * variance * steps**2).sum()), Aim(finest, most)))
+        with np.errstate(over="ignore"):  # numbers that are too great are as good as infinite ones
+            gain = steps * np.minimum(most / np.maximum(spans, tiny), 1 / np.maximum(quiet, tiny))
+            columns = in_column * steps / np.clip(np.floor(gain), 1, in_column)
+            error = float((columns**2 + LEFT * variance * steps**2).sum())
+        found.append((error, Aim(finest, most)))
     found.sort(key=lambda one: one[0])
     return [aim for error, aim in found[:MOST_TRIED] if error <= MUCH_WORSE * found[0][0]]
