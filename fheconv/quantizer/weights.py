@@ -95,7 +95,7 @@ class FittedWeights:
     def rounded(
         self, bits: int, method: Rounding, budget: Budget | None, steps: Array | None = None
     ) -> IntegerTerms:
-        """Return the weights rounded by `method`. Rows that were rounded before in the same way are not again.
+        """Return the weights rounded by `method`. Rows keep what an equal call has given them.
 
         `steps` (C,) are the finest real steps of accumulators, if the `budget` needs no proof.
 
