@@ -15,6 +15,7 @@ rounding: the methods that round weights.
 tables: lookup tables.
 windows: windows of lookups, and how wide they may be.
 placement: where windows lie.
+steps: how fine accumulators are, and which widths are tried.
 gains: integers that multiply the weights of narrow channels.
 draft: a layer with integer weights, before gains and lookup.
 building: the integer network, as far as it is built.

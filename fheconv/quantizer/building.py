@@ -9,13 +9,15 @@ from fheconv.basics.arrays import Array, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.networks.floats import Layer, Maximum, Network
-from fheconv.networks.integers import AnyLayer, IntegerNetwork, blank_image
+from fheconv.networks.integers import AnyLayer, IntegerNetwork, Lookup, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.draft import Draft
 from fheconv.quantizer.gains import gained, quiet_steps, row_gains
 from fheconv.quantizer.placement import Placing, Reached, Sums, least_span
-from fheconv.quantizer.rows import IntegerTerms, Rows
+from fheconv.quantizer.rows import IntegerTerms
+from fheconv.quantizer.steps import HEADROOM, Aim, aims
 from fheconv.quantizer.tables import compressed, lookup
+from fheconv.quantizer.weights import FittedWeights
 from fheconv.quantizer.windows import (
     MOST_CUT,
     WIDEST,
@@ -96,26 +98,25 @@ class Building:
         """Return how many bits enter a layer's lookup after rounding, None for all."""
         return None if layer.activation is None else self.config.of_layer("rounding_bits", layer.name)
 
-    def finest(self, rows: Rows, floats: Sequence[Array]) -> Array | None:
-        """Return the finest steps (C,) of accumulators for windows that need no proof, None for proved ones.
+    def aims(self, fitted: FittedWeights, bits: int, floats: Sequence[Array]) -> list[Aim]:
+        """Return what to try with weights of `bits` bits before windows that need no proof, none elsewhere.
 
-        `rows` are those of the layer. With finer steps, the sums of the float network (tensors `floats`)
-        would not fit the widest window, or noise would make lookups dearer. Where `accumulator_bits` is
-        given, noise is the user's choice.
+        With finer steps, the sums of the float network (tensors `floats`) would not fit the window, or noise
+        would make lookups dearer. Where `accumulator_bits` is given, noise is the user's choice.
         """
-        layer = rows.layer
+        layer = fitted.rows.layer
         budget = self.budget(layer)
         if budget is None or budget.proved:
-            return None
+            return []
         sums = layer.sums(floats)
-        spans = np.ptp(_ends(sums), axis=0)
-        if layer.activation is not None and budget.rounding_bits is not None and self._windows_lie_freely:
-            spans = least_span(Sums.of(sums, layer.activation, stretch=self._stretch), budget.rounding_bits)
-        finest = spans / budget.steps
-        if budget.rounding_bits is None or self.config.of_layer("accumulator_bits", layer.name) is not None:
-            return finest
-        noise = self._noise(layer)
-        return np.maximum(finest, quiet_steps(rows, self.source.shapes, noise, budget.rounding_bits))
+        spans, kept = np.ptp(_ends(sums), axis=0), budget.rounding_bits
+        if layer.activation is not None and kept is not None and self._windows_lie_freely:
+            spans = least_span(Sums.of(sums, layer.activation, stretch=self._stretch), kept)
+        given = self.config.of_layer("accumulator_bits", layer.name)
+        if kept is None or given is not None:
+            return [Aim(spans * HEADROOM / budget.steps, budget.steps)]
+        quiet = quiet_steps(fitted.rows, self.source.shapes, self._noise(layer), kept)
+        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, WIDEST)
 
     @property
     def _windows_lie_freely(self) -> bool:
@@ -145,10 +146,14 @@ class Building:
             draft.reached = self._reached(draft)
         return draft
 
-    def fits(self, draft: Draft) -> bool:
-        """Return whether most of what calibration reaches keeps to the budget, if that needs no proof."""
-        budget = self.budget(draft.layer)
-        return budget is None or draft.reached is None or bool(draft.reached.span.max() <= budget.steps)
+    def error(self, draft: Draft, meant: Array) -> float:
+        """Return the mean squared error of a layer's activations, which should be `meant` (N, C, *S)."""
+        output = self.output
+        if output is None:
+            raise TypeError("The last layer has no lookup.")
+        table, _, gain = self._lookup(draft, output)
+        found = (table(draft.accumulators * gain) - output.zero_point) * output.scale
+        return float(np.square(found - meant).mean())
 
     def add_maximum(self, layer: Maximum) -> None:
         """Add a layer of maxima."""
@@ -168,17 +173,24 @@ class Building:
             accumulators, blank = accumulators + in_steps, blank + in_steps
             quantized = replace(quantized, bias=frozen(in_steps))
         else:
-            window, gains = self._window(draft)
-            gain = compressed(gains[draft.rows.of_value])
+            table, gains, gain = self._lookup(draft, output)
             accumulators, blank = accumulators * gain, blank * gain
             terms = gained(draft.rows, quantized.terms, gains)
-            table = lookup(layer.name, layer.activation, output, window, step=step / gain, bias=draft.origin)
             quantized = replace(quantized, terms=terms, gain=frozen(gain), lookup=table)
         quantized = replace(quantized, scale=frozen(compressed(step)), real_bias=frozen(compressed(bias)))
         observed = _ends(accumulators)
         if quantized.lookup is not None:
             accumulators, blank = quantized.lookup(accumulators), quantized.lookup(blank)
         self._append(quantized, accumulators, blank, observed, draft.evidence)
+
+    def _lookup(self, draft: Draft, output: Quantization) -> tuple[Lookup, Array, Array]:
+        """Return the lookup of a layer, the gains of its rows, and those of its values."""
+        window, gains = self._window(draft)
+        gain, activation = compressed(gains[draft.rows.of_value]), draft.layer.activation
+        if activation is None:
+            raise TypeError(f"Layer {draft.layer.name!r} has no activation to look up.")
+        step, bias = draft.step / gain, draft.origin
+        return lookup(draft.layer.name, activation, output, window, step=step, bias=bias), gains, gain
 
     def _window(self, draft: Draft) -> tuple[Window, Array]:
         """Return the window of a layer's lookup, and the gains of its rows that fill it."""

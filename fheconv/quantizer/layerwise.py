@@ -1,6 +1,6 @@
 """Quantizes a network layer by layer, each layer on the results of the quantized layers before it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,17 +13,20 @@ from fheconv.networks.integers import IntegerNetwork
 from fheconv.networks.quantization import CalibratedInput, Quantization
 from fheconv.quantizer.activations import activation_quantizations, input_quantization
 from fheconv.quantizer.building import Building
+from fheconv.quantizer.draft import Draft
 from fheconv.quantizer.equalization import equalized
 from fheconv.quantizer.evidence import beside_others, middle, trust_in_mean
 from fheconv.quantizer.factors import balanced
-from fheconv.quantizer.rounding.methods import chosen_method
+from fheconv.quantizer.rounding.methods import Method, chosen_method
 from fheconv.quantizer.rows import IntegerTerms
+from fheconv.quantizer.steps import Aim
 from fheconv.quantizer.trained import trained_weights, with_own_widths
 from fheconv.quantizer.weights import FittedWeights, round_nearest
 
-# How much further than the float sums the integer sums may reach, in windows that need no proof. More leaves
-# less of the window for the weights.
-HEADROOMS = (1.1, 1.3, 1.6, 2.0)
+# How often weights are rounded, each time with coarser steps for channels that do not fit the window.
+TRIES = 2
+# Coarser steps leave this much of the window free.
+FREE = 1.02
 
 
 def quantize_network(
@@ -65,22 +68,48 @@ def quantize_network(
             )
             building.add(building.draft(layer, rounded, layer.bias))
         else:
-            fitted = FittedWeights(layer, inputs, network.shapes, floats, building.tensors)
-            budget = building.budget(layer)
-            finest = building.finest(fitted.rows, floats)
-            for headroom in HEADROOMS:
-                steps = None if finest is None else finest * headroom
-                rounded = fitted.rounded(bits, method.round, budget, steps)
-                bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
-                draft = building.draft(layer, rounded, bias)
-                if building.fits(draft):
-                    break
-            building.add(draft)
+            building.add(_best_draft(layer, building, method, floats))
     quantized = building.network()
     if images is not given:  # alike as they are, they tell as much as one
         evidence = tuple(one if one is None else min(one, 1.0) for one in quantized.evidence)
         quantized = replace(quantized, evidence=evidence)
     return with_own_widths(quantized) if network.trained else quantized
+
+
+def _best_draft(layer: Layer, building: Building, method: Method, floats: Sequence[Array]) -> Draft:
+    """Return a layer with weights rounded so that its outputs change little.
+
+    Before windows that need no proof, several widths are tried, and the least error of activations wins.
+    """
+    inputs, bits = building.inputs(layer), building.config.of_layer("weight_bits", layer.name)
+    fitted = FittedWeights(layer, inputs, building.source.shapes, floats, building.tensors)
+    budget = building.budget(layer)
+
+    def made(finest: Array | None) -> Draft:
+        rounded = fitted.rounded(bits, method.round, budget, finest)
+        bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
+        return building.draft(layer, rounded, bias)
+
+    drafts = [_fitting(made, aim) for aim in building.aims(fitted, bits, floats)] or [made(None)]
+    if len(drafts) == 1:
+        return drafts[0]
+    meant = floats[len(building.tensors)]
+    return min(drafts, key=lambda draft: building.error(draft, meant))
+
+
+def _fitting(made: Callable[[Array], Draft], aim: Aim) -> Draft:
+    """Return a draft whose window has at most `aim.most` steps, or the last of a few tries.
+
+    `made` rounds the weights, with no finer steps than it is given.
+    """
+    finest, draft = aim.finest, made(aim.finest)
+    for _ in range(TRIES - 1):
+        if draft.reached is None or (over := draft.reached.span / aim.most).max() <= 1:
+            break
+        step = np.abs(draft.step.reshape(len(over), -1)).max(axis=1)
+        finest = np.where(over > 1, np.maximum(finest, FREE * over * step), finest)
+        draft = made(finest)
+    return draft
 
 
 def _mean_error(

@@ -151,8 +151,11 @@ class Placing:
         lows, highs = sums.ends(widest)
         lows, highs = np.floor(np.minimum(lows, held[0])), np.ceil(np.maximum(highs, held[1]))
         found, least = None, np.inf
+        narrowest = float((highs.min(axis=0) - lows.max(axis=0)).max())
         for bits in range(self.rounding_bits + 2, self.widest + 1):
             error, most = partial(self._error, sums, held, bits), room(bits, self.rounding_bits, proved=False)
+            if most < narrowest:  # the error would be infinite
+                continue
             low, high = _least(error, lows, highs, most)
             total = float(error(low, high).sum())
             if total < least:

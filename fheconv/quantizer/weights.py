@@ -1,6 +1,6 @@
 """Rounds the weights of a layer to integers."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.moments import Moments
-from fheconv.quantizer.rounding.base import IntegerWeight, Rounding
+from fheconv.quantizer.rounding.base import IntegerWeight, Rounding, greatest_integer
 from fheconv.quantizer.rows import IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget
 
@@ -90,11 +90,12 @@ class FittedWeights:
         moments = Moments(rows, inputs, shapes, tensors, floats)
         self._evidence = moments.evidence
         self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
+        self._rounded: dict[Hashable, tuple[Array, float, tuple[int, int]]] = {}
 
     def rounded(
         self, bits: int, method: Rounding, budget: Budget | None, steps: Array | None = None
     ) -> IntegerTerms:
-        """Return the weights rounded by `method`.
+        """Return the weights rounded by `method`. Rows keep what an equal call has given them.
 
         `steps` (C,) are the finest real steps of accumulators, if the `budget` needs no proof.
 
@@ -107,20 +108,40 @@ class FittedWeights:
             finest = rows.greatest(steps) / rows.parts[0].unit
         if budget is not None:
             self._check(budget)
+        steps_left = budget and budget.steps
         results = []
         for batch in self._batches:
-            result = method(
-                batch.weights,
-                bits,
-                batch.moment,
-                rows.ranges(rows.rows[batch.numbers[0]])[batch.read],
-                budget and budget.steps,
-                finest[batch.numbers] / np.maximum(batch.size, TINY),
-            )
+            own = finest[batch.numbers] / np.maximum(batch.size, TINY)
+            keys = [(bits, method, steps_left, *key) for key in zip(batch.numbers, own.tolist(), strict=True)]
+            new = [at for at, key in enumerate(keys) if key not in self._rounded]
+            if new:
+                ranges = rows.ranges(rows.rows[batch.numbers[0]])[batch.read]
+                result = method(batch.weights[new], bits, batch.moment, ranges, steps_left, own[new])
+                for at, *row in zip(new, result.values, result.scale, strict=True):
+                    self._rounded[keys[at]] = row[0], row[1], result.range
+            found = [self._rounded[key] for key in keys]
             values = np.zeros((len(batch.numbers), len(batch.read)), np.int64)
-            values[:, batch.read] = result.values
-            results.append((batch.numbers, result._replace(values=values, scale=result.scale * batch.size)))
+            values[:, batch.read] = np.stack([integers for integers, _, _ in found])
+            scale = np.array([one for _, one, _ in found]) * batch.size
+            results.append((batch.numbers, IntegerWeight(values, scale, found[0][2])))
         return _assembled(rows, results)._replace(evidence=self._evidence)
+
+    def usual_steps(self, bits: int) -> Array:
+        """Return the real steps (C,) at which the greatest weights become the greatest integer of `bits`."""
+        greatest = [np.abs(batch.weights).max(axis=1) * batch.size for batch in self._batches]
+        return self._by_channel(greatest) * self.rows.parts[0].unit / greatest_integer(bits)
+
+    def variance(self) -> Array:
+        """Return the sum (C,) of the second moments of all inputs of a filter, in squares of their steps."""
+        return self._by_channel([np.trace(batch.moment) for batch in self._batches])
+
+    def _by_channel(self, values: Sequence[Array]) -> Array:
+        """Return the greatest value (C,) of the rows of each channel, from those of each batch."""
+        of_row = np.zeros(len(self.rows.rows))
+        for batch, own in zip(self._batches, values, strict=True):
+            of_row[batch.numbers] = own
+        of_channel: Array = of_row[self.rows.of_value].reshape(self._layer.shape[0], -1).max(axis=1)
+        return of_channel
 
     def _check(self, budget: Budget) -> None:
         """Raise `AccumulatorOverflowError` if the budget is too small for any weight."""
