@@ -1,0 +1,68 @@
+"""The function of a network, block by block, in clear integers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fheconv.lowering.lower import lower
+from fheconv.lowering.stages import in_stages
+from tests.support.nets import BLOCKS, integer_images, quantized
+
+
+def network_of(seed, *names, **options):
+    return quantized(seed, *names, accumulator_bits=12, activation_bits=3, input_bits=3, **options)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+@given(st.integers(0, 3), st.integers(1, 5))
+def test_blocks_compute_what_the_network_computes(name, seed, count):
+    network = network_of(seed, name)
+    if len(network.layers) < 2:
+        return
+    staged = in_stages(network, "auto", count)
+    q = integer_images(network, seed, 2)
+    interface = staged.lowered.interface
+    results = staged.lowered.function(interface.prepare(q))
+    np.testing.assert_array_equal(interface.accumulators(results, len(q)), network.accumulate(q))
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+@given(st.integers(0, 3), st.integers(1, 5))
+def test_no_lookup_is_computed_twice_and_blocks_share_them_evenly(name, seed, count):
+    network = network_of(seed, name)
+    if len(network.layers) < 2:
+        return
+    whole, staged = lower(network), in_stages(network, "auto", count)
+    for stage, layer in enumerate(whole.layers):
+        lookups = [block.lookups for block in staged.blocks if block.stage == stage]
+        assert sum(lookups) == layer.lookups
+        assert len(lookups) <= count
+        most = -(-layer.lookups // count) if stage < len(whole.layers) - 1 else 0
+        # A layer of maxima takes several lookups for each of its values.
+        each = len(network.layers[stage].index) - 1 if hasattr(network.layers[stage], "index") else 1
+        assert max(lookups) <= most + each
+
+
+@given(st.integers(0, 9), st.integers(1, 5))
+def test_blocks_read_the_image_and_earlier_blocks_only(seed, count):
+    network = network_of(seed)
+    if len(network.layers) < 2:
+        return
+    staged = in_stages(network, "auto", count)
+    for number, block in enumerate(staged.blocks, 1):
+        assert block.reads
+        for value in block.reads:
+            assert value == 0 or staged.blocks[value - 1].stage < block.stage
+            assert value < number
+    assert len({block.name for block in staged.blocks}) == len(staged.blocks)
+
+
+def test_a_block_of_a_small_filter_reads_the_rows_around_it_only():
+    network = network_of(0, "conv", "conv", size=(1, 12, 12))
+    staged = in_stages(network, "auto", 4)
+    firsts = [number for number, block in enumerate(staged.blocks, 1) if block.stage == 0]
+    seconds = [block for block in staged.blocks if block.stage == 1]
+    assert len(firsts) == len(seconds) == 4
+    assert firsts[-1] not in seconds[0].reads
+    assert firsts[0] not in seconds[-1].reads
