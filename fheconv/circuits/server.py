@@ -101,10 +101,10 @@ class Server(Brief):
         """Evaluate the circuit on one value of a ciphertext. `check` must have accepted both."""
         most = self._keys_in_memory
         try:
-            return bytes(self._handle.request("run_for", keys.name, None, most, value))
+            return bytes(self._handle.request("run_for", keys.name, None, most, [value]))
         except KeysForgotten:
             given = keys.payload if isinstance(keys, EvaluationKeys) else keys
-            return bytes(self._handle.request("run_for", keys.name, given, most, value))
+            return bytes(self._handle.request("run_for", keys.name, given, most, [value]))
 
 
 def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str, keyset: str) -> None:

@@ -9,5 +9,6 @@ lanes: packs several images into one ciphertext.
 interface: turns images into a circuit's integers, and its results into real numbers.
 layers: makes the function of each layer.
 lower: the entry: makes the function of a whole network.
+blocks: names the parts of a circuit in stages.
 stages: cuts that function into stages, and these into blocks.
 """

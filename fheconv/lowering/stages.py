@@ -14,6 +14,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import Engine
+from fheconv.lowering.blocks import Block
 from fheconv.lowering.dialect import hint, plus, take
 from fheconv.lowering.lanes import Lanes
 from fheconv.lowering.layers import Lowering, looked_up
@@ -25,33 +26,25 @@ from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 BlockFunction: TypeAlias = Callable[[Sequence[Any]], Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Names one function of a staged circuit.
-
-    `stage` is the number of its stage. `reads` are the numbers of the values that it takes: 0 is the image,
-    and n is the result of the n-th block, counted from 1. `lookups` is the number of its lookups.
-    """
-
-    name: str
-    stage: int
-    reads: tuple[int, ...]
-    lookups: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Staged:
-    """A network's function in blocks.
+    """A network's function in blocks, the last of which returns the results.
 
-    The last of the `blocks` returns the results. `functions` are what they compute, and `sizes` the number of
-    values in the image and in the result of each block. `lowered` is the function of the whole network, and
-    its `function` runs block by block.
+    `functions` are what the `blocks` compute, and `lookups` the number of their lookups. `sizes` holds how
+    many integers there are in the image and in the result of each block. `lowered` is the function of the
+    whole network, whose `function` here runs block by block.
     """
 
     lowered: Lowered
     blocks: tuple[Block, ...]
     functions: tuple[BlockFunction, ...]
+    lookups: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    def inputset(self, block: Block) -> tuple[Array, ...]:
+        """Return the inputs of a block that Concrete sees at compilation, in the order of its values."""
+        image = self.lowered.inputset()
+        return tuple(image if n == 0 else np.zeros((1, self.sizes[n]), np.int64) for n in block.reads)
 
 
 def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
@@ -67,12 +60,13 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
     pieces: list[list[_Piece]] = [[_Piece(value=0, mask=lowering.masks[0])]]
     made: list[Block] = []
     functions: list[BlockFunction] = []
+    lookups: list[int] = []
     sizes = [int(lowering.masks[0].sum())]
     for number, wanted in enumerate(_wanted(lowered, lowering)):
         last = number == len(network.layers) - 1
         layer = lowered.planes.layer if last else network.layers[number]
         pieces.append([])
-        for part, mask in enumerate([wanted] if last else _parts(layer, wanted, blocks)):
+        for mask in [wanted] if last else _parts(layer, wanted, blocks):
             reads = _reads(layer, mask, lowering.masks, pieces)
             own = _Assembly(lowering=lowering, reads=reads, image_bits=image_bits)
             if last:
@@ -81,8 +75,8 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
                 step = own.lowering.each(mask, number)
             functions.append(own.function(step.function))
             values = tuple(piece.value for each in reads.values() for piece in each)
-            name = f"stage{number}block{part}"
-            made.append(Block(name=name, stage=number, reads=values, lookups=step.layer.lookups))
+            made.append(Block(stage=number, number=len(made) + 1, reads=values))
+            lookups.append(step.layer.lookups)
             pieces[-1].append(_Piece(value=len(made), mask=mask))
             sizes.append(int(mask.sum()))
 
@@ -96,6 +90,7 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
         lowered=replace(lowered, function=run),
         blocks=tuple(made),
         functions=tuple(functions),
+        lookups=tuple(lookups),
         sizes=tuple(sizes),
     )
 
@@ -137,7 +132,7 @@ class _Assembly:
         if len(pieces) == 1:
             return values[0]
         order = np.argsort(np.concatenate([np.flatnonzero(piece.mask) for piece in pieces]))
-        return take(np.concatenate(values, axis=1), order)
+        return take(np.concatenate(tuple(values), axis=1), order)
 
 
 def _wanted(lowered: Lowered, lowering: Lowering) -> list[Array]:

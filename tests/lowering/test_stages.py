@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fheconv
+from fheconv.lowering.blocks import blocks_of
 from fheconv.lowering.lower import lower
 from fheconv.lowering.stages import in_stages
 from tests.support.nets import BLOCKS, integer_images, quantized
@@ -35,7 +37,7 @@ def test_no_lookup_is_computed_twice_and_blocks_share_them_evenly(name, seed, co
         return
     whole, staged = lower(network), in_stages(network, "auto", count)
     for stage, layer in enumerate(whole.layers):
-        lookups = [block.lookups for block in staged.blocks if block.stage == stage]
+        lookups = [n for block, n in zip(staged.blocks, staged.lookups, strict=True) if block.stage == stage]
         assert sum(lookups) == layer.lookups
         assert len(lookups) <= count
         most = -(-layer.lookups // count) if stage < len(whole.layers) - 1 else 0
@@ -51,11 +53,13 @@ def test_blocks_read_the_image_and_earlier_blocks_only(seed, count):
         return
     staged = in_stages(network, "auto", count)
     for number, block in enumerate(staged.blocks, 1):
+        assert block.number == number
         assert block.reads
         for value in block.reads:
             assert value == 0 or staged.blocks[value - 1].stage < block.stage
             assert value < number
-    assert len({block.name for block in staged.blocks}) == len(staged.blocks)
+    program = "".join(f"  func.func @{block.name}(%arg0: i1)\n" for block in staged.blocks)
+    assert blocks_of(program) == staged.blocks
 
 
 def test_a_block_of_a_small_filter_reads_the_rows_around_it_only():
@@ -66,3 +70,22 @@ def test_a_block_of_a_small_filter_reads_the_rows_around_it_only():
     assert len(firsts) == len(seconds) == 4
     assert firsts[-1] not in seconds[0].reads
     assert firsts[0] not in seconds[-1].reads
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["stage0_value2_of_0"],
+        ["stage0_value1_of_1"],
+        ["stage1_value1_of_0", "stage0_value2_of_1"],
+        ["stage0_value1_of_0", "other"],
+        ["stage0_value1_of_0", "stage1_value2_of_2"],
+    ],
+)
+def test_blocks_that_do_not_follow_what_they_read_are_refused(names):
+    with pytest.raises(fheconv.ArtifactError, match="altered"):
+        blocks_of("".join(f"func.func @{name}(" for name in names).replace("(", "(\n"))
+
+
+def test_a_program_of_one_function_has_no_blocks():
+    assert blocks_of("module {\n  func.func @circuit(%arg0: i1) {}\n}") == ()

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import CompilationError, FheConvError
 from fheconv.circuits.sizes import Sizes
+from fheconv.lowering.blocks import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,14 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Names the circuit that the native library holds, in hexadecimal. `specs` are Concrete's parameters."""
+    """Names the circuit that the native library holds, in hexadecimal. `specs` are Concrete's parameters.
+
+    `blocks` are those of a circuit in stages; others have none.
+    """
 
     fingerprint: str
     specs: bytes
+    blocks: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,41 @@
+"""Checks that values can go from block to block, and gives the parameters that only the ends need."""
+
+import json
+from typing import Any
+
+from fheconv.circuits.native.protocol import Refused
+from fheconv.lowering.blocks import Block
+
+
+def ends_of(specs: bytes) -> bytes:
+    """Return the parameters of one circuit that takes the image and returns the results, in Concrete's words.
+
+    Of a circuit in stages, each of whose blocks has inputs and a result, these are the image of the first
+    block and the results of the last. Whoever encrypts and decrypts need not know of the others.
+    """
+    data = json.loads(specs)
+    circuits, name = data["circuits"], "circuit"
+    one = {"inputs": circuits[0]["inputs"][:1], "outputs": circuits[-1]["outputs"], "name": name}
+    tfhers = {key: {name: [None]} for key in data["tfhers_specs"]}
+    return json.dumps({"keyset": data["keyset"], "circuits": [one], "tfhers_specs": tfhers}).encode()
+
+
+def check_wires(specs: bytes, blocks: tuple[Block, ...]) -> None:
+    """Raise `Refused` unless every block takes values as they are: of one width, under one secret key."""
+    circuits = {circuit["name"]: circuit for circuit in json.loads(specs)["circuits"]}
+    made = [circuits[blocks[0].name]["inputs"][blocks[0].reads.index(0)]]
+    made += [circuits[block.name]["outputs"][0] for block in blocks]
+    for block in blocks:
+        for number, taken in zip(block.reads, circuits[block.name]["inputs"], strict=True):
+            if _form(taken) != _form(made[number]):
+                what = "the image" if number == 0 else f"value {number}"
+                raise Refused(
+                    f"Concrete encodes {what} otherwise for block {block.name} than where it comes from; "
+                    "compile the network as one circuit, without stages."
+                )
+
+
+def _form(one: Any) -> tuple[Any, ...]:
+    """Return how a value is encrypted, apart from its compression: a block takes both forms."""
+    value = one["typeInfo"]["lweCiphertext"]
+    return value["abstractShape"]["dimensions"], value["encoding"], value["encryption"]
