@@ -5,8 +5,10 @@ All stages run under one key set, and a result goes from block to block as it is
 them can stop between two blocks, or run the blocks of a stage on several machines.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +19,7 @@ from fheconv.basics.compile_config import Engine
 from fheconv.lowering.blocks import Block
 from fheconv.lowering.dialect import hint, plus, take
 from fheconv.lowering.lanes import Lanes
-from fheconv.lowering.layers import Lowering, looked_up
+from fheconv.lowering.layers import Lowering, Step, looked_up
 from fheconv.lowering.lower import Lowered, lower
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
@@ -55,30 +57,17 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
     Raises `InvalidArgumentError` if the named engine cannot run a layer.
     """
     lowered = lower(network, engine)
-    lowering = Lowering.of(network, engine)
-    image_bits = _image_bits(lowered)
-    pieces: list[list[_Piece]] = [[_Piece(value=0, mask=lowering.masks[0])]]
-    made: list[Block] = []
-    functions: list[BlockFunction] = []
-    lookups: list[int] = []
-    sizes = [int(lowering.masks[0].sum())]
-    for number, wanted in enumerate(_wanted(lowered, lowering)):
-        last = number == len(network.layers) - 1
-        layer = lowered.planes.layer if last else network.layers[number]
-        pieces.append([])
-        for mask in [wanted] if last else _parts(layer, wanted, blocks):
-            reads = _reads(layer, mask, lowering.masks, pieces)
-            own = _Assembly(lowering=lowering, reads=reads, image_bits=image_bits)
-            if last:
-                step = own.lowering.last(lowered.planes, mask, Lanes.of(1, 1))
-            else:
-                step = own.lowering.each(mask, number)
-            functions.append(own.function(step.function))
-            values = tuple(piece.value for each in reads.values() for piece in each)
-            made.append(Block(stage=number, number=len(made) + 1, reads=values))
-            lookups.append(step.layer.lookups)
-            pieces[-1].append(_Piece(value=len(made), mask=mask))
-            sizes.append(int(mask.sum()))
+    making = _Making(Lowering.of(network, engine))
+    if _image_is_joined(network):
+        making.pass_image_on()
+    for number, layer in enumerate(network.layers[:-1]):
+        for mask in _parts(layer, making.lowering.masks[number + 1], blocks):
+            making.add(number, layer, mask, partial(Lowering.each, wanted=mask, number=number))
+    results = np.zeros(lowered.planes.layer.shape, bool)
+    results.reshape(-1)[lowered.interface.outputs] = True
+    last = partial(Lowering.last, planes=lowered.planes, wanted=results, lanes=Lanes.of(1, 1))
+    making.add(len(network.layers) - 1, lowered.planes.layer, results, last)
+    made, functions = tuple(making.blocks), tuple(making.functions)
 
     def run(x: Any) -> Any:
         values = [x]
@@ -88,10 +77,10 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
 
     return Staged(
         lowered=replace(lowered, function=run),
-        blocks=tuple(made),
-        functions=tuple(functions),
-        lookups=tuple(lookups),
-        sizes=tuple(sizes),
+        blocks=made,
+        functions=functions,
+        lookups=tuple(making.lookups),
+        sizes=tuple(making.sizes),
     )
 
 
@@ -103,43 +92,65 @@ class _Piece:
     mask: Array
 
 
-class _Assembly:
-    """Puts tensors together from pieces, by the number of the tensor, for the function of a block."""
+class _Making:
+    """The blocks of a network that have been made so far, and the pieces of its tensors that they compute."""
 
-    def __init__(self, *, lowering: Lowering, reads: dict[int, list[_Piece]], image_bits: int) -> None:
-        masks = list(lowering.masks)
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.blocks: list[Block] = []
+        self.functions: list[BlockFunction] = []
+        self.lookups: list[int] = []
+        self.sizes = [int(lowering.masks[0].sum())]
+        self._pieces = defaultdict(list, {0: [_Piece(value=0, mask=lowering.masks[0])]})
+
+    def pass_image_on(self) -> None:
+        """Add a block that returns the image, for those to read that would read it."""
+        image = self._pieces[0]
+        self._append(0, {0: image}, self._assembled({0: image}, lambda tensors: tensors[0]), 0)
+        self._pieces[0] = [replace(image[0], value=1)]
+        self.sizes.append(self.sizes[0])
+
+    def add(
+        self, number: int, layer: QuantizedLayer | Maximum, mask: Array, step_of: Callable[[Lowering], Step]
+    ) -> None:
+        """Add the block that computes the outputs `mask` of layer `number`, which `step_of` makes."""
+        reads = _reads(layer, mask, self.lowering.masks, self._pieces)
+        masks = list(self.lowering.masks)
         for tensor, pieces in reads.items():
             masks[tensor] = np.logical_or.reduce([piece.mask for piece in pieces])
-        self.lowering = replace(lowering, masks=masks)
-        self._reads, self._image_bits = reads, image_bits
+        step = step_of(replace(self.lowering, masks=masks))
+        self._append(number, reads, self._assembled(reads, step.function), step.layer.lookups)
+        self._pieces[number + 1].append(_Piece(value=len(self.blocks), mask=mask))
+        self.sizes.append(int(mask.sum()))
 
-    def function(self, step: Callable[[Any], Any]) -> BlockFunction:
-        """Return the function of a block from that of its step, which takes tensors."""
+    def _append(
+        self, stage: int, reads: dict[int, list[_Piece]], function: BlockFunction, lookups: int
+    ) -> None:
+        values = tuple(piece.value for pieces in reads.values() for piece in pieces)
+        self.blocks.append(Block(stage=stage, number=len(self.blocks) + 1, reads=values))
+        self.functions.append(function)
+        self.lookups.append(lookups)
+
+    def _assembled(self, reads: dict[int, list[_Piece]], function: Callable[[Any], Any]) -> BlockFunction:
+        """Return a block's function of values, from one that takes tensors by their numbers."""
 
         def block(values: Sequence[Any]) -> Any:
             given, tensors = iter(values), {}
-            for tensor, pieces in self._reads.items():
-                tensors[tensor] = self._joined(tensor, pieces, [next(given) for _ in pieces])
-            return step(tensors)
+            for tensor, pieces in reads.items():
+                tensors[tensor] = self._joined(pieces, [next(given) for _ in pieces])
+            return function(tensors)
 
         return block
 
-    def _joined(self, tensor: int, pieces: list[_Piece], values: list[Any]) -> Any:
+    def _joined(self, pieces: list[_Piece], values: list[Any]) -> Any:
         """Return the values of a tensor that are there, in their order, from those of its pieces."""
-        if tensor == 0:
+        if pieces[0].value == 0:
             blank = self.lowering.blank(0)[pieces[0].mask]
-            return plus(hint(values[0], self._image_bits), -blank)
+            return plus(hint(values[0], self.lowering.network.input.integer_bits), -blank)
         if len(pieces) == 1:
             return values[0]
         order = np.argsort(np.concatenate([np.flatnonzero(piece.mask) for piece in pieces]))
         return take(np.concatenate(tuple(values), axis=1), order)
-
-
-def _wanted(lowered: Lowered, lowering: Lowering) -> list[Array]:
-    """Return a mask of what each layer computes: what is read of it, and results that are not constant."""
-    results = np.zeros(lowered.planes.layer.shape, bool)
-    results.reshape(-1)[lowered.interface.outputs] = True
-    return [*lowering.masks[1:-1], results]
 
 
 def _parts(layer: QuantizedLayer | Maximum, wanted: Array, blocks: int) -> list[Array]:
@@ -154,8 +165,9 @@ def _parts(layer: QuantizedLayer | Maximum, wanted: Array, blocks: int) -> list[
     if isinstance(layer, QuantizedLayer) and layer.lookup is not None:
         counted = looked_up(layer.lookup, layer, wanted)
     weights = counted.reshape(-1)[places[order]].astype(np.int64)
-    before = np.cumsum(weights) - weights
-    part = np.minimum(before * blocks // max(int(weights.sum()), 1), blocks - 1)
+    total = max(int(weights.sum()), 1)
+    # Constants go with a lookup before or after them.
+    part = np.minimum(np.cumsum(weights) - weights, total - 1) * blocks // total
     masks = []
     for number in np.unique(part):
         mask = np.zeros(wanted.shape, bool)
@@ -165,7 +177,7 @@ def _parts(layer: QuantizedLayer | Maximum, wanted: Array, blocks: int) -> list[
 
 
 def _reads(
-    layer: QuantizedLayer | Maximum, wanted: Array, masks: list[Array], pieces: list[list[_Piece]]
+    layer: QuantizedLayer | Maximum, wanted: Array, masks: list[Array], pieces: Mapping[int, list[_Piece]]
 ) -> dict[int, list[_Piece]]:
     """Return the pieces that the values `wanted` of a layer depend on, by the number of their tensor."""
     read: dict[int, Array] = {}
@@ -187,21 +199,11 @@ def _reads(
     return found or {first: pieces[first][:1]}
 
 
-def _image_bits(lowered: Lowered) -> int:
-    """Return the width of the image, which is the same in all blocks that read it.
+def _image_is_joined(network: IntegerNetwork) -> bool:
+    """Return whether the image must come through a block of its own.
 
-    In Concrete, the inputs of a layer and its accumulators have one width. So have all layers that read the
-    image, or a tensor that is read beside it.
+    All blocks of a layer of accumulators take it in one form. Where others read it too, Concrete may choose
+    another width or another secret key there. It gives one form to what a block returns.
     """
-    network = lowered.network
-    joined, bits = {0}, network.input.integer_bits
-    grown = True
-    while grown:
-        before = len(joined)
-        for number, layer in enumerate(network.layers):
-            if joined.isdisjoint(layer.sources):
-                continue
-            joined |= {*layer.sources, *({number + 1} if isinstance(layer, Maximum) else ())}
-            bits = max(bits, lowered.layers[number].plane_bits)
-        grown = len(joined) > before
-    return bits
+    readers = [layer for layer in network.layers if 0 in layer.sources]
+    return len(readers) > 1 or any(isinstance(layer, Maximum) for layer in readers)
