@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from fheconv.circuits.files.specs import named_circuit
 from fheconv.circuits.native.protocol import Refused
 from fheconv.lowering.blocks import Block
 
@@ -14,10 +15,8 @@ def ends_of(specs: bytes) -> bytes:
     block and the results of the last. Whoever encrypts and decrypts need not know of the others.
     """
     data = json.loads(specs)
-    circuits, name = data["circuits"], "circuit"
-    one = {"inputs": circuits[0]["inputs"][:1], "outputs": circuits[-1]["outputs"], "name": name}
-    tfhers = {key: {name: [None]} for key in data["tfhers_specs"]}
-    return json.dumps({"keyset": data["keyset"], "circuits": [one], "tfhers_specs": tfhers}).encode()
+    image, result = data["circuits"][0]["inputs"][0], data["circuits"][-1]["outputs"][0]
+    return json.dumps({"keyset": data["keyset"], **named_circuit(image, result)}).encode()
 
 
 def check_wires(specs: bytes, blocks: tuple[Block, ...]) -> None:
