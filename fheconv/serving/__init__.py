@@ -11,5 +11,6 @@ routes: defines what the server takes and answers.
 request_log: writes the log.
 app: the entry: the server.
 remote: the server's client.
-distributed: runs batches and tiles on a cluster.
+spreading: spreads one image over the workers of a cluster.
+distributed: runs batches, tiles and spread images on a cluster.
 """
