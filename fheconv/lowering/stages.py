@@ -67,6 +67,7 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
     results.reshape(-1)[lowered.interface.outputs] = True
     last = partial(Lowering.last, planes=lowered.planes, wanted=results, lanes=Lanes.of(1, 1))
     making.add(len(network.layers) - 1, lowered.planes.layer, results, last)
+    making.leave_unread_out()
     made, functions = tuple(making.blocks), tuple(making.functions)
 
     def run(x: Any) -> Any:
@@ -122,6 +123,24 @@ class _Making:
         self._append(number, reads, self._assembled(reads, step.function), step.layer.lookups)
         self._pieces[number + 1].append(_Piece(value=len(self.blocks), mask=mask))
         self.sizes.append(int(mask.sum()))
+
+    def leave_unread_out(self) -> None:
+        """Remove the blocks on which no result depends, and number the others anew.
+
+        There are some where the trained weights read a value, and the integer weights there are all zero.
+        """
+        read = {len(self.blocks)}
+        for block in reversed(self.blocks):
+            read |= {*block.reads} if block.number in read else set()
+        kept = [block for block in self.blocks if block.number in read]
+        numbers = {block.number: number for number, block in enumerate(kept, 1)} | {0: 0}
+        self.functions = [self.functions[block.number - 1] for block in kept]
+        self.lookups = [self.lookups[block.number - 1] for block in kept]
+        self.sizes = [self.sizes[0], *(self.sizes[block.number] for block in kept)]
+        self.blocks = [
+            replace(block, number=numbers[block.number], reads=tuple(numbers[n] for n in block.reads))
+            for block in kept
+        ]
 
     def _append(
         self, stage: int, reads: dict[int, list[_Piece]], function: BlockFunction, lookups: int

@@ -2,6 +2,7 @@
 
 disk: writes and removes files of keys.
 keystore: stores evaluation keys on the disk.
+works: divides a ciphertext among workers.
 admission: decides which requests may run, and runs them.
 tls: encrypts connections.
 connections: closes connections that wait too long.

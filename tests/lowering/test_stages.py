@@ -38,7 +38,7 @@ def test_no_lookup_is_computed_twice_and_blocks_share_them_evenly(name, seed, co
     whole, staged = lower(network), in_stages(network, "auto", count)
     for stage, layer in enumerate(whole.layers):
         lookups = [n for block, n in zip(staged.blocks, staged.lookups, strict=True) if block.stage == stage]
-        assert sum(lookups) == layer.lookups
+        assert sum(lookups) <= layer.lookups  # those on which no result depends may be left out
         assert len([n for n in lookups if n]) <= count
         most = -(-layer.lookups // count) if stage < len(whole.layers) - 1 else 0
         # A layer of maxima takes several lookups for each of its values.
@@ -59,6 +59,8 @@ def test_blocks_read_the_image_and_earlier_blocks_only(seed, count):
             assert value < number
             # Where several layers read the image, the first block only passes it on.
             assert value == 0 or staged.blocks[value - 1].stage < block.stage or value == 1
+    read = {value for block in staged.blocks for value in block.reads}
+    assert read >= set(range(1, len(staged.blocks)))
     program = "".join(f"  func.func @{block.name}(%arg0: i1)\n" for block in staged.blocks)
     assert blocks_of(program) == staged.blocks
 
