@@ -61,7 +61,10 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
     if _image_is_joined(network):
         making.pass_image_on()
     for number, layer in enumerate(network.layers[:-1]):
-        for mask in _parts(layer, making.lowering.masks[number + 1], blocks):
+        wanted = counted = making.lowering.masks[number + 1]
+        if isinstance(layer, QuantizedLayer) and layer.lookup is not None:
+            counted = looked_up(layer.lookup, layer, wanted)
+        for mask in parts(wanted, counted, blocks):
             making.add(number, layer, mask, partial(Lowering.each, wanted=mask, number=number))
     results = np.zeros(lowered.planes.layer.shape, bool)
     results.reshape(-1)[lowered.interface.outputs] = True
@@ -172,17 +175,14 @@ class _Making:
         return take(np.concatenate(tuple(values), axis=1), order)
 
 
-def _parts(layer: QuantizedLayer | Maximum, wanted: Array, blocks: int) -> list[Array]:
-    """Return up to `blocks` masks that divide `wanted`, with equally many lookups, row by row.
+def parts(wanted: Array, counted: Array, blocks: int) -> list[Array]:
+    """Return up to `blocks` masks that divide `wanted`, each with as many of the values `counted`.
 
-    So blocks of neighbouring layers read few values of one another.
+    They go row by row. So blocks of neighbouring layers read few values of one another.
     """
     places = np.flatnonzero(wanted)
     axes = np.unravel_index(places, wanted.shape)
     order = np.lexsort((places, axes[0], axes[min(1, len(axes) - 1)]))
-    counted = wanted
-    if isinstance(layer, QuantizedLayer) and layer.lookup is not None:
-        counted = looked_up(layer.lookup, layer, wanted)
     weights = counted.reshape(-1)[places[order]].astype(np.int64)
     total = max(int(weights.sum()), 1)
     # Constants go with a lookup before or after them.
