@@ -113,6 +113,8 @@ class InFolder:
                 raise ArtifactError(
                     f"Another run keeps its values in {self.path} now; wait for it, or choose another folder."
                 ) from error
+            for begun in self.path.glob(f".*{SUFFIX}.*"):  # by a process that was killed while it wrote
+                begun.unlink(missing_ok=True)
             yield
             with contextlib.suppress(OSError):  # it holds values of other images
                 self.path.rmdir()

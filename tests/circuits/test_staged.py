@@ -128,7 +128,9 @@ def test_a_time_limit_ends_between_blocks_and_loses_nothing(circuit, images, ask
             ended += 1
             assert stat.S_IMODE(keep.stat().st_mode) == 0o700
             assert {stat.S_IMODE(path.stat().st_mode) for path in keep.iterdir()} == {0o600}
+            (keep / ".one.value.0123abcd").write_text("begun by a process that was killed")
     assert ended == len(circuit.blocks) - 1
+    assert not keep.exists()
     assert asked == [block.name for block in circuit.blocks]
     expected = circuit.network.integers(images[0])
     np.testing.assert_array_equal(circuit.decrypt(result, dequantize=False), expected)
