@@ -15,7 +15,7 @@ CI = bool(os.environ.get("CI"))
 settings.register_profile(
     "fheconv",
     deadline=None,
-    max_examples=20 if CI else 8,
+    max_examples=20 if CI else 4,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=CI,
 )

@@ -61,7 +61,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("kind", ["maxima", "convolutions"])
 def test_the_remedy_of_a_refusal_is_accepted_at_the_first_time(kind, case):

@@ -67,6 +67,7 @@ def test_no_second_circuit_is_asked_where_the_first_is_as_good():
     assert cascade.cost(images).lookups == 0
 
 
+@pytest.mark.slow
 def test_encrypted_images_get_the_scores_of_clear_ones():
     first, second, images = circuit(hidden=0), circuit(), images_of(2, 4)
     margins = margins_of(first.predict(images))

@@ -128,6 +128,7 @@ def test_an_image_that_cannot_be_read_is_an_error_and_no_answer(tmp_path, name, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_result_is_not_written_over_a_folder(tmp_path):
     (tmp_path / "y.npy").mkdir()
     done = fheconv_command(

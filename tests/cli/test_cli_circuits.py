@@ -240,6 +240,7 @@ def test_compile_takes_every_option_and_prints_json(command, tmp_path):
     assert json.loads(command("inspect", said["server"], "--json")[1])["fingerprint"] == said["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_server_runs_what_a_client_encrypts(command):
     """Over HTTP, with a server that is a process of its own."""
     arguments = "serve", "out/server.zip", "--port", "0", "--folder", "stored", "--token-file", "token"

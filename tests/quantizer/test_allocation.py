@@ -77,8 +77,8 @@ def test_the_error_is_that_of_the_outputs_on_the_held_out_images():
     assert trial(0).error(config) == pytest.approx((off**2).mean() / expected.var(axis=0).mean(), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "rounding_bits"), [(0, None), (1, 4)])
-@pytest.mark.sampled(2)
 def test_more_bits_never_give_a_greater_error(seed, rounding_bits):
     widths = (1, 2, 4, 5)
     found = [allocation(seed, accumulator_bits=bits, rounding_bits=rounding_bits) for bits in widths]
@@ -110,7 +110,7 @@ def test_no_single_rung_would_have_been_better(seed):
             assert error >= found.error * (1 - SHARE)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("bits", [4, 5])
 def test_chosen_numbers_are_no_worse_than_half_of_the_width_for_all(seed, bits):

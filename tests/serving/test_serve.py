@@ -489,6 +489,7 @@ def test_a_flood_is_bounded_in_memory(command, client, keys, server):
     assert process.wait(30) == 130
 
 
+@pytest.mark.slow
 def test_a_server_in_the_background_ignores_interruptions_but_not_the_end(command):
     process, url = command(on_interruption="SIG_IGN")
     process.send_signal(signal.SIGINT)

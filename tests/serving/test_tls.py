@@ -50,6 +50,7 @@ def https(server, certified, files, tmp_path_factory):
         yield made
 
 
+@pytest.mark.slow
 def test_an_image_goes_through_https_and_back(https, client, files):
     remote = fheconv.RemoteCircuit(https, client, tls=Tls(**files.of("someone"), authority=files.authority))
     serving.check(remote.predict(serving.images(1)), serving.images(1))

@@ -315,6 +315,7 @@ def windows_and_tuned():
     return network, fheconv.finetune(network, (images, (labels + 1) % 3), epochs=60, batch_size=32)
 
 
+@pytest.mark.slow
 def test_windows_follow_the_weights():
     network, tuned = windows_and_tuned()
     images, labels = problem(1, 500)
@@ -330,6 +331,7 @@ def test_windows_follow_the_weights():
     assert tuned.source is not network.source
 
 
+@pytest.mark.slow
 def test_an_encrypted_run_of_trained_windows_agrees_with_the_clear_integers():
     """Rounding before a lookup is approximate, so that a value is one step off now and then."""
     _, tuned = windows_and_tuned()
