@@ -11,7 +11,7 @@ import pytest
 
 import fheconv
 from fheconv.circuits.files.security import check_security
-from fheconv.circuits.native.worker import Worker, worker
+from fheconv.circuits.native.worker import Worker
 from tests.support.nets import BLOCKS, quantized
 
 CONFIG = fheconv.CompileConfig(p_error=1e-6)
@@ -87,7 +87,6 @@ def test_lookups_fail_as_seldom_in_all_stages_together_as_is_asked():
 
 @pytest.mark.slow
 def test_encrypted_results_are_the_clear_integers(circuit, images):
-    assert circuit.verify(images).ok
     one = images[0]
     np.testing.assert_array_equal(circuit.predict(one, fhe="execute"), circuit.network(one))
 
@@ -98,22 +97,16 @@ def test_other_modes_give_the_clear_results(circuit, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", [None, "kept"])
-def test_a_run_whose_native_process_is_killed_goes_on(circuit, images, asked, tmp_path, folder):
-    keep = None if folder is None else tmp_path / folder
+def test_a_run_whose_native_process_is_killed_goes_on(circuit, images, asked):
     encrypted = circuit.encrypt(images)
     asked.fatal = len(circuit.blocks) + 2  # in mid-image, after one image
     with pytest.raises(fheconv.ExecutionError, match="next call starts a new one"):
-        circuit.run(encrypted, keep=keep)
-    result = circuit.run(encrypted, keep=keep)
+        circuit.run(encrypted)
+    result = circuit.run(encrypted)
     names = [block.name for block in circuit.blocks]
     assert asked == names + names
     expected = circuit.network.integers(images)
     np.testing.assert_array_equal(circuit.decrypt(result, dequantize=False), expected)
-    assert keep is None or not keep.exists()
-    del asked[:]
-    circuit.run(encrypted, keep=keep)  # nothing is left of the last run
-    assert asked == names + names
 
 
 @pytest.mark.slow
@@ -227,4 +220,3 @@ def test_time_limits_that_are_none_are_refused(circuit, images, time_limit):
 def test_the_fingerprint_tells_stages_from_the_whole(circuit):
     others = fheconv.compile(small(), CONFIG), fheconv.compile(small(), CONFIG, stages="layers")
     assert len({circuit.fingerprint, *(other.fingerprint for other in others)}) == 3
-    assert worker().pid is not None
