@@ -197,8 +197,12 @@ class FheCircuit(KeyOwner):
             specs=specs,
             mlir=mlir,
             cost=self._cost(handle),
-            recipe=Recipe.of(self.config, keys_given=self._keys_given),
+            recipe=self._recipe(),
         )
+
+    def _recipe(self) -> Recipe:
+        """Return how a server compiles the circuit again."""
+        return Recipe.of(self.config, keys_given=self._keys_given)
 
     def save(
         self, folder: str | Path, *, class_names: Sequence[str] | None = None, lanes: int = 1

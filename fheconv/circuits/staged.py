@@ -8,7 +8,9 @@ from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.keywords import answers_keywords
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.circuit import Fhe, FheCircuit, LoweredHandle
+from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.kept import InFolder, InMemory, name_of
+from fheconv.circuits.native.wiring import lenient
 from fheconv.circuits.owner import KeyOwner
 from fheconv.circuits.stepping import run_blocks
 from fheconv.lowering.blocks import Block
@@ -45,6 +47,11 @@ class StagedCircuit(FheCircuit):
     def _open(self, lowered: Lowered, keys_of: KeyOwner | None = None) -> LoweredHandle:
         opening = "compile_stages", (self.network, self.config, self._most)
         return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
+
+    def _recipe(self) -> Recipe:
+        if not self._one.compiled.as_whole:
+            return super()._recipe()
+        return Recipe.of(lenient(self.config), keys_given=True)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

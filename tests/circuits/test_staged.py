@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+import digits
 import fheconv
+import train_tinycnn_digits
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.native.worker import Worker
 from tests.support.nets import BLOCKS, quantized
@@ -67,6 +69,21 @@ def test_a_circuit_in_stages_costs_what_the_whole_costs(circuit):
         assert getattr(circuit.cost, name) == getattr(whole.cost, name)
     assert circuit.cost.p_error <= CONFIG.p_error
     assert {block.stage for block in circuit.blocks} == set(range(len(small().layers)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p_error", [1e-4, 0.01, 0.05])
+def test_tinycnn_costs_the_same_where_sums_are_rounded(p_error, tmp_path):
+    """Concrete wants to be able to read what is between stages. At p_error 0.01 this would cost more."""
+    network = fheconv.quantize(train_tinycnn_digits.shipped(), digits.digits().train_images)
+    config = fheconv.CompileConfig(p_error=p_error)
+    whole = fheconv.compile(network, config)
+    staged = fheconv.compile(network, config, stages="layers", blocks=2)
+    assert staged.complexity <= 1.1 * whole.complexity
+    assert staged.cost.p_error <= p_error
+    assert staged.keyset == whole.keyset
+    server = fheconv.load_server(staged.save(tmp_path)[1])
+    assert (server.keyset, server.blocks) == (whole.keyset, staged.blocks)
 
 
 @pytest.mark.sampled(3)

@@ -21,7 +21,7 @@ from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of, keyset_of
 from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
-from fheconv.circuits.native.modules import compiled_module, rules_of
+from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, rules_of
 from fheconv.circuits.native.options import configuration_of, saved_configuration
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
@@ -72,12 +72,9 @@ class NativeCircuits:
         a hint, from the proof, and the inputs show only the sign.
         """
         lowered = lower(network, config.engine, lanes)
-        compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
         names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
-            circuit = compiler.compile(
-                [x[None] for x in lowered.inputset()], configuration_of(lowered.lookups > 0, config, within)
-            )
+            circuit = compiled_circuit(lowered, configuration_of(lowered.lookups > 0, config, within))
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise Refused(
@@ -99,7 +96,8 @@ class NativeCircuits:
             )
         self._hold(number, key_id, keys, circuit, circuit.client)
         lookups = circuit.programmable_bootstrap_count
-        return _figures(circuit, lowered.interface, specs, lookups, output.dtype.bit_width)
+        bits = output.dtype.bit_width
+        return _figures(circuit, circuit.p_error, lowered.interface, specs, lookups, bits)
 
     def compile_stages(
         self,
@@ -112,13 +110,14 @@ class NativeCircuits:
     ) -> Compiled:
         """Compile `network` as circuit `number`, in stages of up to `blocks` blocks, all under one key set.
 
-        Concrete chooses the parameters for all blocks together: what a block reads has the noise with which
-        another returns it. `keys` are those that `keygen` returned for `key_id`. Raises `Refused` for what
-        cannot be compiled.
+        The parameters are those of the circuit without stages, or chosen for all blocks together. `keys` are
+        those that `keygen` returned for `key_id`. Raises `Refused` for what cannot be compiled.
         """
         staged = in_stages(network, config.engine, blocks)
         try:
-            module = compiled_module(staged, configuration_of(True, config, None))
+            whole = compiled_circuit(lower(network, config.engine), configuration_of(True, config, None))
+            self._folders[number].add(_folder(whole.server))
+            module, as_whole = compiled_stages(staged, whole, config)
             specs = module.client.specs.serialize()
         except RuntimeError as error:
             raise Refused(f"Concrete cannot compile this network in stages: {error}.") from error
@@ -128,8 +127,9 @@ class NativeCircuits:
         functions = module.functions().values()
         lookups = sum(function.programmable_bootstrap_count for function in functions)
         (output,) = module.graphs[staged.blocks[-1].name].output_nodes.values()
-        figures = _figures(module, staged.lowered.interface, ends, lookups, output.output.dtype.bit_width)
-        return replace(figures, blocks=staged.blocks)
+        chosen, bits = whole if as_whole else module, output.output.dtype.bit_width
+        figures = _figures(module, chosen.p_error, staged.lowered.interface, ends, lookups, bits)
+        return replace(figures, blocks=staged.blocks, as_whole=as_whole)
 
     def export(self, number: int, key_id: str) -> tuple[bytes, str]:
         """Return the circuit's parameters, which a client needs, and the MLIR text that a server compiles."""
@@ -312,7 +312,9 @@ class _Held:
     circuit: Any = None
 
 
-def _figures(circuit: Any, interface: Interface, specs: bytes, lookups: int, output_bits: int) -> Compiled:
+def _figures(
+    circuit: Any, p_error: float, interface: Interface, specs: bytes, lookups: int, output_bits: int
+) -> Compiled:
     """Return what is to be known of a compiled circuit, or of one in stages."""
     return Compiled(
         fingerprint=identity_of(specs, circuit.mlir.encode(), interface).fingerprint,
@@ -321,9 +323,9 @@ def _figures(circuit: Any, interface: Interface, specs: bytes, lookups: int, out
         lookups=lookups,
         complexity=circuit.complexity,
         sizes=sizes_of(specs),
-        p_error=circuit.p_error,
+        p_error=p_error,
         # Concrete's own figure does not cover all lookups together.
-        global_p_error=-math.expm1(max(lookups, 1) * math.log1p(-circuit.p_error)),
+        global_p_error=-math.expm1(max(lookups, 1) * math.log1p(-p_error)),
     )
 
 

@@ -45,7 +45,10 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Opened):
-    """Holds the figures of a compiled circuit, known before any key is made."""
+    """Holds the figures of a compiled circuit, known before any key is made.
+
+    `as_whole` says that a circuit in stages runs under the keys of the one without.
+    """
 
     output_bits: int
     lookups: int
@@ -53,6 +56,7 @@ class Compiled(Opened):
     sizes: Sizes
     p_error: float
     global_p_error: float
+    as_whole: bool = False
 
 
 class Refused(CompilationError):
