@@ -83,7 +83,7 @@ def channel_remedy(given: Shape, channels: int, axes: int) -> str:
         ' The channel axis is last: give images.transpose(0, 3, 1, 2) (of a tensor, permute).'
     """
     last = len(given) > 2 and given[-1] == channels
-    if len(given) == axes and channels == 1:
+    if len(given) == axes and channels == 1 and given[0] != 1:  # else it is an image, of another size
         return " The channel axis is missing: give images[:, None]."
     if len(given) == axes and channels != given[0] and not last:
         return f" The channel axis is missing: give images with {channels} channels, (n, {channels}, ...)."
@@ -115,7 +115,7 @@ def with_classes(x: Data, y: ArrayLike | None, axes: int) -> tuple[Array, ArrayL
 def share_right(outputs: Array, classes: ArrayLike) -> float:
     """Return the share of outputs (n, classes) whose highest score is at the right one of `classes` (n,).
 
-    Raises `InvalidArgumentError` for other shapes, and for no images.
+    Raises `InvalidArgumentError` for other shapes, for classes without a score, and for no images.
 
     Example:
         >>> share_right(np.array([[0.1, 0.9], [0.8, 0.2]]), [1, 1])
@@ -126,6 +126,11 @@ def share_right(outputs: Array, classes: ArrayLike) -> float:
         raise InvalidArgumentError(
             f"y has shape {right.shape} and type {right.dtype}, and the outputs have shape {outputs.shape}; "
             "score needs images (n, …), a class (n,) for each, and a network with a score for each class."
+        )
+    if right.min() < 0 or right.max() >= outputs.shape[1]:
+        raise InvalidArgumentError(
+            f"y has classes from {right.min()} to {right.max()}, and the network has scores of classes 0 to "
+            f"{outputs.shape[1] - 1}; number the classes as in training."
         )
     return float((outputs.argmax(axis=1) == right).mean())
 

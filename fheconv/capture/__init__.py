@@ -2,6 +2,7 @@
 
 model: the entry: a model or a single convolution.
 tracing: modules as torch.export takes them, and whether they repeat their results.
+refusals: why a module cannot be captured, and what to do.
 eager: modules of torch.ao.quantization as modules of floats.
 exported: from torch.export's graph to a network.
 outputs: which of several outputs is meant.
@@ -17,6 +18,7 @@ products: products of two encrypted values.
 elementwise: operators that act on each value.
 poolings: operators that read windows.
 operators: the table of operators.
+last: what moves the results of a softmax.
 checkpoint: layers and models from files.
 onnx_file: models from ONNX files.
 onnx_model: an ONNX graph as a torch module.

@@ -213,6 +213,8 @@ def _module(entry: dict[str, Any], tensors: "dict[str, Tensor]", where: str) -> 
     for part in PARTS:
         if part in entry and entry[part] != shapes.get(part):
             raise ArtifactError(f"{where} {part}={entry[part]}, and the file's has {shapes.get(part)}.")
+    if "weight" not in tensors and (kind in KINDS or kind == "Linear"):
+        raise ArtifactError(f"{where} kind={kind!r}, and the file has no such weights; correct its name.")
     shape = tuple(tensors["weight"].shape) if "weight" in tensors else ()
     sizes: dict[str, Any] = {}
     try:

@@ -1,7 +1,6 @@
 """Turns a torch module into a float network, by the graph of `torch.export`."""
 
 import operator
-import re
 import warnings
 from typing import Any
 
@@ -18,10 +17,12 @@ from fheconv.capture.calls import BATCH, Call
 from fheconv.capture.eager import as_floats
 from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
+from fheconv.capture.last import after
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.outputs import Outputs, described, pick, picked_node
 from fheconv.capture.probing import leaves, linear
 from fheconv.capture.quantizers import ROUNDING, as_trained
+from fheconv.capture.refusals import refusal, said
 from fheconv.capture.tracing import check_channels, dependence, evaluate, quiet, traceable
 from fheconv.networks.floats import Network
 
@@ -38,14 +39,12 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     """
     if isinstance(module, ExportedProgram):
         module = _unflattened(module, input_shape)
-    kind = type(module).__name__
-    if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
-        raise UnsupportedLayerError(f"This {kind} has layers without weights yet; run it once, or load them.")
     floats = (p for p in module.parameters() if p.is_floating_point())
     like = next(floats, torch.zeros(()))
     example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
     module = as_floats(module, example)
     training = [part for part in module.modules() if part.training]
+    depends: str | None = None  # until it has run
     try:
         evaluate(module)
         with warnings.catch_warnings(), traceable(module):
@@ -59,11 +58,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
         raise
     except Exception as error:  # the user's forward can raise anything
         check_channels(module, example)
-        raise UnsupportedLayerError(
-            f"{kind} cannot be run or exported on images of shape {input_shape}: "
-            f"{_said(error)}. Calibrate on images as the model takes them; a "
-            "model whose path depends on the values of the image cannot be a circuit."
-        ) from error
+        raise refusal(module, input_shape, error, ran=depends is not None) from error
     finally:
         for part in training:
             part.training = True
@@ -71,16 +66,8 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
         check_channels(module, example)
     network = network_of(program, input_shape, outputs)
     if depends:  # last, because the graph may name the operator
-        raise UnsupportedLayerError(f"{kind} cannot be compiled: {depends}.")
+        raise UnsupportedLayerError(f"{type(module).__name__} cannot be compiled: {depends}.")
     return network
-
-
-def _said(error: Exception) -> str:
-    """Return the first paragraph of an error, and the user's line if torch names it."""
-    text = str(error).strip() or type(error).__name__
-    line = re.search(r"The following call raised this error:\n(.*?)(\n\n|$)", text, re.DOTALL)
-    said = text.split("\n\n")[0] + (f" ({line[1]})" if line else "")
-    return " ".join(said.split())
 
 
 def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:
@@ -105,7 +92,7 @@ def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Modul
         remedy = channel_remedy((BATCH, *input_shape), wanted[1], len(wanted) - 1) if len(wanted) > 2 else ""
         raise UnsupportedLayerError(
             f"The exported program cannot be run on images of shape {input_shape}: "
-            f"{_said(error)}.{remedy} Export a model of one argument, a batch of any "
+            f"{said(error)}.{remedy} Export a model of one argument, a batch of any "
             'size (dynamic_shapes=({0: torch.export.Dim("batch")},)), and calibrate on images of the size '
             "that it was exported for."
         ) from error
@@ -237,10 +224,12 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
             return made.zero_() if operation.startswith("empty") else made
         for value in encrypted:
             if isinstance(value, Final):
-                raise Unsupported(
-                    f"the {value.last.operator} before it can only be the last operation, which the client "
-                    "computes in clear; the nearest that is supported: an activation"
-                )
+                return after(call, value, arguments, options)
+        if any(isinstance(size, torch.SymInt) for size in getattr(node.meta.get("val"), "shape", ())):
+            raise Unsupported(
+                "how many values it gives depends on the image; the nearest that is supported: all values, "
+                "with zeros in place of some (torch.where)"
+            )
         if folds(call, (arguments, options)):
             return followed(call, arguments, options)
         return _handled(call, arguments, options)
@@ -248,7 +237,7 @@ def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
         reason = str(error)
         cause: Exception = error
     except Exception as error:  # an unknown option, or a tensor in place of a number
-        reason = f"it is called in a way that is not supported ({_said(error)})"
+        reason = f"it is called in a way that is not supported ({said(error)})"
         cause = error
     layer = f"Layer {name!r} ({kind})" if kind else f"Node {name!r} of the model's own forward"
     raise UnsupportedLayerError(f"{layer}, operator {operation!r}, cannot be compiled: {reason}.") from cause

@@ -240,6 +240,8 @@ class Graph:
 
     def select(self, value: Value, step: Select, name: str) -> Value:
         """Apply a selection. An activation stays pending if the selection adds no zeros."""
+        if step.index.shape == value.shape and (step.index.ravel() == np.arange(step.index.size)).all():
+            return value  # nothing moves
         if isinstance(value, Pending) and (step.index != OUTSIDE).all():
             index = step.index if value.view is None else value.view.index.ravel()[step.index]
             return replace(value, name=name, view=Select(index=frozen(index)))
@@ -249,7 +251,7 @@ class Graph:
         """Return a + factor · b, of equal shapes."""
         if sum(len(term.inexact()) > 1 for term in (*a.terms, *b.terms)) > MOST_PRODUCTS:
             a, b = (self._function(Pending(value.name, value, X)) for value in (a, b))
-        terms = (replace(term, factor=factor * term.factor) for term in b.terms)
+        terms = (replace(term, factor=factor * term.factor) for term in b.terms if factor)
         return Affine(weighed(a, weighed(b, name)), summed((*a.terms, *terms)), a.bias + factor * b.bias)
 
     def squares(self, x: Affine, y: Affine, name: str) -> Affine:

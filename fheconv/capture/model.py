@@ -61,16 +61,37 @@ def single_convolution(module: Any) -> Conv | None:
         return module
     if not hasattr(module, "state_dict"):  # without importing torch for arrays
         check_no_checkpoint(module)
+        _check_weights(module)
         return Conv.of(as_array(module, "weight"))
     import torch
 
+    from fheconv.capture.refusals import check_module
+
     if isinstance(module, torch.export.ExportedProgram):
         return None
+    if isinstance(module, type):
+        raise UnsupportedLayerError(
+            f"{module.__name__} is a class; give a model of it, such as {module.__name__}()."
+        )
     if not isinstance(module, torch.nn.Module):
         raise UnsupportedLayerError(
             f"{type(module).__name__} is no torch.nn.Module; give the model, or the weights of a convolution."
         )
+    check_module(module)
     return _from_torch(module) if _is_plain_convolution(module) else None
+
+
+def _check_weights(value: Any) -> None:
+    """Raise `InvalidArgumentError` for what is neither a model nor an array, such as a function."""
+    if isinstance(value, list | tuple) and any(hasattr(part, "state_dict") for part in value):
+        raise InvalidArgumentError(
+            f"This {type(value).__name__} of layers is no model; give torch.nn.Sequential(*layers)."
+        )
+    if not isinstance(value, list | tuple | np.ndarray | float | int) and not hasattr(value, "__array__"):
+        raise InvalidArgumentError(
+            f"This {type(value).__name__} is no model; give a torch.nn.Module, or the weights of a "
+            "convolution as an array. Models of other libraries come as ONNX files: fheconv.from_onnx."
+        )
 
 
 def image_axes(module: Any) -> int | None:

@@ -40,8 +40,9 @@ _STATE = (
 )
 _FIRST: dict[Any, str] = {
     "weights": f"It holds weights (a state_dict) and no model: {_STATE}",
-    "script": "It holds a program of TorchScript, which cannot be compiled: take the model that it was made "
-    "from.",
+    "script": "It holds a program of TorchScript, whose layers cannot be read: take the model that it was "
+    "made from. Or, only if you trust whoever wrote it: torch.onnx.export(torch.jit.load({file!r}), "
+    "(images,), 'model.onnx', dynamo=False), and model = fheconv.from_onnx('model.onnx').",
     "model": "It holds a whole pickled model. Only if you trust whoever wrote it: model = "
     "torch.load({file!r}, weights_only=False).eval(). Else ask for its weights (a state_dict).",
 }

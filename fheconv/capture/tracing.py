@@ -87,7 +87,8 @@ class _Unchecked(torch.nn.Module):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch.export from printing what it knows of an error, which is pages; the error says enough."""
-    handlers = logging.getLogger("torch").handlers
+    loggers = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict))
+    handlers = [handler for one in loggers if one.name.split(".")[0] == "torch" for handler in one.handlers]
     levels = [handler.level for handler in handlers]
     try:
         for handler in handlers:

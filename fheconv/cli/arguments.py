@@ -68,8 +68,10 @@ def quantized_model(
 ) -> "QuantizedNetwork":
     """Return the integer network of a model file, with the numbers of bits that `bits_of` returned."""
     from fheconv.capture.checkpoint import load_model
+    from fheconv.cli.kinds import check_model
     from fheconv.quantized import quantize
 
+    check_model(model)
     images = load_images(calibration)
     return quantize(load_model(model, layer, trusted=trusted), images, QuantConfig(**bits) if bits else None)
 
@@ -133,6 +135,7 @@ def load_array(path: Path, option: str) -> Array:
         check_regular(path)
         array: Any = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
+            array.close()
             raise ValueError("it is a zip archive (.npz), not one array")
     except Exception as error:  # the errors that numpy raises for broken files are not documented
         raise _unreadable(path, option, error) from error
@@ -175,6 +178,11 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def _pictures(path: Path, option: str, files: list[Path]) -> Array:
+    if not files:
+        raise InvalidArgumentError(
+            f"{option}={path} is a folder without image files; give one with files that end in "
+            f"{', '.join(PICTURES)}, or .npy."
+        )
     images = [_picture(one, option) for one in files]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
@@ -192,6 +200,8 @@ def _picture(path: Path, option: str, channels: int | None = None) -> Array:
         from PIL import Image
 
         with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits a value (mode {picture.mode}); give it as .npy")
             grey = picture.mode in ("1", "L", "LA") if channels is None else channels == 1
             pixels = np.atleast_3d(np.asarray(picture.convert("L" if grey else "RGB")))
         return np.moveaxis(pixels, -1, 0)

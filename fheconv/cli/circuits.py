@@ -26,7 +26,7 @@ from fheconv.cli.arguments import (
     save_array,
     token_of_environment,
 )
-from fheconv.cli.kinds import check_kind
+from fheconv.cli.kinds import check_kind, check_model
 
 if TYPE_CHECKING:
     from fheconv.circuits.ciphertext import Ciphertext
@@ -104,6 +104,7 @@ def compile_model(
     )
     config = QuantConfig(**given) if given else None
     compile_config = CompileConfig(p_error=p_error)
+    check_model(model)
     check_circuit_folder(output, force=force)
     images = load_images(calibration)
     try:

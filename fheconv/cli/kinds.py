@@ -48,6 +48,24 @@ def kind_of(path: Path) -> str | None:
     return "an .npz file" if names and all(name.endswith(".npy") for name in names) else None
 
 
+def check_model(path: Path) -> None:
+    """Raise `InvalidArgumentError` for a file that cannot be read, or is of a known kind and no model.
+
+    Whoever reads the file says what to do with files of `torch.save`.
+    """
+    try:
+        found = kind_of(path)
+    except OSError as error:
+        raise InvalidArgumentError(f"The model {path} cannot be read: {error}.") from error
+    if path.suffix.lower() == ".json":
+        raise InvalidArgumentError(f"{path} is no model; give the .safetensors file that it is the card of.")
+    if found not in (None, "a pickle", "a file of torch.save"):
+        article = "a " if found.endswith(".zip") else ""
+        raise InvalidArgumentError(
+            f"{path} is {article}{found}, and no model; give an .onnx, .safetensors or .pt2 file."
+        )
+
+
 def check_kind(path: Path, wanted: str, option: str) -> None:
     """Raise `InvalidArgumentError` if a file is of another known kind than is `wanted`.
 

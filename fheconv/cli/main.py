@@ -39,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 Model = Annotated[Path, typer.Argument(help="Weights: a .safetensors file, perhaps with its .json card.")]
 LayerName = Annotated[str, typer.Option("--layer", help="Layer name: LAYER.weight in the file.")]

@@ -232,7 +232,7 @@ class Term:
 
     def scaled(self, factors: Array, axes: int) -> "Term":
         """Return the term with each output channel multiplied by its own of `factors` (C,)."""
-        if (factors == factors[0]).all():
+        if factors[0] and (factors == factors[0]).all():  # zeros belong into the weights: a factor has a size
             return replace(self, factor=self.factor * float(factors[0]))
         scale = pointwise(factors[:, None], axes, groups=len(factors))
         # The factors move before poolings, to weights that can include them.

@@ -38,7 +38,7 @@ try:
     from fheconv.serving.connections import CONNECTIONS, Connection
     from fheconv.serving.metrics import Counting, Metrics
     from fheconv.serving.problems import HANDLERS
-    from fheconv.serving.request_log import LOGGER, RequestLog, log_as_json
+    from fheconv.serving.request_log import LOGGER, RequestLog, logged_as_json
     from fheconv.serving.works import Circuits
 except ImportError as error:
     raise MissingExtraError(
@@ -171,14 +171,14 @@ def serve(
             "--allow-remote (allow_remote=True)."
         )
     encrypted = {} if tls is None else tls.of_server()
-    log_as_json()
-    app = application(server, token=token, **options)
-    with _listener(host, port) as listener:
-        port = listener.getsockname()[1]
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        scheme = "https" if encrypted else "http"
-        LOGGER.info("Serving circuit %s on %s://%s", ", ".join(_by_name(server)), scheme, address)
-        _Heedful(configured(app, **encrypted)).run(sockets=[listener])
+    with logged_as_json():
+        app = application(server, token=token, **options)
+        with _listener(host, port) as listener:
+            port = listener.getsockname()[1]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            scheme = "https" if encrypted else "http"
+            LOGGER.info("Serving circuit %s on %s://%s", ", ".join(_by_name(server)), scheme, address)
+            _Heedful(configured(app, **encrypted)).run(sockets=[listener])
 
 
 class _Heedful(uvicorn.Server):

@@ -1,9 +1,11 @@
 """Logs each request as a line of JSON, without its contents and without the token."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -65,11 +67,19 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_as_json() -> None:
-    """Write the log lines of this room and of uvicorn to standard error."""
+@contextlib.contextmanager
+def logged_as_json() -> Iterator[None]:
+    """Write the log lines of this room and of uvicorn to standard error, as long as the context lasts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("fheconv.serving", "uvicorn"):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("fheconv.serving", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:  # this process may go on, and close the stream
+        for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)

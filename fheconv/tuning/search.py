@@ -15,7 +15,7 @@ from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError, CompilationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
-from fheconv.basics.samples import MOST_CALIBRATED, Data, Samples, images_of, samples
+from fheconv.basics.samples import MOST_CALIBRATED, Data, Samples, images_of, samples, share_right
 from fheconv.capture.model import capture, image_axes
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.networks.floats import Layer
@@ -124,7 +124,7 @@ def tune(
         raise InvalidArgumentError(
             f"The model's outputs have shape {scores.shape}; tune needs (n, classes), a score for each."
         )
-    right = float((scores.argmax(axis=1) == labels).mean())
+    right = share_right(scores, labels)
     layers = [one.name for one in network.layers if isinstance(one, Layer) and one.activation]
     if not layers:
         raise InvalidArgumentError("This network has no lookups, whose widths and number tune is about.")

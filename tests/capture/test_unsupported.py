@@ -161,7 +161,7 @@ def test_inputs():
         def forward(self, x, y=None):
             return x if y is None else x + y
 
-    assert "Two cannot be run" in refused(Two())
+    assert "needs 'y' besides" in refused(Two())
     check(Optional(), (2, 3))
     assert "cannot be run" in refused(nn.Sequential(conv(3, 2)))
     assert "cannot be run" in refused(nn.Sequential(nn.Embedding(4, 2)))

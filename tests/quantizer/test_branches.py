@@ -154,3 +154,37 @@ class PooledSum(Branches):
 @pytest.mark.parametrize("ratio", [1, 3, 0.2])
 def test_maxima_of_maxima_have_the_scale_of_what_they_are_taken_of(ratio):
     assert error(PooledSum(ratio, 1)) < 0.1
+
+
+class Zero(nn.Module):
+    """A model with a branch whose BatchNorm multiplies by 0, as residual networks begin their training."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        branch = self.bn(self.b(y))
+        return self.c(self.how(y, branch))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y, branch: torch.relu(branch + y),
+        lambda y, branch: torch.relu(y + branch),
+        lambda y, branch: torch.relu(branch) + y,
+        lambda y, branch: torch.add(y, branch, alpha=0),
+        lambda y, branch: torch.relu(y) * 0 + branch,
+    ],
+)
+def test_a_branch_that_is_multiplied_by_zero_is_a_constant(how):
+    torch.manual_seed(0)
+    model, images = Zero(how).eval(), torch.rand(20, 1, 6, 6)
+    network = fheconv.quantize(model, images)
+    expected = model(images).detach().numpy()
+    assert np.abs(network(images) - expected).max() <= 0.2 * np.abs(expected).max()

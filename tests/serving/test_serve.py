@@ -392,6 +392,16 @@ def test_what_makes_no_sense_is_refused_before_anything_is_bound(server, tmp_pat
             run.reset_mock()
 
 
+def test_log_lines_go_to_standard_error_only_while_it_serves(server, tmp_path, capsys):
+    """Whoever goes on may close that stream, or have its own."""
+    before = list(request_log.LOGGER.parent.handlers)
+    with mock.patch.object(uvicorn.Server, "run"):
+        serve.serve(server, port=0, folder=tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"].startswith("Serving circuit")
+    assert request_log.LOGGER.parent.handlers == before
+
+
 # Bodies of strangers.
 
 

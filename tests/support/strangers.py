@@ -1,8 +1,8 @@
-"""Ten models as others bring them: most are of packages, the others are written as packages have them.
+"""Ten models as others bring them: of packages, or trained by the tools of others.
 
 Architectures are those of pytorchcv, with few channels, and the mean in the place of their last pooling,
-which is for images of 224 × 224. What is trained for integers was trained by Brevitas and by torchao.
-Two are written down here: facenet-pytorch asks for an old torch, and TensorFlow is large.
+which is for images of 224 × 224. What is trained for integers was trained by Brevitas and by torchao. Models
+of packages that the project does not need are ONNX files in `tests/strangers`, and come with their weights.
 `tests/benchmarks/strangers.py` reads trained weights from packages.
 """
 
@@ -12,45 +12,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from onnx import helper
 from pytorchcv.models.efficientnet import EfficientNet
 from pytorchcv.models.jasper import Jasper
 from pytorchcv.models.mobilenetv3 import MobileNetV3
 from pytorchcv.models.resnet import ResNet
-from pytorchcv.models.shufflenetv2 import ShuffleNetV2
 from pytorchcv.models.squeezenet import SqueezeNet
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fheconv
 from tests.support import makers
-from tests.support.onnx_files import exported, written
 
 CLASSES = 3
+FILES = Path(__file__).parents[1] / "strangers"
 
 
 class Stranger(NamedTuple):
-    """A model, the shape of its images, and which of its outputs is meant."""
+    """A model, images of its kind, and which of its outputs is meant."""
 
     model: Any
-    shape: tuple[int, ...]
-    outputs: int | None = None
-
-
-class PNet(nn.Module):
-    """The proposal network of facenet-pytorch's MTCNN: a tuple of boxes and probabilities."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.MaxPool2d(2, 2, ceil_mode=True),
-            nn.Conv2d(4, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.PReLU(4),
-        )  # fmt: skip
-        self.scores, self.boxes = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.features(x)
-        return self.boxes(x), functional.softmax(self.scores(x), 1)
+    images: np.ndarray
+    outputs: int | str | None = None
 
 
 class Speech(nn.Module):
@@ -68,28 +51,20 @@ class Speech(nn.Module):
         return self.jasper(x, torch.full((len(x),), x.shape[2]))
 
 
-def keras(folder: Path) -> Any:
-    """A graph as tf2onnx writes one of Keras: images (n, 8, 8, 1), transposed around the convolutions."""
+def crops(count: int, height: int, width: int) -> np.ndarray:
+    """Squares and strips of photographs at several scales, (count, 3, height, width) in [−1, 1]."""
     rng = np.random.default_rng(0)
-    weights = {
-        "k": rng.normal(0, 0.4, (3, 1, 3, 3)).astype(np.float32),
-        "b": rng.normal(0, 0.1, 3).astype(np.float32),
-        "shape": np.array([-1, 27]),
-        "m": rng.normal(0, 0.3, (27, 4)).astype(np.float32),
-        "c": rng.normal(0, 0.1, 4).astype(np.float32),
-    }
-    nodes = [
-        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
-        helper.make_node("Conv", ["t", "k", "b"], ["u"], kernel_shape=[3, 3]),
-        helper.make_node("Relu", ["u"], ["r"]),
-        helper.make_node("AveragePool", ["r"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Transpose", ["p"], ["q"], perm=[0, 2, 3, 1]),
-        helper.make_node("Reshape", ["q", "shape"], ["f"]),
-        helper.make_node("MatMul", ["f", "m"], ["g"]),
-        helper.make_node("Add", ["g", "c"], ["h"]),
-        helper.make_node("Softmax", ["h"], ["y"], axis=-1),
-    ]
-    return fheconv.from_onnx(written(folder / "keras.onnx", nodes, ("n", 8, 8, 1), weights))
+    photographs = [torch.tensor(image).movedim(-1, 0).float() for image in load_sample_images().images]
+    found = []
+    for scale in rng.integers(1, 9, count):
+        photograph = photographs[rng.integers(len(photographs))]
+        size = (scale * height, scale * width)
+        top, left = (
+            rng.integers(whole - part + 1) for whole, part in zip(photograph.shape[1:], size, strict=True)
+        )
+        part = photograph[:, top : top + size[0], left : left + size[1]]
+        found.append(functional.interpolate(part[None], size=(height, width), mode="area")[0])
+    return (torch.stack(found).numpy() - 127.5) / 128
 
 
 def settled(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -124,15 +99,6 @@ def _efficientnet() -> nn.Module:
     return EfficientNet([[4], [4]], 4, 8, [[3], [3]], [2, 2], [[1], [2]], num_classes=CLASSES)
 
 
-def _classifier(folder: Path) -> Any:
-    """A classifier that comes as a file of ONNX."""
-    shape = (1, 8, 8)
-    network = ShuffleNetV2([[8]], 4, 8, in_channels=1, num_classes=CLASSES)
-    model = nn.Sequential(settled(network, shape), nn.Softmax(1)).eval()
-    path = folder / "classifier.onnx"
-    return fheconv.from_onnx(exported(model, torch.rand(2, *shape), path, "new, any batch"))
-
-
 # Networks that only have an architecture, the shape of their images, and which of their outputs is meant.
 _ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int | None]] = {
     "ResNet (pytorchcv)": (_resnet, (3, 8, 8), None),
@@ -140,23 +106,31 @@ _ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int | 
     "MobileNetV3 (pytorchcv)": (_mobilenet, (3, 12, 12), None),
     "EfficientNet (pytorchcv)": (_efficientnet, (3, 8, 8), None),
     "Jasper, 1-D (pytorchcv)": (Speech, (2, 16), 0),
-    "PNet, its scores (facenet-pytorch)": (PNet, (3, 12, 12), 1),
 }
-# Models that come as they are; those that are files are written into a folder.
-_FINISHED: dict[str, tuple[Callable[[Path], Any], tuple[int, ...]]] = {
-    "ShuffleNetV2, a classifier (ONNX)": (_classifier, (1, 8, 8)),
-    "Keras (NHWC, as tf2onnx writes it)": (keras, (8, 8, 1)),
-    "trained for integers (Brevitas)": (lambda _: makers.trained_by_brevitas(), makers.SHAPE),
-    "trained for integers (PT2E of torchao)": (lambda _: makers.trained_by_torchao(), makers.SHAPE),
+# Files of trained models, the size of their images, and which of their outputs is meant.
+_FILES: dict[str, tuple[str, tuple[int, int], str | None]] = {
+    "PNet, its scores (facenet-pytorch)": ("pnet.onnx", (12, 12), "scores"),
+    "PNet of Keras, its scores (mtcnn)": ("pnet-keras.onnx", (12, 12), "Identity_1:0"),
+    "direction of text (rapidocr)": ("direction.onnx", (48, 8), None),
 }
-NAMES = (*_ARCHITECTURES, *_FINISHED)
+_TRAINED: dict[str, Callable[[], nn.Module]] = {
+    "trained for integers (Brevitas)": makers.trained_by_brevitas,
+    "trained for integers (PT2E of torchao)": makers.trained_by_torchao,
+}
+NAMES = (*_ARCHITECTURES, *_FILES, *_TRAINED)
 
 
-def stranger(name: str, folder: Path) -> Stranger:
-    """Make one of the models; those that are files are written into a folder."""
+def stranger(name: str, count: int) -> Stranger:
+    """Make one of the models, with `count` images."""
     torch.manual_seed(2)  # with others, SqueezeNet may give zeros alone
-    if name in _ARCHITECTURES:
-        make, shape, outputs = _ARCHITECTURES[name]
-        return Stranger(settled(make(), shape), shape, outputs)
-    finished, shape = _FINISHED[name]
-    return Stranger(finished(folder), shape)
+    rng = np.random.default_rng(0)
+    if name in _FILES:
+        file, size, outputs = _FILES[name]
+        model = fheconv.from_onnx(FILES / file)
+        images = crops(count, *size)
+        return Stranger(model, images if model.input_shape[0] == 3 else np.moveaxis(images, 1, -1), outputs)
+    if name in _TRAINED:
+        images = rng.uniform(0, 1, (count, *makers.SHAPE)).astype(np.float32)
+        return Stranger(_TRAINED[name](), images)
+    make, shape, outputs = _ARCHITECTURES[name]
+    return Stranger(settled(make(), shape), rng.uniform(0, 1, (count, *shape)).astype(np.float32), outputs)
