@@ -20,6 +20,7 @@ from fheconv.basics.errors import (
     NotCompiledError,
     RemoteError,
     TuningError,
+    UnfinishedError,
     UnknownKeywordError,
     UnsupportedLayerError,
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.circuits.files.manifest import Manifest
     from fheconv.circuits.keys import EvaluationKeys
     from fheconv.circuits.server import Server, load_server
+    from fheconv.circuits.staged import StagedCircuit
     from fheconv.circuits.tiled import TiledCircuit, compile_tiled
     from fheconv.circuits.verification import Mismatch, VerifyReport
     from fheconv.networks.bounds import AccumulatorBounds, accumulator_bounds, max_taps
@@ -93,6 +95,7 @@ _HOMES = {
     "circuits.files.manifest": ("Manifest",),
     "circuits.keys": ("EvaluationKeys",),
     "circuits.server": ("Server", "load_server"),
+    "circuits.staged": ("StagedCircuit",),
     "circuits.tiled": ("TiledCircuit", "compile_tiled"),
     "circuits.verification": ("Mismatch", "VerifyReport"),
     "networks.bounds": ("AccumulatorBounds", "accumulator_bounds", "max_taps"),
@@ -156,6 +159,7 @@ __all__ = [
     "RemoteError",
     "Server",
     "Setting",
+    "StagedCircuit",
     "TiledCircuit",
     "TiledCost",
     "Tls",
@@ -163,6 +167,7 @@ __all__ = [
     "TunePoint",
     "TuneResult",
     "TuningError",
+    "UnfinishedError",
     "UnknownKeywordError",
     "UnsupportedLayerError",
     "VerifyReport",

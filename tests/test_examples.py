@@ -9,8 +9,9 @@ import pytest
 
 import fheconv
 
-# `library` is imported in a process of its own: after a run, Concrete makes its process exit with status 0.
-NOT_IMPORTED = {"fheconv.__main__", "fheconv.circuits.native.library"}
+# Concrete is imported in a process of its own: after a run, it makes its process exit with status 0.
+NATIVE = {f"fheconv.circuits.native.{name}" for name in ("library", "modules", "options")}
+NOT_IMPORTED = {"fheconv.__main__", *NATIVE}
 MODULES = {module.name for module in pkgutil.walk_packages(fheconv.__path__, "fheconv.")} - NOT_IMPORTED
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

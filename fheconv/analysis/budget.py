@@ -11,7 +11,8 @@ from fheconv.analysis.forecast import forecast_of
 from fheconv.analysis.remedy import remedy_for, remedy_for_proof
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
-from fheconv.lowering.lower import LoweredLayer, lower
+from fheconv.lowering.layers import LoweredLayer
+from fheconv.lowering.lower import lower
 from fheconv.networks.bounds import layer_bounds, without_bias
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import IntegerNetwork

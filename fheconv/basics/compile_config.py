@@ -79,7 +79,7 @@ class CompileConfig:
     in_process: run the native library in this process, for debugging. A crash of the library then ends this
         process too, and the process then exits with status 0 in every case.
     time_limit: seconds for one call of the native library: to compile, make keys, encrypt or decrypt a batch,
-        or run one image. Starting the worker does not count.
+        or run one image (in stages: one block). Starting the worker does not count.
     memory_limit: bytes of memory that the native library's process may hold during a call of this circuit,
         beyond what it has after its imports. Checked every 20 ms, on Linux only. If other circuits have
         filled the process to the limit before the call, a new process starts.

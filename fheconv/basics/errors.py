@@ -10,6 +10,7 @@ FheConvError
 ├── CompilationError          Concrete cannot compile the circuit
 │   └── CostError             it is known beforehand that the circuit costs too much, or has no parameters
 ├── ExecutionError            key generation, encryption, evaluation or decryption failed
+│   └── UnfinishedError       a run that ended at its time limit, and can go on
 ├── NotCompiledError          calls in the wrong order
 ├── TuningError               no circuit that was tried meets the requirements
 ├── ArtifactError             a ciphertext, key or file that is damaged or belongs elsewhere
@@ -148,6 +149,10 @@ class CostError(CompilationError):
 
 class ExecutionError(FheConvError):
     """Key generation, encryption, evaluation or decryption failed."""
+
+
+class UnfinishedError(ExecutionError):
+    """A run in stages ended at its time limit. What it has computed is kept, and the next run goes on."""
 
 
 class NotCompiledError(FheConvError):

@@ -11,6 +11,9 @@ verification: compares encrypted results with clear ones.
 together: decides how many images share a ciphertext.
 refused: finds out what does compile, where Concrete refuses.
 circuit: both sides of a circuit at once.
+kept: keeps the encrypted values of a run that has not finished.
+stepping: runs a circuit in stages, block by block.
+staged: both sides of a circuit in stages.
 compiling: the entry: compiles a network, for keys of its own or of another circuit.
 client: the side with the keys.
 server: the side without secret keys.

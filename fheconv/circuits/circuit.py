@@ -40,20 +40,21 @@ Fhe: TypeAlias = Literal["disable", "simulate", "execute"]
 SIMULATED = 40
 
 
-class _LoweredHandle(KeyedHandle):
-    """A handle of the function for one image, or for the images that share a ciphertext."""
+class LoweredHandle(KeyedHandle):
+    """A handle of the function for one image, or for the images that share a ciphertext.
+
+    `opening` is as for `Handle`. It may take the keys of `keys_of`.
+    """
 
     def __init__(
         self,
         session: Session,
-        network: QuantizedNetwork,
+        opening: tuple[str, tuple[Any, ...]],
         lowered: Lowered,
         config: CompileConfig,
         keys_of: KeyOwner | None = None,
     ) -> None:
         self.lowered = lowered
-        within = None if keys_of is None else keys_of.specs
-        opening = "compile", (network, config, lowered.interface.lanes.count, within)
         shared = None if keys_of is None else keys_of.present_keys
         with status("Compiling…"):
             super().__init__(session, opening, lowered.interface, Limits.of(config), shared)
@@ -98,12 +99,18 @@ class FheCircuit(KeyOwner):
         self._keys_given = keys_of is not None
         if keys_of is not None:
             self._share_lock_of(keys_of)
-        self._one: _LoweredHandle = _LoweredHandle(self._session, network, one, config, keys_of)
-        self._many: _LoweredHandle | None = None
+        self._one: LoweredHandle = self._open(one, keys_of)
+        self._many: LoweredHandle | None = None
         if isinstance(config.lanes, int) and config.lanes > 1:  # if these lanes are impossible, raise now
             self._handle_for(config.lanes)
 
-    def _handle_for(self, images: int) -> _LoweredHandle:
+    def _open(self, lowered: Lowered, keys_of: KeyOwner | None = None) -> LoweredHandle:
+        """Compile the network's function, and return what holds it."""
+        within = None if keys_of is None else keys_of.specs
+        opening = "compile", (self.network, self.config, lowered.interface.lanes.count, within)
+        return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
+
+    def _handle_for(self, images: int) -> LoweredHandle:
         """Return the handle for a batch. The one for several lanes is made when a batch first needs it."""
         if images < 2 or self._lanes == 1:
             return self._one
@@ -112,14 +119,14 @@ class FheCircuit(KeyOwner):
             many.keygen(f"{self._one.key_id}.{secrets.token_hex(16)}")
         return many
 
-    def _of_many(self) -> _LoweredHandle:
+    def _of_many(self) -> LoweredHandle:
         """Return the handle for several lanes, which has no keys yet when it is made."""
         if self._many is None:
             lowered = lower(self.network, self.config.engine, self._lanes)
-            self._many = _LoweredHandle(self._session, self.network, lowered, self.config)
+            self._many = self._open(lowered)
         return self._many
 
-    def _is_current(self, handle: _LoweredHandle) -> bool:
+    def _is_current(self, handle: LoweredHandle) -> bool:
         """Return True if a handle's keys are the present ones, or were made with them for several lanes.
 
         Keys for several lanes have their own name. A key file does not hold them, so they are made anew after
@@ -154,7 +161,7 @@ class FheCircuit(KeyOwner):
     def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
         return self.network.input_shape, self.network.output_shape, self._cost(self._one).rows()
 
-    def _cost(self, handle: _LoweredHandle) -> Cost:
+    def _cost(self, handle: LoweredHandle) -> Cost:
         """Return the cost without seconds. For seconds, lookups must be timed on this machine."""
         compiled, lowered = handle.compiled, handle.lowered
         return Cost(
@@ -190,8 +197,12 @@ class FheCircuit(KeyOwner):
             specs=specs,
             mlir=mlir,
             cost=self._cost(handle),
-            recipe=Recipe.of(self.config, keys_given=self._keys_given),
+            recipe=self._recipe(),
         )
+
+    def _recipe(self) -> Recipe:
+        """Return how a server compiles the circuit again."""
+        return Recipe.of(self.config, keys_given=self._keys_given)
 
     def save(
         self, folder: str | Path, *, class_names: Sequence[str] | None = None, lanes: int = 1
@@ -231,7 +242,7 @@ class FheCircuit(KeyOwner):
         with self._lock:
             handle = self._check(ciphertext, "input", "run")
             values = track(ciphertext.values, "Running on encrypted images…")
-            return ciphertext.with_results(handle.request("run", value) for value in values)
+            return ciphertext.with_results(handle.request("run", [value]) for value in values)
 
     def decrypt(self, ciphertext: Ciphertext, *, dequantize: bool = True) -> Array:
         """Return the results in torch's shape: floats, or with `dequantize=False` the exact integers.
@@ -318,7 +329,7 @@ class FheCircuit(KeyOwner):
         count = int(differ.reshape(len(tried), -1).any(axis=1).sum())
         return (count + 1) / (len(tried) + 1)  # never 0: a difference that was not seen may still happen
 
-    def _check(self, ciphertext: Any, kind: str, step: str) -> _LoweredHandle:
+    def _check(self, ciphertext: Any, kind: str, step: str) -> LoweredHandle:
         """Return the handle that a ciphertext belongs to. Raises `ArtifactError` if there is none."""
         self._one.require_keys(step)
         several = self._many is not None and getattr(ciphertext, "fingerprint", "") == self._many.fingerprint

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from fheconv.analysis.affordability import check_cost, check_cost_within
 from fheconv.analysis.forecast import completed
+from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import GLOBAL_P_ERROR, CompileConfig
 from fheconv.basics.errors import CompilationError, InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
@@ -15,11 +16,37 @@ from fheconv.circuits.client import load_client
 from fheconv.circuits.files.security import check_security
 from fheconv.circuits.owner import KeyOwner
 from fheconv.circuits.refused import compiled
+from fheconv.circuits.staged import StagedCircuit
 from fheconv.lowering.lower import lower
+from fheconv.lowering.stages import in_stages
 from fheconv.quantized import QuantizedNetwork
 
 # A retrained network may need parameters for slightly greater sums. So much more often may its lookups fail.
 MORE = (1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+# The most blocks of a stage. Each is a function of its own, which takes time to compile.
+MOST_BLOCKS = 1024
+
+
+@overload
+def compile(  # noqa: A001
+    network: QuantizedNetwork,
+    config: CompileConfig | None = None,
+    *,
+    keys_of: KeyOwner | str | Path | None = None,
+    stages: None = None,
+    blocks: int = 1,
+) -> FheCircuit: ...
+
+
+@overload
+def compile(  # noqa: A001
+    network: QuantizedNetwork,
+    config: CompileConfig | None = None,
+    *,
+    keys_of: KeyOwner | str | Path | None = None,
+    stages: Literal["layers"],
+    blocks: int = 1,
+) -> StagedCircuit: ...
 
 
 @answers_keywords
@@ -28,12 +55,17 @@ def compile(  # noqa: A001
     config: CompileConfig | None = None,
     *,
     keys_of: KeyOwner | str | Path | None = None,
+    stages: Literal["layers"] | None = None,
+    blocks: int = 1,
 ) -> FheCircuit:
     """Compile a quantized network to an FHE circuit. No key is made yet.
 
     keys_of: another circuit, or a client of it (a `Client`, or its `client.zip`), under whose keys this one
         is to run. So a retrained model gets new files, and its clients keep their keys. If there are keys
         already, the new circuit has them. Keys that either makes later are those of both.
+    stages: "layers" for a circuit that runs layer by layer (`StagedCircuit`). Its runs show progress within
+        an image, can be interrupted and go on, and can be spread over several machines. It costs as much.
+    blocks: the most blocks in which the lookups of a layer are run, one by one or on several machines.
 
     Concrete chooses the widths of keys for the widest lookup and its failure probability. So a network runs
     under keys of another if its lookups are as wide or narrower, and may fail as often or more often. A
@@ -62,6 +94,9 @@ def compile(  # noqa: A001
         raise InvalidArgumentError(
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
+    if stages is not None or blocks != 1:
+        making = partial(_in_stages, blocks=_check_stages(network, stages, blocks, keys_of))
+        return compiled(making, network, CompileConfig() if config is None else config)
     if keys_of is None:
         return compiled(_checked, network, CompileConfig() if config is None else config)
     owner = _owner_of(keys_of)
@@ -81,6 +116,35 @@ def _checked(network: QuantizedNetwork, config: CompileConfig, keys_of: KeyOwner
     if keys_of is not None and lowered is not None and config.configuration is None:
         check_cost_within(lowered, config, circuit.complexity)
     return circuit
+
+
+def _in_stages(network: QuantizedNetwork, config: CompileConfig, blocks: int) -> StagedCircuit:
+    """Compile a network in stages that costs no more than allowed."""
+    if not isinstance(config, CompileConfig):
+        raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
+    staged = in_stages(network, config.engine, blocks)
+    check_cost(staged.lowered, config)
+    return StagedCircuit(network, config, staged, blocks)
+
+
+def _check_stages(network: QuantizedNetwork, stages: Any, blocks: Any, keys_of: Any) -> int:
+    """Return the number of blocks. Raises `InvalidArgumentError` for what cannot go together."""
+    check_integer("blocks", blocks, 1, MOST_BLOCKS)
+    if stages != "layers":
+        raise InvalidArgumentError(
+            f'stages={stages!r:.50} and blocks={blocks}; stages must be "layers" for a circuit in stages. '
+            "Leave both out for one that runs as a whole."
+        )
+    if keys_of is not None:
+        raise InvalidArgumentError(
+            "stages= together with keys_of=; the parameters of stages are chosen for all of them together. "
+            "Leave one of them out."
+        )
+    if len(network.layers) < 2:
+        raise InvalidArgumentError(
+            "This network has one layer, and no lookup: there are no stages. Leave stages= and blocks= out."
+        )
+    return int(blocks)
 
 
 def _owner_of(keys_of: Any) -> KeyOwner:

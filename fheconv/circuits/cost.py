@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fheconv.analysis.failures import failing_lookups
 from fheconv.basics.report import Report
-from fheconv.lowering.lower import LoweredLayer
+from fheconv.lowering.layers import LoweredLayer
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,20 +1,26 @@
 """Runs circuits on ciphertexts, without a key that could decrypt them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from fheconv.basics.errors import ArtifactError
+from fheconv.basics.errors import ArtifactError, InvalidArgumentError
+from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.progress import track
 from fheconv.basics.report import Brief
 from fheconv.circuits.ciphertext import Ciphertext, check_ciphertext
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.archive import ServerParts, read_server
 from fheconv.circuits.files.manifest import Manifest
+from fheconv.circuits.kept import InFolder, InMemory
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
 from fheconv.circuits.native.handle import Handle
 from fheconv.circuits.native.protocol import KeysForgotten, Limits, Session
 from fheconv.circuits.native.worker import worker
+from fheconv.circuits.stepping import run_blocks
+from fheconv.lowering.blocks import Block
 
 # The number of key sets that are kept in memory: those used last.
 KEYS_IN_MEMORY = 4
@@ -82,13 +88,44 @@ class Server(Brief):
         """The cost of one encrypted image."""
         return self.manifest.cost
 
-    def run(self, ciphertext: Ciphertext, evaluation_keys: EvaluationKeys | StoredKeys) -> Ciphertext:
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of a circuit in stages (`fheconv.StagedCircuit`). Others have none."""
+        return tuple(self._handle.compiled.blocks)
+
+    @answers_keywords
+    def run(
+        self,
+        ciphertext: Ciphertext,
+        evaluation_keys: EvaluationKeys | StoredKeys,
+        *,
+        keep: str | Path | None = None,
+        time_limit: float | None = None,
+    ) -> Ciphertext:
         """Evaluate the circuit on encrypted images, with their owner's evaluation keys.
 
+        keep, time_limit: for circuits in stages, as for `StagedCircuit.run`: a folder for what has been
+            computed, so that a later call goes on from there, and the seconds after which this call ends.
+
         Raises `ArtifactError` for ciphertexts or keys of another circuit, or of different key sets, before
-        the native library sees a byte. Raises `ExecutionError` if the evaluation fails.
+        the native library sees a byte. Raises `ExecutionError` if the evaluation fails, `UnfinishedError`
+        when the time is over, `InvalidArgumentError` for a time limit without a folder, and for either of
+        them with a circuit that is not in stages.
         """
         self.check(ciphertext, evaluation_keys)
+        if (keep is not None or time_limit is not None) and not self.blocks:
+            raise InvalidArgumentError(
+                f"keep={keep!r:.50} and time_limit={time_limit!r:.20} are for circuits in stages; compile "
+                'with stages="layers".'
+            )
+        if time_limit is not None and keep is None:
+            raise InvalidArgumentError(
+                f"time_limit={time_limit!r:.20} without keep=; give a folder, or what was computed is lost."
+            )
+        if self.blocks:
+            kept = InMemory() if keep is None else InFolder(keep)
+            evaluate = partial(self.run_block, evaluation_keys)
+            return run_blocks(self.blocks, ciphertext, evaluate, kept, time_limit)
         values = track(ciphertext.values, "Running on encrypted images…")
         return ciphertext.with_results(self.run_value(value, evaluation_keys) for value in values)
 
@@ -98,13 +135,22 @@ class Server(Brief):
         check_input(ciphertext, self.manifest, evaluation_keys.key_id)
 
     def run_value(self, value: bytes, keys: EvaluationKeys | StoredKeys) -> bytes:
-        """Evaluate the circuit on one value of a ciphertext. `check` must have accepted both."""
+        """Evaluate the circuit, not in stages, on one value of a ciphertext that `check` has accepted."""
+        return self._run_for(keys, [value], None)
+
+    def run_block(self, keys: EvaluationKeys | StoredKeys, block: Block, values: Sequence[bytes]) -> bytes:
+        """Evaluate a block on the values that it reads, of a ciphertext that `check` has accepted."""
+        return self._run_for(keys, values, block.name)
+
+    def _run_for(
+        self, keys: EvaluationKeys | StoredKeys, values: Sequence[bytes], block: str | None
+    ) -> bytes:
         most = self._keys_in_memory
         try:
-            return bytes(self._handle.request("run_for", keys.name, None, most, value))
+            return bytes(self._handle.request("run_for", keys.name, None, most, values, block))
         except KeysForgotten:
             given = keys.payload if isinstance(keys, EvaluationKeys) else keys
-            return bytes(self._handle.request("run_for", keys.name, given, most, value))
+            return bytes(self._handle.request("run_for", keys.name, given, most, values, block))
 
 
 def check_keys(keys: EvaluationKeys | StoredKeys, fingerprint: str, keyset: str) -> None:

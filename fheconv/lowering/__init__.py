@@ -7,5 +7,8 @@ plan: chooses how to compute one term of a layer.
 planes: splits the last layer into narrow accumulators.
 lanes: packs several images into one ciphertext.
 interface: turns images into a circuit's integers, and its results into real numbers.
+layers: makes the function of each layer.
 lower: the entry: makes the function of a whole network.
+blocks: names the parts of a circuit in stages.
+stages: cuts that function into stages, and these into blocks.
 """

@@ -2,6 +2,7 @@
 
 disk: writes and removes files of keys.
 keystore: stores evaluation keys on the disk.
+works: divides a ciphertext among workers.
 admission: decides which requests may run, and runs them.
 tls: encrypts connections.
 connections: closes connections that wait too long.
@@ -11,5 +12,6 @@ routes: defines what the server takes and answers.
 request_log: writes the log.
 app: the entry: the server.
 remote: the server's client.
-distributed: runs batches and tiles on a cluster.
+spreading: spreads one image over the workers of a cluster.
+distributed: runs batches, tiles and spread images on a cluster.
 """

@@ -8,10 +8,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -20,6 +20,7 @@ from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.server import MARGIN, Server
 from fheconv.serving.disk import ForeignKeys, KeysInUse, StoreFull, UnknownKeys
 from fheconv.serving.keystore import KeyStore
+from fheconv.serving.works import Circuits, Work, works_of
 
 # A request's ciphertexts hold at most this many images, and fewer if they are large or take more than about a
 # minute together (two cores do 10^10 of Concrete's units in a second). One image is always allowed.
@@ -74,10 +75,6 @@ class Limits:
         )
 
 
-# The circuits that a server serves, by their fingerprints, all in one worker.
-Circuits: TypeAlias = Mapping[str, Server]
-
-
 class Pool:
     """Workers, each with copies of the circuits, and places for the requests that use or wait for one."""
 
@@ -111,24 +108,32 @@ class Pool:
         finally:
             self.taken -= 1
 
-    async def run(
-        self, request: Request, values: Sequence[bytes], evaluate: Callable[[Circuits, bytes], bytes]
-    ) -> list[bytes]:
-        """Evaluate each value in a thread, with the circuits of a worker. All free workers take part.
+    async def run(self, request: Request, works: Sequence[Work]) -> list[bytes]:
+        """Do each work in a thread, with the circuits of a worker. All free workers take part.
 
-        Requests wait for one worker at a time, so those that come later get their turn between two values.
-        Raises `ClientDisconnect` if the client leaves. Then the values that run are the last ones.
+        The results are those that no other work reads.
+
+        Requests wait for one worker at a time, so those that come later get their turn between two works.
+        Raises `ClientDisconnect` if the client leaves. Then the works that run are the last ones.
         """
         leaving = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
         begun: list[asyncio.Task[bytes]] = []
+        last_read = {place: at for at, work in enumerate(works) for place in work.reads}
+        held: dict[int, asyncio.Task[bytes]] = {}
         try:
-            for value in values:
+            for at, work in enumerate(works):
+                read = await asyncio.gather(*(held[place] for place in work.reads))
                 circuits = await self._turn(leaving)
                 self.running += not begun
-                begun.append(asyncio.ensure_future(self._evaluated(circuits, value, evaluate)))
+                held[at] = asyncio.ensure_future(self._evaluated(circuits, work, read))
+                begun = [one for one in begun if not one.done() or one.exception() is not None]
+                begun.append(held[at])
                 if any(one.done() and one.exception() is not None for one in begun):
                     break
-            return await asyncio.gather(*begun)
+                for place in work.reads:
+                    if last_read[place] == at:
+                        del held[place]
+            return await asyncio.gather(*held.values())
         except asyncio.CancelledError:
             for one in begun:
                 one.cancel()
@@ -139,13 +144,11 @@ class Pool:
                 await asyncio.gather(*begun, return_exceptions=True)
                 self.running -= 1
 
-    async def _evaluated(
-        self, circuits: Circuits, value: bytes, evaluate: Callable[[Circuits, bytes], bytes]
-    ) -> bytes:
+    async def _evaluated(self, circuits: Circuits, work: Work, read: list[bytes]) -> bytes:
         started = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, evaluate, circuits, value)
+            return await loop.run_in_executor(self._threads, work.evaluate, circuits, read)
         finally:
             self._seconds = time.monotonic() - started
             self._idle.put_nowait(circuits)
@@ -241,13 +244,9 @@ class Service:
                     409, ArtifactError, "The ciphertext was made with other keys than it comes for."
                 )
 
-            served = ciphertext.fingerprint
-            self.circuits[served].check(ciphertext, keys)
-            values = await self.pool.run(
-                request,
-                ciphertext.values,
-                lambda circuits, value: circuits[served].run_value(value, keys),
-            )
+            server = self.circuits[ciphertext.fingerprint]
+            server.check(ciphertext, keys)
+            values = await self.pool.run(request, works_of(server, ciphertext, keys))
             return await asyncio.to_thread(ciphertext.with_results(values).to_bytes)
 
     def _read(self, body: bytes) -> Ciphertext:

@@ -34,11 +34,12 @@ try:
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
     from fheconv.serving import routes
-    from fheconv.serving.admission import Circuits, Limits, Pool, Refused, Service
+    from fheconv.serving.admission import Limits, Pool, Refused, Service
     from fheconv.serving.connections import CONNECTIONS, Connection
     from fheconv.serving.metrics import Counting, Metrics
     from fheconv.serving.problems import HANDLERS
     from fheconv.serving.request_log import LOGGER, RequestLog, logged_as_json
+    from fheconv.serving.works import Circuits
 except ImportError as error:
     raise MissingExtraError(
         f'fheconv.serve needs FastAPI and uvicorn ({error}); install them with: pip install "fheconv[serve]".'

@@ -3,7 +3,8 @@
 The circuit and the keys are one piece of Dask's data, the job. Dask copies it from worker to worker, once to
 each, also to workers that join later or replace a dead one. Dask forgets it at the end of the call. A worker
 opens the job when its first image comes: it compiles the circuit in its own process of the native library,
-and gives it the keys. Images travel with their tasks, so another worker can run those of a dead one.
+and gives it the keys. Images travel with their tasks, so another worker can run those of a dead one. Of a
+circuit in stages, one image is spread over the workers (`fheconv.serving.spreading`).
 
 The members of a Dask cluster must trust one another: everybody who reaches its scheduler can run code there.
 They see ciphertexts and evaluation keys, which cannot decrypt anything. The scheduler and the workers need
@@ -15,7 +16,8 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -30,10 +32,11 @@ from fheconv.basics.errors import (
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import read_server
 from fheconv.circuits.files.identity import keyset_of
-from fheconv.circuits.files.manifest import Manifest
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
 from fheconv.circuits.native.worker import Worker
 from fheconv.circuits.server import Server, check_input, check_keys, load_server
+from fheconv.lowering.blocks import Block, blocks_of
+from fheconv.serving.spreading import spread
 
 try:
     import dask
@@ -48,6 +51,8 @@ TOPIC = "fheconv"
 # The number of images under way for each thread of the cluster, and the least number in all. So the next
 # image is ready for a worker, and the scheduler does not hold a whole batch.
 AHEAD, LEAST_AHEAD = 3, 16
+# The same for images that are spread over all workers: the second fills the gaps that the first leaves.
+SPREAD_AHEAD = 2
 # The number of times that a failed task is tried again, perhaps on another worker: the system may have ended
 # the native library.
 RETRIES = 2
@@ -118,12 +123,12 @@ def stream(
         )
     if isinstance(server, Server):
         manifest, file, config = server.manifest, server.file, server.config
-        keyset = server.keyset
+        keyset, blocks = server.keyset, server.blocks
         limits = {"time_limit": config.time_limit, "memory_limit": config.memory_limit}
     else:
         parts = read_server(server)
         manifest, file, limits = parts.manifest, parts.file, {}
-        keyset = keyset_of(parts.specs)
+        keyset, blocks = keyset_of(parts.specs), blocks_of(parts.mlir)
     check_keys(keys, manifest.fingerprint, keyset)
     if isinstance(ciphertexts, Ciphertext) or not isinstance(ciphertexts, Iterable):
         check_input(ciphertexts, manifest, keys.key_id)
@@ -134,7 +139,8 @@ def stream(
             check_input(ciphertext, manifest, keys.key_id)
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
     fields = {**keys.names(), "payload": payload}
-    return _stream(client, (file, limits, fields, keys.name), manifest, keys.key_id, ciphertexts)
+    accepted = partial(check_input, manifest=manifest, key_id=keys.key_id)
+    return _stream(client, (file, limits, fields, keys.name), blocks, accepted, ciphertexts)
 
 
 class Job:
@@ -154,11 +160,19 @@ class Job:
 
     def run(self, ciphertext: bytes) -> bytes:
         """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
+        server, keys = self._ready()
+        return server.run(Ciphertext.from_bytes(ciphertext), keys).to_bytes()
+
+    def run_block(self, block: Block, values: Sequence[bytes]) -> bytes:
+        """Evaluate a block of a circuit in stages on the values that it reads. Raises like `Server.run`."""
+        server, keys = self._ready()
+        return server.run_block(keys, block, values)
+
+    def _ready(self) -> tuple[Server, EvaluationKeys]:
         with self._lock:
             if self._opened is None:
                 self._opened = self._open(*self._parts)
-        server, keys = self._opened
-        return server.run(Ciphertext.from_bytes(ciphertext), keys).to_bytes()
+        return self._opened
 
     def _open(
         self, name: str, file: bytes, limits: dict[str, Any], keys: dict[str, Any], digest: str
@@ -224,35 +238,46 @@ def _asking_dask() -> Iterator[None]:
 
 
 def _stream(
-    client: Client, parts: tuple[Any, ...], manifest: Manifest, key_id: str, given: Iterable[Ciphertext]
+    client: Client,
+    parts: tuple[Any, ...],
+    blocks: Sequence[Block],
+    accepted: Callable[[Ciphertext], None],
+    given: Iterable[Ciphertext],
 ) -> Iterator[tuple[int, Ciphertext]]:
     name = f"fheconv-{secrets.token_hex(8)}"
     job = _submit(client, named_job, name, *parts, key=name)
     holds: dict[str, Future] = {}
-    sent: dict[Future, tuple[int, Ciphertext]] = {}
+    sent: dict[Future, tuple[int, Ciphertext, list[Future]]] = {}
     completed = as_completed(loop=client.loop)
     waiting = enumerate(given)
 
     @_asking_dask()
-    def reach() -> int:
-        """Make every worker hold the job, and return how many threads the workers have.
+    def reach() -> dict[str, int]:
+        """Make every worker hold the job, and return how many threads each worker has.
 
         Dask removes copies of data from workers that do not use them for seconds. But workers keep their own
         results, so each worker holds the job through a result of its own.
         """
-        threads = client.nthreads()
+        threads: dict[str, int] = client.nthreads()
         for address in threads.keys() - holds.keys():
             where = {"workers": [address], "allow_other_workers": True}
             holds[address] = _submit(client, _hold, job, key=(f"{name}-hold", len(holds)), **where)
-        return sum(threads.values())
+        return threads
 
     def send() -> None:
         """Send images until enough of them are under way."""
-        ahead = max(LEAST_AHEAD, AHEAD * reach())
+        threads = reach()
+        ahead = SPREAD_AHEAD if blocks else max(LEAST_AHEAD, AHEAD * sum(threads.values()))
         for index, ciphertext in islice(waiting, ahead - len(sent)):
-            check_input(ciphertext, manifest, key_id)
-            future = _submit(client, run_job, job, ciphertext.to_bytes(), key=(f"{name}-run", index))
-            sent[future] = index, ciphertext
+            accepted(ciphertext)
+            key = f"{name}-run", index
+            values: list[Future] = []
+            if blocks:
+                submit = partial(_submit, client)
+                future, values = spread(submit, job, blocks, ciphertext, [*threads], key)
+            else:
+                future = _submit(client, run_job, job, ciphertext.to_bytes(), key=key)
+            sent[future] = index, ciphertext, values
             completed.add(future)
 
     try:
@@ -265,13 +290,14 @@ def _stream(
             with _asking_dask():
                 future = next(completed)
                 data = future.result()
-            index, ciphertext = sent.pop(future)
+            index, ciphertext, _ = sent.pop(future)
             result = _checked(data, index, ciphertext)
             send()
             yield index, result
     finally:
         with contextlib.suppress(Exception):  # if the cluster is gone, there is nothing to cancel
-            client.cancel([job, *holds.values(), *sent])
+            values = [value for _, _, values in sent.values() for value in values]
+            client.cancel([job, *holds.values(), *sent, *values])
 
 
 @_asking_dask()

@@ -4,6 +4,9 @@ TinyCNN of `models/`, or the circuit in `--folder`, which `circuit.save` wrote. 
 image on a worker of one core and of all cores, the memory that a worker takes, and how fast one process hands
 images out and takes results back. The rest is arithmetic: workers do not wait for each other, and each holds
 the keys. At last Dask runs a batch on this machine, which is what the arithmetic is held against.
+
+Then the latency of one image, spread over N cores in stages (`latency.py`): of TinyCNN and LeNet-5, whose
+blocks are measured, and of VGG-11 for images of 32x32, whose lookups are taken to be as fast as LeNet-5's.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 import fheconv
+import latency
 from fheconv.circuits.native.process import memory
 from fheconv.circuits.native.worker import Worker
 from fheconv.serving import distributed
@@ -87,6 +91,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="with client.zip and server.zip; TinyCNN without it")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each kind of worker")
     parser.add_argument("--images", type=int, default=12, help="in the batch that Dask runs here")
+    parser.add_argument(
+        "--spread", type=int, nargs="+", default=[2, 4, 16, 64, 256], help="cores, for latency"
+    )
     parser.add_argument("--gigabits", type=float, default=10, help="a second, between two machines")
     arguments = parser.parse_args()
     here = os.cpu_count() or 1
@@ -143,6 +150,8 @@ def main() -> None:
         f"Dask with {here} workers of 1 core on this machine: {1 / real:.2f} images/s; on paper "
         f"{here / kinds[1][0]:.2f}.",
     )
+    for table in latency.tables(arguments.spread, arguments.gigabits * 1e9):
+        Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fheconv.basics.report import Report
 from fheconv.circuits.cost import Cost
 from fheconv.circuits.files.identity import Identity
 from fheconv.circuits.files.interface import GREATEST, MOST_AXES, MOST_LANES, MOST_VALUES
-from fheconv.lowering.lower import LoweredLayer
+from fheconv.lowering.layers import LoweredLayer
 
 # The version of the file format that is written, and those that are read. In format 1 the fingerprint did not
 # cover the interface (`fheconv.circuits.files.identity`).

@@ -134,9 +134,6 @@ class Specs:
     def to_dict(self) -> dict[str, Any]:
         """Return the parameters as Concrete writes them, ready for JSON."""
         sizes = self.dimensions
-        tfhers = {
-            f"{side}_{what}_per_func": {_NAME: [None]} for what in ("types", "shapes") for side in _SIDES
-        }
         return {
             "keyset": {
                 "lweSecretKeys": [
@@ -147,14 +144,7 @@ class Specs:
                 "lweKeyswitchKeys": self._keys(self.keyswitches, self._keyswitch),
                 "packingKeyswitchKeys": self._keys(self.packings, self._packing),
             },
-            "circuits": [
-                {
-                    "inputs": [self._written(self.input)],
-                    "outputs": [self._written(self.output)],
-                    "name": _NAME,
-                }
-            ],
-            "tfhers_specs": tfhers,
+            **named_circuit(self._written(self.input), self._written(self.output)),
         }
 
     def _keys(self, keys: tuple[EvaluationKey, ...], params: Any) -> list[dict[str, Any]]:
@@ -216,6 +206,13 @@ class Specs:
         words = SEEDED_WORDS if side.seeded else self.dimensions[side.key] + 1
         split = (len(side.moduli),) if side.moduli else ()
         return 1, side.values, *split, words
+
+
+def named_circuit(image: Any, result: Any) -> dict[str, Any]:
+    """Return what Concrete writes of the circuit of one function, which has this image and this result."""
+    tfhers = {f"{side}_{what}_per_func": {_NAME: [None]} for what in ("types", "shapes") for side in _SIDES}
+    circuit = {"inputs": [image], "outputs": [result], "name": _NAME}
+    return {"circuits": [circuit], "tfhers_specs": tfhers}
 
 
 def _digits(key: EvaluationKey) -> dict[str, Any]:

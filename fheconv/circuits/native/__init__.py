@@ -1,6 +1,9 @@
 """Runs Concrete in its own process, which may die without harm.
 
 protocol: defines the messages between the two processes.
+options: spells a compilation's options as Concrete takes them.
+modules: compiles a circuit in stages.
+wiring: checks that values can go from block to block.
 library: calls Concrete.
 start: starts that process, which ends with its caller from the first moment.
 child: serves requests in that process.

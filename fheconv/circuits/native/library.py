@@ -9,29 +9,33 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, CompileConfig, ParameterRange
+from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of, keyset_of
 from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
+from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, rules_of
+from fheconv.circuits.native.options import configuration_of, saved_configuration
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
+from fheconv.circuits.native.wiring import check_wires, ends_of
 from fheconv.circuits.sizes import sizes_of
+from fheconv.lowering.blocks import blocks_of
+from fheconv.lowering.interface import Interface
 from fheconv.lowering.lower import lower
+from fheconv.lowering.stages import in_stages
 from fheconv.quantized import QuantizedNetwork
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
     from concrete import fhe
-    from concrete.compiler import RangeRestriction
 
 
 class NativeCircuits:
@@ -68,19 +72,15 @@ class NativeCircuits:
         a hint, from the proof, and the inputs show only the sign.
         """
         lowered = lower(network, config.engine, lanes)
-        compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
         names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
-            circuit = compiler.compile(
-                [x[None] for x in lowered.inputset()], _configuration(lowered.lookups > 0, config, within)
-            )
+            circuit = compiled_circuit(lowered, configuration_of(lowered.lookups > 0, config, within))
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise Refused(
                 f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
                 f"of layer {widest.name!r}, {widest.plane_bits} bits."
             ) from error
-        self._folders[number].add(_folder(circuit.server))
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
             raise CompilationError(
@@ -94,28 +94,47 @@ class NativeCircuits:
                 f"This network of {names} cannot run under the given keys: its widths, its failure "
                 "probability or its security level need other parameters than the keys have."
             )
-        _load_keys(circuit.client, keys)
-        self._held[number] = _Held(
-            key_id=key_id, client=circuit.client, server=circuit.server, circuit=circuit
-        )
-        return Compiled(
-            fingerprint=identity_of(specs, circuit.mlir.encode(), lowered.interface).fingerprint,
-            specs=specs,
-            output_bits=output.dtype.bit_width,
-            lookups=circuit.programmable_bootstrap_count,
-            complexity=circuit.complexity,
-            sizes=sizes_of(specs),
-            p_error=circuit.p_error,
-            # Concrete's own figure does not cover all lookups together.
-            global_p_error=-math.expm1(
-                max(circuit.programmable_bootstrap_count, 1) * math.log1p(-circuit.p_error)
-            ),
-        )
+        self._hold(number, key_id, keys, circuit, circuit.client)
+        lookups = circuit.programmable_bootstrap_count
+        bits = output.dtype.bit_width
+        return _figures(circuit, circuit.p_error, lowered.interface, specs, lookups, bits)
+
+    def compile_stages(
+        self,
+        number: int,
+        network: QuantizedNetwork,
+        config: CompileConfig,
+        blocks: int,
+        key_id: str = "",
+        keys: bytes | None = None,
+    ) -> Compiled:
+        """Compile `network` as circuit `number`, in stages of up to `blocks` blocks, all under one key set.
+
+        The parameters are those of the circuit without stages, or chosen for all blocks together. `keys` are
+        those that `keygen` returned for `key_id`. Raises `Refused` for what cannot be compiled.
+        """
+        staged = in_stages(network, config.engine, blocks)
+        try:
+            whole = compiled_circuit(lower(network, config.engine), configuration_of(True, config, None))
+            self._folders[number].add(_folder(whole.server))
+            module, as_whole = compiled_stages(staged, whole, config)
+            specs = module.client.specs.serialize()
+        except RuntimeError as error:
+            raise Refused(f"Concrete cannot compile this network in stages: {error}.") from error
+        check_wires(specs, staged.blocks)
+        ends = ends_of(specs)
+        self._hold(number, key_id, keys, module, fhe.Client(fhe.ClientSpecs.deserialize(ends)))
+        functions = module.functions().values()
+        lookups = sum(function.programmable_bootstrap_count for function in functions)
+        (output,) = module.graphs[staged.blocks[-1].name].output_nodes.values()
+        chosen, bits = whole if as_whole else module, output.output.dtype.bit_width
+        figures = _figures(module, chosen.p_error, staged.lowered.interface, ends, lookups, bits)
+        return replace(figures, blocks=staged.blocks, as_whole=as_whole)
 
     def export(self, number: int, key_id: str) -> tuple[bytes, str]:
         """Return the circuit's parameters, which a client needs, and the MLIR text that a server compiles."""
-        circuit = self._named(number, key_id).circuit
-        return circuit.client.specs.serialize(), circuit.mlir
+        held = self._named(number, key_id)
+        return held.client.specs.serialize(), held.circuit.mlir
 
     def open_client(
         self, number: int, fingerprint: str, specs: bytes, key_id: str = "", keys: bytes | None = None
@@ -142,25 +161,39 @@ class NativeCircuits:
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         config, settings = recipe.config, recipe.settings
         if settings is not None:
-            config = replace(config, configuration=_configuration_of(settings))
-        configuration = _configuration(looks_up, config, specs if recipe.keys_given else None)
-        server = fhe.Server.create(mlir, configuration, tfhers_specs=tfhers)
+            config = replace(config, configuration=saved_configuration(settings))
+        configuration = configuration_of(looks_up, config, specs if recipe.keys_given else None)
+        blocks = blocks_of(mlir)
+        # The programs of stages know nothing of others' types, which a file holds of the ends only.
+        server = fhe.Server.create(
+            mlir,
+            configuration,
+            tfhers_specs=None if blocks else tfhers,
+            composition_rules=rules_of(blocks) if blocks else None,
+        )
         self._folders[number].add(_folder(server))
-        if server.client_specs.serialize() != specs:
+        found = server.client_specs.serialize()
+        if (ends_of(found) if blocks else found) != specs:
             raise ArtifactError(
                 "Concrete chooses other parameters here than where the circuit was compiled: it is altered, "
                 "or from another version of Concrete. Compile and save it anew."
             )
         self._held[number] = _Held(server=server)
-        return Opened(fingerprint=fingerprint, specs=specs)
+        return Opened(fingerprint=fingerprint, specs=specs, blocks=blocks)
 
     def run_for(
-        self, number: int, name: str, keys: bytes | StoredKeys | None, most: int, ciphertext: bytes
+        self,
+        number: int,
+        name: str,
+        keys: bytes | StoredKeys | None,
+        most: int,
+        values: Sequence[bytes],
+        block: str | None = None,
     ) -> bytes:
-        """Evaluate a server's circuit with the evaluation keys of that name, and keep the keys.
+        """Evaluate a server's circuit, or a block of it, under the evaluation keys of that name.
 
-        At most `most` key sets are kept. Those used least recently are removed. Raises `KeysForgotten` if the
-        keys are not here and `keys` is not given.
+        At most `most` key sets are kept in memory. Those used least recently are removed. Raises
+        `KeysForgotten` if the keys are not here and `keys` is not given.
         """
         server = self._named(number, "").server
         if name in self._evaluation_keys:
@@ -172,7 +205,7 @@ class NativeCircuits:
         self._evaluation_keys[name] = found
         while len(self._evaluation_keys) > most:
             del self._evaluation_keys[next(iter(self._evaluation_keys))]
-        return self._evaluate(server, found, ciphertext)
+        return self._evaluate(server, found, values, block)
 
     def keygen(self, number: int, key_id: str, new_id: str) -> bytes:
         """Make new keys with the name `new_id` for the circuit. Return them, secret keys included."""
@@ -191,10 +224,10 @@ class NativeCircuits:
         client = self._named(number, key_id).client
         return [client.encrypt(image).serialize() for image in _each(images)]
 
-    def run(self, number: int, key_id: str, ciphertext: bytes) -> bytes:
-        """Evaluate the circuit on one encrypted image."""
+    def run(self, number: int, key_id: str, values: Sequence[bytes], block: str | None = None) -> bytes:
+        """Evaluate the circuit on one encrypted image, or a block of it on the values that it reads."""
         held = self._named(number, key_id)
-        return self._evaluate(held.server, held.client.evaluation_keys, ciphertext)
+        return self._evaluate(held.server, held.client.evaluation_keys, values, block)
 
     def decrypt(self, number: int, key_id: str, ciphertexts: list[bytes]) -> Array:
         """Return the integer results (N, K, *Out) in offset form."""
@@ -243,10 +276,17 @@ class NativeCircuits:
         """Remove all circuits."""
         self.release(list(self._folders))
 
-    def _evaluate(self, server: Any, keys: Any, ciphertext: bytes) -> bytes:
+    def _hold(self, number: int, key_id: str, keys: bytes | None, circuit: Any, client: Any) -> None:
+        """Keep what was compiled, with the keys of that name."""
+        self._folders[number].add(_folder(circuit.server))
+        _load_keys(client, keys)
+        self._held[number] = _Held(key_id=key_id, client=client, server=circuit.server, circuit=circuit)
+
+    def _evaluate(self, server: Any, keys: Any, values: Sequence[bytes], block: str | None) -> bytes:
         self._require_addresses()
-        # The image is not kept while the result is written: both have megabytes.
-        result = server.run(fhe.Value.deserialize(ciphertext), evaluation_keys=keys)
+        # What is read is not kept while the result is written: both have megabytes.
+        read = map(fhe.Value.deserialize, values)
+        result = server.run(*read, evaluation_keys=keys, function_name=block)
         self._has_run = True
         return result.serialize()
 
@@ -272,6 +312,23 @@ class _Held:
     circuit: Any = None
 
 
+def _figures(
+    circuit: Any, p_error: float, interface: Interface, specs: bytes, lookups: int, output_bits: int
+) -> Compiled:
+    """Return what is to be known of a compiled circuit, or of one in stages."""
+    return Compiled(
+        fingerprint=identity_of(specs, circuit.mlir.encode(), interface).fingerprint,
+        specs=specs,
+        output_bits=output_bits,
+        lookups=lookups,
+        complexity=circuit.complexity,
+        sizes=sizes_of(specs),
+        p_error=p_error,
+        # Concrete's own figure does not cover all lookups together.
+        global_p_error=-math.expm1(max(lookups, 1) * math.log1p(-p_error)),
+    )
+
+
 def _folder(server: Any) -> str:
     """Return the folder in which Concrete keeps a compiled circuit."""
     return str(server._library.get_output_dir_path())
@@ -284,57 +341,6 @@ def _load_keys(client: Any, keys: bytes | None) -> None:
         client.keys.load_from_bytes(keys)
     except RuntimeError as error:
         raise ArtifactError(f"Concrete cannot read these keys: {error}.") from error
-
-
-def _configuration(looks_up: bool, config: CompileConfig, within: bytes | None) -> Any:
-    """Return Concrete's configuration for a circuit with or without lookups.
-
-    The parameters `within` are those of the keys to compile for, None for keys of its own.
-    """
-    p_error = config.p_error
-    chosen = (p_error, config.global_p_error, config.configuration)
-    if not looks_up and all(choice is None for choice in chosen):
-        p_error = LINEAR_P_ERROR
-    base = fhe.Configuration() if config.configuration is None else config.configuration
-    changes: dict[str, Any] = {"dump_artifacts_on_unexpected_failures": False}
-    if config.configuration is None or config.compress_input is not None:
-        compress = looks_up if config.compress_input is None else config.compress_input
-        changes["compress_input_ciphertexts"] = compress
-    if config.configuration is None or not config.compress_evaluation_keys:
-        changes["compress_evaluation_keys"] = config.compress_evaluation_keys
-    for name, value in (("p_error", p_error), ("global_p_error", config.global_p_error)):
-        if value is not None:
-            changes[name] = value
-    if config.security_level != SECURITY_LEVELS[0]:
-        changes["security_level"] = type(base.security_level)(config.security_level)
-    if config.parameters is not None:
-        changes["range_restriction"] = _restriction(config.parameters)
-    if within is not None:
-        keyset = fhe.ClientSpecs.deserialize(within).program_info.get_keyset_info()
-        changes["keyset_restriction"] = keyset.get_restriction()
-    return base.fork(**changes)
-
-
-def _configuration_of(settings: Mapping[str, Any]) -> Any:
-    """Return Concrete's configuration with settings of a file."""
-    usual = fhe.Configuration()
-    given = {}
-    for name, value in settings.items():
-        kind = type(getattr(usual, name))
-        given[name] = kind(value) if issubclass(kind, Enum) else value
-    return usual.fork(**given)
-
-
-def _restriction(parameters: ParameterRange) -> RangeRestriction:
-    """Return a range of parameters in the form that Concrete's optimiser takes."""
-    restriction = RangeRestriction()
-    for size in parameters.log2_polynomial_sizes:
-        restriction.add_available_glwe_log_polynomial_size(size)
-    for dimension in parameters.glwe_dimensions:
-        restriction.add_available_glwe_dimension(dimension)
-    for levels in parameters.keyswitch_levels:
-        restriction.add_available_ks_level_count(levels)
-    return restriction
 
 
 def _each(images: Array) -> list[Array]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import CompilationError, FheConvError
 from fheconv.circuits.sizes import Sizes
+from fheconv.lowering.blocks import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,22 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Names the circuit that the native library holds, in hexadecimal. `specs` are Concrete's parameters."""
+    """Names the circuit that the native library holds, in hexadecimal. `specs` are Concrete's parameters.
+
+    `blocks` are those of a circuit in stages; others have none.
+    """
 
     fingerprint: str
     specs: bytes
+    blocks: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Opened):
-    """Holds the figures of a compiled circuit, known before any key is made."""
+    """Holds the figures of a compiled circuit, known before any key is made.
+
+    `as_whole` says that a circuit in stages runs under the keys of the one without.
+    """
 
     output_bits: int
     lookups: int
@@ -48,6 +56,7 @@ class Compiled(Opened):
     sizes: Sizes
     p_error: float
     global_p_error: float
+    as_whole: bool = False
 
 
 class Refused(CompilationError):

@@ -1,0 +1,100 @@
+"""Runs a circuit stage by stage: with progress within an image, and on from where it was interrupted."""
+
+from functools import cached_property
+from pathlib import Path
+
+from fheconv.basics.arrays import Array
+from fheconv.basics.compile_config import CompileConfig
+from fheconv.basics.keywords import answers_keywords
+from fheconv.circuits.ciphertext import Ciphertext
+from fheconv.circuits.circuit import Fhe, FheCircuit, LoweredHandle
+from fheconv.circuits.files.recipe import Recipe
+from fheconv.circuits.kept import InFolder, InMemory, name_of
+from fheconv.circuits.native.wiring import lenient
+from fheconv.circuits.owner import KeyOwner
+from fheconv.circuits.stepping import run_blocks
+from fheconv.lowering.blocks import Block
+from fheconv.lowering.lower import Lowered
+from fheconv.lowering.stages import Staged
+from fheconv.quantized import QuantizedNetwork
+
+
+class StagedCircuit(FheCircuit):
+    """A circuit whose layers are stages, each of them in blocks. Made by `fheconv.compile` with `stages`.
+
+    It computes the same integers as the circuit without stages, under one key set, and costs as much. What a
+    block returns goes encrypted into the next. So a run shows progress within an image, and one that was
+    interrupted goes on after the last block that finished. `blocks` says what each block reads.
+
+    Example:
+        >>> import fheconv, numpy as np, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Conv2d(2, 1, 2))
+        >>> images = np.random.default_rng(0).uniform(size=(8, 1, 6, 6))
+        >>> network = fheconv.quantize(net, images)
+        >>> circuit = fheconv.compile(network, stages="layers", blocks=2)
+        >>> [(block.stage, block.reads) for block in circuit.blocks]
+        [(0, (0,)), (0, (0,)), (1, (1, 2))]
+        >>> (circuit.predict(images) == network(images)).all()
+        True
+    """
+
+    def __init__(self, network: QuantizedNetwork, config: CompileConfig, staged: Staged, most: int) -> None:
+        """Compile the network, which is `staged` in up to `most` blocks for each stage."""
+        self._most = most
+        self._kept = InMemory()
+        super().__init__(network, config, staged.lowered)
+
+    def _open(self, lowered: Lowered, keys_of: KeyOwner | None = None) -> LoweredHandle:
+        opening = "compile_stages", (self.network, self.config, self._most)
+        return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
+
+    def _recipe(self) -> Recipe:
+        if not self._one.compiled.as_whole:
+            return super()._recipe()
+        return Recipe.of(lenient(self.config), keys_given=True)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in an order in which each follows what it reads. The last returns the results."""
+        return tuple(self._one.compiled.blocks)
+
+    @answers_keywords
+    def run(
+        self, ciphertext: Ciphertext, *, keep: str | Path | None = None, time_limit: float | None = None
+    ) -> Ciphertext:
+        """Evaluate the circuit on encrypted images, block by block.
+
+        keep: a folder for what has been computed, in files that only their owner can read. Without it, it is
+            in memory, until another ciphertext is run.
+        time_limit: seconds after which the run ends between two blocks, with `UnfinishedError`.
+
+        After that, after an interruption, or if the native library's process dies, a call with the same
+        ciphertext goes on from there. With a folder, another process can do so, after it loaded the keys. The
+        folder holds at most the values that later layers of one image read, and results. It is removed when
+        all is done.
+
+        Raises `ArtifactError` for a ciphertext of another circuit or key set, and for a folder that others
+        may read or that cannot be written.
+        """
+        with self._lock:
+            handle = self._check(ciphertext, "input", "run")
+            if keep is None:
+                self._kept.only({name_of(ciphertext, place) for place in range(len(ciphertext.values))})
+            kept = self._kept if keep is None else InFolder(keep)
+
+            def evaluate(block: Block, values: list[bytes]) -> bytes:
+                return bytes(handle.request("run", values, block.name))
+
+            return run_blocks(self.blocks, ciphertext, evaluate, kept, time_limit)
+
+    def accumulate(self, q: Array, fhe: Fhe = "disable") -> Array:
+        """Return the integer outputs as `FheCircuit.accumulate`.
+
+        What is simulated is the circuit without stages, whose lookups fail as often.
+        """
+        return self._whole.accumulate(q, fhe) if fhe == "simulate" else super().accumulate(q, fhe)
+
+    @cached_property
+    def _whole(self) -> FheCircuit:
+        """The circuit without stages."""
+        return FheCircuit(self.network, self.config)
