@@ -64,6 +64,7 @@ def shown(tmp_path_factory):
             fheconv.accumulator_bounds([[[1, -1]]], fheconv.ConvGeometry.of((2,)), (4,), (0, 3)),
             fheconv.Mismatch(position=(0, 1), expected=3, got=4),
             *(fheconv.Cascade(scores, scores, margin=1.0), fheconv.Tls()),
+            fheconv.compile(network, circuit.config, stages="layers"),
             fheconv.CascadeCost(first=circuit.cost, second=circuit.cost, share=0.5),
         ]
         yield {type(one).__name__: one for one in objects}

@@ -149,6 +149,7 @@ def test_what_holds_no_images_is_refused(data, words):
         fheconv.quantize(random_net(0, size=(1, 5, 5))[0], data)
 
 
+@pytest.mark.slow
 def test_everything_that_takes_images_takes_a_loader():
     """A network that is calibrated on a loader is the one that is calibrated on its array."""
     torch.manual_seed(0)

@@ -341,7 +341,7 @@ CASES = [(str(module)[:60], module) for module in FREE] + list(MOVES.items())
 
 
 @pytest.mark.parametrize("move", [move for _, move in CASES], ids=[name for name, _ in CASES])
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(31)
 def test_linear_operators_cost_nothing(move):
     """After an activation, before one, and alone, on an image of 4 channels, 4 × 6."""
     with torch.no_grad():

@@ -34,7 +34,7 @@ def outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
 # What torch exports.
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @pytest.mark.parametrize(
     "blocks",

@@ -116,6 +116,7 @@ class Classifier(nn.Module):
         return {"features": features, "logits": self.fc(features)}
 
 
+@pytest.mark.slow
 def test_one_output_is_tuned_and_fine_tuned():
     images = np.random.default_rng(0).random((20, 1, 4, 4), np.float32)
     model = Classifier()

@@ -175,6 +175,7 @@ TAKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", TAKEN)
 def test_models_in_other_clothes_are_taken(name):
     torch.manual_seed(0)
@@ -204,6 +205,7 @@ def test_a_convolution_with_a_hook_is_no_plain_one():
     assert single_convolution(conv()) is not None
 
 
+@pytest.mark.slow
 def test_what_only_moves_a_softmax_follows_it():
     """As in exports of Keras."""
     x = np.random.default_rng(0).normal(size=(3, 2, 3, 4))

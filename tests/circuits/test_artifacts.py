@@ -505,6 +505,7 @@ def test_parameters_that_were_chosen_are_saved(network, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_client_needs_neither_torch_nor_concrete_in_its_process(folder):
     script = (
         "import sys, fheconv, numpy as np\n"

@@ -26,7 +26,7 @@ def encrypted(circuit, q):
     return circuit.decrypt(circuit.run(circuit.encrypt(images)), dequantize=False)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fheconv.CostWarning")  # they are only simulated
 @pytest.mark.parametrize("seed", [0, 1, *range(3, 10), 11, 12, 13])
 def test_compiled_networks_compute_the_clear_integers_when_simulated(seed):

@@ -170,6 +170,7 @@ def old(path):
     os.utime(path, (then, then))
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_caller_that_was_killed_is_removed_by_the_next_worker(temporary):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED],

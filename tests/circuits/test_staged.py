@@ -62,6 +62,7 @@ def asked(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_circuit_in_stages_costs_what_the_whole_costs(circuit):
     whole = fheconv.compile(small(), CONFIG)
     assert circuit.complexity == pytest.approx(whole.complexity, rel=0.1)

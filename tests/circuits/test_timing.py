@@ -142,6 +142,7 @@ def test_what_cannot_be_timed_has_no_estimate(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_it_times_real_lookups(monkeypatch, tmp_path):
     """A few of them; of how long they take nothing is asserted but that it is measured."""
     monkeypatch.setattr(timing, "BITS", (2, 3))

@@ -68,6 +68,7 @@ def run(script, *arguments, **environment):
 # ------------------------------------------------------------------------------- it dies amid a reply
 
 
+@pytest.mark.slow
 def test_a_death_amid_a_reply_is_an_error_of_fheconv_and_the_next_call_works(circuit, monkeypatch):
     receive, pid = Connection.recv, worker().pid
 
@@ -214,6 +215,7 @@ def test_the_end_of_the_thread_that_started_the_worker_does_not_end_the_worker()
     alone.stop()
 
 
+@pytest.mark.slow
 def test_a_worker_that_nobody_holds_ends():
     dropped = Worker()
     dropped.request(fheconv.ExecutionError, "release", [])
@@ -366,6 +368,7 @@ def test_without_file_descriptors_the_error_says_so_however_many_are_missing():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_threads_the_error_says_so(circuit, monkeypatch):
     def no_thread(self):
         raise RuntimeError("can't start new thread")

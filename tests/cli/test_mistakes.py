@@ -234,6 +234,7 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("arguments", "words"), MISTAKES, ids=lambda part: part if isinstance(part, str) else part[0]
 )

@@ -82,6 +82,7 @@ def test_a_signal_in_the_middle_of_the_work_cleans_up(tmp_path, number, status):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_command_in_the_background_may_ignore_interruptions(tmp_path):
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WORKING.replace("60", "2")
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)

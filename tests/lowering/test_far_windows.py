@@ -56,7 +56,7 @@ def moved(network, by):
     return replace(IntegerNetwork.of(network), layers=layers)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("engine", ["auto", "conv", "matrix", "shifts"])
 @pytest.mark.parametrize("seed", range(8))
@@ -80,7 +80,7 @@ def test_the_function_is_what_torch_computes(seed, engine, windows):
     np.testing.assert_array_equal(lowered.interface.accumulators(results, len(q)), expected)
 
 
-@pytest.mark.sampled(23)
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [-1000, -14, 300])
 @pytest.mark.parametrize("windows", ["exact", "rounded"])
 @pytest.mark.parametrize("seed", range(4))

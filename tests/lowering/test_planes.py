@@ -143,6 +143,7 @@ def test_concrete_gives_values_no_more_than_the_proved_widths(seed):
 
 # In a network whose lookups take fewer bits than a plane, the planes are the widest values, and wide results
 # cost more. Seed 6 is one.
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_wide_results_cost_no_more_than_narrow_ones(seed):
     p_error = fheconv.CompileConfig(p_error=0.01)

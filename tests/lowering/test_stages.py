@@ -17,6 +17,7 @@ def network_of(seed, *names, **options):
     return quantized(seed, *names, accumulator_bits=12, activation_bits=3, input_bits=3, **options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 @settings(max_examples=4)
 @given(st.integers(0, 1), st.integers(1, 5))

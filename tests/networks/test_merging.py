@@ -1,6 +1,7 @@
 """Convolutions in a row, and sparse matrices, as steps that compute the same."""
 
 import numpy as np
+import pytest
 import scipy.sparse
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -92,6 +93,7 @@ def test_a_pooling_is_found_again():
     assert [is_pooling(step) for step in steps] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_no_product_is_made_that_is_too_large():
     size = 2 * int(MOST_ENTRIES**0.5)
     flat = ConvGeometry.of(())

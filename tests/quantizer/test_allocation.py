@@ -88,8 +88,8 @@ def test_more_bits_never_give_a_greater_error(seed, rounding_bits):
     assert all(one.config.accumulator_bits <= bits for bits, one in zip(widths, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.sampled(2)
 def test_no_single_rung_would_have_been_better(seed):
     found = allocation(seed, accumulator_bits=5)
     assert trial(seed).error(found.config) == found.error
@@ -170,6 +170,7 @@ def test_auto_accumulators_are_the_narrowest_within_the_tolerance():
     assert found.error <= TOLERANCE < narrowed(0, width - 1).error
 
 
+@pytest.mark.slow
 def test_without_a_tolerable_width_the_one_of_least_error_is_taken():
     """One level for each activation but 0 is never good enough."""
     _, network, images, calibrated = problem(0)

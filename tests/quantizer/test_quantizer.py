@@ -461,6 +461,7 @@ def test_a_model_of_one_layer_is_that_layer(problem):
     np.testing.assert_array_equal(model(problem.images), expected(problem.images))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**32), bits=st.integers(1, 8))
 def test_a_linear_layer_is_the_convolution_of_one_tap_over_no_axes(seed, bits):

@@ -101,7 +101,7 @@ def test_bits_are_given_layer_by_layer():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("levels", [2, 3, 5, 11])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 def test_no_table_holds_more_integers_than_levels_ask_for(seed, levels):
     network = quantized(seed, activation_levels=levels, input_levels=levels, accumulator_bits=8)
     assert network.budget(8).fits

@@ -405,6 +405,7 @@ def test_log_lines_go_to_standard_error_only_while_it_serves(server, tmp_path, c
 # Bodies of strangers.
 
 
+@pytest.mark.slow
 def test_malformed_requests_get_the_answers_that_the_description_promises(url, http, stored):
     asked = Counter()
 

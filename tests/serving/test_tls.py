@@ -56,6 +56,7 @@ def test_an_image_goes_through_https_and_back(https, client, files):
     serving.check(remote.predict(serving.images(1)), serving.images(1))
 
 
+@pytest.mark.slow
 def test_a_client_without_a_certificate_is_turned_away(https, client, files):
     with pytest.raises(RemoteError, match=r"tls=fheconv\.Tls"):
         fheconv.RemoteCircuit(https, client, tls=Tls(authority=files.authority))
@@ -72,6 +73,7 @@ def test_a_server_of_an_unknown_authority_is_not_believed(https, client, files):
         fheconv.RemoteCircuit(https, client, tls=Tls(**files.of("someone")))
 
 
+@pytest.mark.slow
 def test_a_server_with_the_certificate_of_another_name_is_not_believed(server, client, files, tmp_path):
     tls = Tls(**files.of("example.org"))
     with (

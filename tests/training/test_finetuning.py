@@ -93,6 +93,7 @@ def narrow_and_tuned():
     return network, fheconv.finetune(network, images_of(0, 240), epochs=60, batch_size=32)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_float_network_computes():
     """On images that were neither trained on nor held out."""
     network, tuned = narrow_and_tuned()
@@ -186,6 +187,7 @@ def test_nothing_worse_than_given_comes_back(learning_rate, labelled, kind):
         assert tuned.budget(5).fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_fixes_everything_and_the_callers_generator_is_left_alone(kind):
     network, images = small(**KINDS[kind]), images_of(0, 40)
