@@ -1,6 +1,7 @@
 """Runs Concrete in its own process, which may die without harm.
 
 protocol: defines the messages between the two processes.
+binding: imports what is used of Concrete.
 options: spells a compilation's options as Concrete takes them.
 modules: compiles a circuit in stages.
 wiring: checks that values can go from block to block.

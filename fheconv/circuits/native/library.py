@@ -7,7 +7,6 @@ process. What requests carry is imported here: what a worker imports later count
 import math
 import shutil
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from fheconv.basics.errors import ArtifactError, CompilationError
 from fheconv.circuits.files.identity import identity_of, keyset_of
 from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
+from fheconv.circuits.native.binding import fhe
 from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, rules_of
 from fheconv.circuits.native.options import configuration_of, saved_configuration
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
@@ -32,10 +32,6 @@ from fheconv.lowering.interface import Interface
 from fheconv.lowering.lower import lower
 from fheconv.lowering.stages import in_stages
 from fheconv.quantized import QuantizedNetwork
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
-    from concrete import fhe
 
 
 class NativeCircuits:

@@ -10,23 +10,23 @@ for its keys, with a failure probability so lenient that what nobody reads may b
 import contextlib
 import inspect
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.circuits.files.identity import keyset_of
+from fheconv.circuits.native.binding import (
+    CompositionClause,
+    CompositionRule,
+    FunctionDef,
+    ModuleCompiler,
+    fhe,
+)
 from fheconv.circuits.native.options import configuration_of
 from fheconv.circuits.native.wiring import lenient
 from fheconv.lowering.blocks import Block
 from fheconv.lowering.lower import Lowered
 from fheconv.lowering.stages import BlockFunction, Staged
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
-    from concrete import fhe
-    from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
-    from concrete.fhe.compilation.module_compiler import FunctionDef, ModuleCompiler
 
 
 def compiled_circuit(lowered: Lowered, configuration: Any) -> Any:

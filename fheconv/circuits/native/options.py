@@ -1,16 +1,11 @@
 """Spells the options of a compilation as Concrete takes them."""
 
-import warnings
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from fheconv.basics.compile_config import LINEAR_P_ERROR, SECURITY_LEVELS, CompileConfig, ParameterRange
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # concrete-python 2.11 imports the deprecated pkg_resources
-    from concrete import fhe
-    from concrete.compiler import RangeRestriction
+from fheconv.circuits.native.binding import RangeRestriction, fhe
 
 
 def configuration_of(looks_up: bool, config: CompileConfig, within: bytes | None) -> Any:
