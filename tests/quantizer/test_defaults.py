@@ -29,7 +29,8 @@ def test_shipped_models_are_accurate_and_cheap_without_options(name, data):
     network = fheconv.quantize(model, data.train_images)
     circuit = fheconv.compile(network)  # a CostWarning would be an error here
     assert circuit.score(images, labels) >= right - 0.012
-    assert circuit.score(images, labels, "simulate") >= right - 0.015
+    simulated = [circuit.score(images, labels, "simulate") for _ in range(3)]
+    assert np.mean(simulated) >= right - 0.015
     assert circuit.cost.complexity <= 8e7 * circuit.cost.lookups
     assert circuit.cost.key_bytes <= 200e6
     assert network.forecast().complexity == pytest.approx(circuit.cost.complexity, rel=0.25)

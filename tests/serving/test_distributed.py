@@ -63,7 +63,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def circuit(network):
-    made = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-4))
+    made = fheconv.compile(network, fheconv.CompileConfig(p_error=1e-9))
     made.keygen()
     return made
 
