@@ -18,7 +18,6 @@ from fheconv.circuits.owner import KeyOwner
 from fheconv.circuits.refused import compiled
 from fheconv.circuits.staged import StagedCircuit
 from fheconv.lowering.lower import lower
-from fheconv.lowering.stages import in_stages
 from fheconv.quantized import QuantizedNetwork
 
 # A retrained network may need parameters for slightly greater sums. So much more often may its lookups fail.
@@ -122,9 +121,9 @@ def _in_stages(network: QuantizedNetwork, config: CompileConfig, blocks: int) ->
     """Compile a network in stages that costs no more than allowed."""
     if not isinstance(config, CompileConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
-    staged = in_stages(network, config.engine, blocks)
-    check_cost(staged.lowered, config)
-    return StagedCircuit(network, config, staged, blocks)
+    lowered = lower(network, config.engine)
+    check_cost(lowered, config)
+    return StagedCircuit(network, config, lowered, blocks)
 
 
 def _check_stages(network: QuantizedNetwork, stages: Any, blocks: Any, keys_of: Any) -> int:

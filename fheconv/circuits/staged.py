@@ -15,7 +15,6 @@ from fheconv.circuits.owner import KeyOwner
 from fheconv.circuits.stepping import run_blocks
 from fheconv.lowering.blocks import Block
 from fheconv.lowering.lower import Lowered
-from fheconv.lowering.stages import Staged
 from fheconv.quantized import QuantizedNetwork
 
 
@@ -38,11 +37,11 @@ class StagedCircuit(FheCircuit):
         True
     """
 
-    def __init__(self, network: QuantizedNetwork, config: CompileConfig, staged: Staged, most: int) -> None:
-        """Compile the network, which is `staged` in up to `most` blocks for each stage."""
+    def __init__(self, network: QuantizedNetwork, config: CompileConfig, lowered: Lowered, most: int) -> None:
+        """Compile the network, whose function is `lowered`, in up to `most` blocks for each stage."""
         self._most = most
         self._kept = InMemory()
-        super().__init__(network, config, staged.lowered)
+        super().__init__(network, config, lowered)
 
     def _open(self, lowered: Lowered, keys_of: KeyOwner | None = None) -> LoweredHandle:
         opening = "compile_stages", (self.network, self.config, self._most)
@@ -97,4 +96,4 @@ class StagedCircuit(FheCircuit):
     @cached_property
     def _whole(self) -> FheCircuit:
         """The circuit without stages."""
-        return FheCircuit(self.network, self.config)
+        return FheCircuit(self.network, self.config, self._one.lowered)

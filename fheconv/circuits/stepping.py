@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from fheconv.basics.checks import check_number
-from fheconv.basics.errors import ArtifactError, InvalidArgumentError, UnfinishedError
+from fheconv.basics.errors import ArtifactError, UnfinishedError
 from fheconv.basics.progress import track
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.kept import Kept, name_of
@@ -27,7 +27,8 @@ def run_blocks(
     and the results of images that have finished. When all have, nothing is. Raises `UnfinishedError` after
     `time_limit` seconds, between two blocks.
     """
-    check_time_limit(time_limit)
+    if time_limit is not None:
+        check_number("time_limit", time_limit, 0)
     names = [name_of(ciphertext, place) for place in range(len(ciphertext.values))]
     images = dict(zip(names, ciphertext.values, strict=True))
     end = None if time_limit is None else time.monotonic() + time_limit
@@ -66,15 +67,6 @@ def missing(blocks: Sequence[Block], kept: Collection[int]) -> list[Block]:
             found.append(block)
             wanted |= {*block.reads}
     return found[::-1]
-
-
-def check_time_limit(time_limit: float | None) -> None:
-    """Raise `InvalidArgumentError` unless it is a number of seconds above 0, or None."""
-    if time_limit is None:
-        return
-    check_number("time_limit", time_limit, 0.0)
-    if time_limit == 0:
-        raise InvalidArgumentError(f"time_limit={time_limit!r} must be a number of seconds above 0, or None.")
 
 
 def _value(kept: Kept, image: str, number: int) -> bytes:

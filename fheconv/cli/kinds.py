@@ -53,16 +53,12 @@ def check_model(path: Path) -> None:
 
     Whoever reads the file says what to do with files of `torch.save`.
     """
-    try:
-        found = kind_of(path)
-    except OSError as error:
-        raise InvalidArgumentError(f"The model {path} cannot be read: {error}.") from error
+    found = _kind(path, f"The model {path}")
     if path.suffix.lower() == ".json":
         raise InvalidArgumentError(f"{path} is no model; give the .safetensors file that it is the card of.")
     if found not in (None, "a pickle", "a file of torch.save"):
-        article = "a " if found.endswith(".zip") else ""
         raise InvalidArgumentError(
-            f"{path} is {article}{found}, and no model; give an .onnx, .safetensors or .pt2 file."
+            f"{path} is {_with_article(found)}, and no model; give an .onnx, .safetensors or .pt2 file."
         )
 
 
@@ -71,10 +67,19 @@ def check_kind(path: Path, wanted: str, option: str) -> None:
 
     Whoever reads the file says what is wrong with files of no known kind.
     """
-    try:
-        found = kind_of(path)
-    except OSError as error:
-        raise InvalidArgumentError(f"{option}={path} cannot be read: {error}.") from error
+    found = _kind(path, f"{option}={path}")
     if found not in (None, wanted):
-        article = "a " if found and found.endswith(".zip") else ""
-        raise InvalidArgumentError(f"{option}={path} is {article}{found}; give {_GIVE[wanted]}.")
+        raise InvalidArgumentError(f"{option}={path} is {_with_article(found)}; give {_GIVE[wanted]}.")
+
+
+def _kind(path: Path, shown: str) -> str | None:
+    """Return `kind_of` a file. Raise `InvalidArgumentError`, which says `shown`, if it cannot be read."""
+    try:
+        return kind_of(path)
+    except OSError as error:
+        raise InvalidArgumentError(f"{shown} cannot be read: {error}.") from error
+
+
+def _with_article(kind: str) -> str:
+    """Return a kind of file as part of a sentence."""
+    return f"a {kind}" if kind.endswith(".zip") else kind

@@ -34,7 +34,7 @@ class Staged:
 
     `functions` are what the `blocks` compute, and `lookups` the number of their lookups. `sizes` holds how
     many integers there are in the image and in the result of each block. `lowered` is the function of the
-    whole network, whose `function` here runs block by block.
+    whole network, without stages.
     """
 
     lowered: Lowered
@@ -42,6 +42,13 @@ class Staged:
     functions: tuple[BlockFunction, ...]
     lookups: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    def run(self, x: Any) -> Any:
+        """Return what `lowered.function` returns, computed block by block."""
+        values = [x]
+        for block, function in zip(self.blocks, self.functions, strict=True):
+            values.append(function([values[value] for value in block.reads]))
+        return values[-1]
 
     def inputset(self, block: Block) -> tuple[Array, ...]:
         """Return the inputs of a block that Concrete sees at compilation, in the order of its values."""
@@ -71,18 +78,10 @@ def in_stages(network: IntegerNetwork, engine: Engine, blocks: int) -> Staged:
     last = partial(Lowering.last, planes=lowered.planes, wanted=results, lanes=Lanes.of(1, 1))
     making.add(len(network.layers) - 1, lowered.planes.layer, results, last)
     making.leave_unread_out()
-    made, functions = tuple(making.blocks), tuple(making.functions)
-
-    def run(x: Any) -> Any:
-        values = [x]
-        for block, function in zip(made, functions, strict=True):
-            values.append(function([values[value] for value in block.reads]))
-        return values[-1]
-
     return Staged(
-        lowered=replace(lowered, function=run),
-        blocks=made,
-        functions=functions,
+        lowered=lowered,
+        blocks=tuple(making.blocks),
+        functions=tuple(making.functions),
         lookups=tuple(making.lookups),
         sizes=tuple(making.sizes),
     )

@@ -55,7 +55,6 @@ def quantize_network(
             building.add_maximum(layer)
             continue
         inputs = building.inputs(layer)
-        bits = config.of_layer("weight_bits", layer.name)
         if network.trained and config.method == "auto":
             limit = building.width_limit(layer)
             own = trained_weights(layer, inputs, network.shapes, building.output, limit)
@@ -63,6 +62,7 @@ def quantize_network(
                 building.add(building.draft(layer, own, layer.bias))
                 continue
         if not method.by_output:
+            bits = config.of_layer("weight_bits", layer.name)
             rounded = round_nearest(
                 layer, inputs, network.shapes, bits, method.round, per_channel=config.per_channel
             )

@@ -153,9 +153,10 @@ class Placing:
         found, least = None, np.inf
         narrowest = float((highs.min(axis=0) - lows.max(axis=0)).max())
         for bits in range(self.rounding_bits + 2, self.widest + 1):
-            error, most = partial(self._error, sums, held, bits), room(bits, self.rounding_bits, proved=False)
+            most = room(bits, self.rounding_bits, proved=False)
             if most < narrowest:  # the error would be infinite
                 continue
+            error = partial(self._error, sums, held, bits)
             low, high = _least(error, lows, highs, most)
             total = float(error(low, high).sum())
             if total < least:

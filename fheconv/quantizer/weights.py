@@ -117,13 +117,13 @@ class FittedWeights:
             if new:
                 ranges = rows.ranges(rows.rows[batch.numbers[0]])[batch.read]
                 result = method(batch.weights[new], bits, batch.moment, ranges, steps_left, own[new])
-                for at, *row in zip(new, result.values, result.scale, strict=True):
-                    self._rounded[keys[at]] = row[0], row[1], result.range
+                for at, integers, scale in zip(new, result.values, result.scale, strict=True):
+                    self._rounded[keys[at]] = integers, scale, result.range
             found = [self._rounded[key] for key in keys]
             values = np.zeros((len(batch.numbers), len(batch.read)), np.int64)
             values[:, batch.read] = np.stack([integers for integers, _, _ in found])
-            scale = np.array([one for _, one, _ in found]) * batch.size
-            results.append((batch.numbers, IntegerWeight(values, scale, found[0][2])))
+            scales = np.array([scale for _, scale, _ in found]) * batch.size
+            results.append((batch.numbers, IntegerWeight(values, scales, found[0][2])))
         return _assembled(rows, results)._replace(evidence=self._evidence)
 
     def usual_steps(self, bits: int) -> Array:

@@ -50,13 +50,8 @@ def spread(
             values.append(submit(run_block, runner, block, *read, key=key, **where))
         everything += values
         results.append(values[-1])
-    header = {
-        "fingerprint": ciphertext.fingerprint,
-        "key_id": ciphertext.key_id,
-        "images": ciphertext.images,
-        "batched": ciphertext.batched,
-    }
-    return submit(assembled, header, *results, key=(*name, "results")), everything
+    blank = ciphertext.with_results(b"" for _ in ciphertext.values)  # the images need not travel again
+    return submit(assembled, blank, *results, key=(*name, "results")), everything
 
 
 def given(value: bytes) -> bytes:
@@ -69,6 +64,6 @@ def run_block(runner: Runner, block: Block, *values: bytes) -> bytes:
     return runner.run_block(block, values)
 
 
-def assembled(header: dict[str, Any], *values: bytes) -> bytes:
-    """Return the bytes of a ciphertext of results."""
-    return Ciphertext(kind="output", **header, values=values).to_bytes()
+def assembled(blank: Ciphertext, *values: bytes) -> bytes:
+    """Return the bytes of a ciphertext of results, from one without contents."""
+    return blank.with_results(values).to_bytes()

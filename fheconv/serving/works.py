@@ -16,7 +16,7 @@ Circuits: TypeAlias = Mapping[str, Server]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker does without a pause: an image, or a block of one of a circuit in stages.
+    """Describes what a worker does without a pause: an image, or a block of one in a circuit in stages.
 
     `evaluate` takes the worker's circuits and the results of the works at the places `reads`, all before it.
     """

@@ -28,7 +28,7 @@ def test_blocks_compute_what_the_network_computes_and_no_lookup_twice(name, seed
     whole, staged = lower(network), in_stages(network, "auto", count)
     q = integer_images(network, seed, 2)
     interface = staged.lowered.interface
-    results = staged.lowered.function(interface.prepare(q))
+    results = staged.run(interface.prepare(q))
     np.testing.assert_array_equal(interface.accumulators(results, len(q)), network.accumulate(q))
     for stage, (layer, made) in enumerate(zip(network.layers, whole.layers, strict=True)):
         lookups = [n for block, n in zip(staged.blocks, staged.lookups, strict=True) if block.stage == stage]

@@ -111,7 +111,7 @@ class NativeCircuits:
         """
         staged = in_stages(network, config.engine, blocks)
         try:
-            whole = compiled_circuit(lower(network, config.engine), configuration_of(True, config, None))
+            whole = compiled_circuit(staged.lowered, configuration_of(True, config, None))
             self._folders[number].add(_folder(whole.server))
             module, as_whole = compiled_stages(staged, whole, config)
             specs = module.client.specs.serialize()
