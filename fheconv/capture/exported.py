@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
@@ -51,9 +52,11 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
             warnings.simplefilter("ignore")
             # Its error about a wrong shape is clearer than that of export.
             depends = dependence(lambda x: pick(module(x), outputs), BATCH, input_shape, like)
-            # Nothing is decomposed, but mutation is removed: a change through a view becomes an operator.
             with quiet():
-                program = torch.export.export(module, (example,), strict=False).run_decompositions({})
+                program = torch.export.export(module, (example,), strict=False)
+                if not _is_plain(program.graph):
+                    # Nothing is decomposed, but a change through a view becomes an operator. It takes long.
+                    program = program.run_decompositions({})
     except (InvalidArgumentError, InputRangeError):  # the second is that of a model from an ONNX file
         raise
     except Exception as error:  # the user's forward can raise anything
@@ -68,6 +71,16 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     if depends:  # last, because the graph may name the operator
         raise UnsupportedLayerError(f"{type(module).__name__} cannot be compiled: {depends}.")
     return network
+
+
+def _is_plain(graph: torch.fx.Graph) -> bool:
+    """Return whether each operator gives one new tensor: none has a list of views, or a graph of its own."""
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    return all(isinstance(one, OpOverload) and _gives_a_tensor(one._schema) for one in called)
+
+
+def _gives_a_tensor(schema: torch.FunctionSchema) -> bool:
+    return not schema.is_mutable and [str(one.type) for one in schema.returns] == ["Tensor"]
 
 
 def _unflattened(program: ExportedProgram, input_shape: Shape) -> torch.nn.Module:

@@ -15,6 +15,8 @@ from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, 
 ROUNDS = 3
 # Each of this many steps is tried together with any other step.
 PARTNERS = 16
+# Rows are improved together up to about this many taps.
+TOGETHER = 20_000
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -72,64 +74,93 @@ def _descended(
     weight: Array, start: Array, moment: Array, ranges: Array, greatest: int, budget: int | None
 ) -> Array:
     """Return rows (K, n), improved while steps of one or two taps reduce the error within the budget."""
-    q = start.copy()
-    wanted, held = weight @ moment, q @ moment
-    for row in range(len(q)):
-        tolerance = 1e-9 * max(float(wanted[row] @ weight[row]), TINY)
-        for _ in range(ROUNDS):
-            _descend(q[row], wanted[row], held[row], moment, ranges, greatest, budget, tolerance)
-    return q
+    descent = _Descent(weight, start, moment, ranges, greatest, budget)
+    rows = np.arange(len(start))
+    for _ in range(ROUNDS):
+        if not len(rows):
+            break
+        rows = descent.moved(rows)  # the scale of a row that has not moved stays
+    return descent.q
 
 
-def _descend(
-    q: Array,
-    wanted: Array,
-    held: Array,
-    moment: Array,
-    ranges: Array,
-    greatest: int,
-    budget: int | None,
-    tolerance: float,
-) -> None:
-    """Improve one row (n,) in place, at its best scale. `wanted` is w·H, and `held` q·H follows q."""
-    diagonal, steps = np.diag(moment), np.array([1, -1])[:, None]
-    fit = float(held @ q)
-    s = float(wanted @ q) / fit if fit > 0 else 0.0
-    if s <= 0:
-        return
-    for _ in range(20 * len(q)):
-        moved = q + steps
-        harm = -2 * s * steps * (wanted - s * held) + s**2 * diagonal
-        harm[np.abs(moved) > greatest] = np.inf
-        price = (np.abs(moved) - np.abs(q)) * ranges
-        left = np.inf if budget is None else budget - int(np.abs(q) @ ranges)
-        single = np.where(price <= left, harm, np.inf)
-        best = np.unravel_index(int(single.argmin()), single.shape)
-        moves = [(int(best[0]), int(best[1]))]
-        if single[best] > -tolerance:
-            moves = _exchange(harm, price, left, s, moment, tolerance)
-        if not moves:
-            return
-        for direction, tap in moves:
-            q[tap] += steps[direction, 0]
-            held += steps[direction, 0] * moment[tap]
+class _Descent:
+    """Improves rows of integers `q` (K, n), many together: numpy's calls would cost more than the numbers."""
+
+    def __init__(
+        self, weight: Array, start: Array, moment: Array, ranges: Array, greatest: int, budget: int | None
+    ) -> None:
+        self.q = start.copy()
+        self._wanted, self._held = weight @ moment, start @ moment  # w·H, and q·H, which follows q
+        self._moment, self._ranges, self._greatest, self._budget = moment, ranges, greatest, budget
+        self._tolerance = 1e-9 * np.maximum(np.einsum("kn,kn->k", self._wanted, weight), TINY)
+
+    def moved(self, rows: Array) -> Array:
+        """Improve some rows, at the best scale of each. Return those that have changed."""
+        fit = np.einsum("kn,kn->k", self._held[rows], self.q[rows])
+        wanted = np.einsum("kn,kn->k", self._wanted[rows], self.q[rows])
+        scale = np.divide(wanted, fit, out=np.zeros(len(rows)), where=fit > 0)
+        rows, scale = rows[scale > 0], scale[scale > 0]
+        changed = np.zeros(len(self.q), bool)
+        together = max(TOGETHER // self.q.shape[1], 1)
+        for first in range(0, len(rows), together):
+            some, s = rows[first : first + together], scale[first : first + together]
+            for _ in range(20 * self.q.shape[1]):
+                moving = self._step(some, s)
+                some, s = some[moving], s[moving]
+                if not len(some):
+                    break
+                changed[some] = True
+        return np.flatnonzero(changed)
+
+    def _step(self, rows: Array, scale: Array) -> Array:
+        """Move one tap of each row (R,), or two. Return which rows have moved."""
+        s, q = scale[:, None], self.q[rows]
+        pull, curve = 2 * s * (self._wanted[rows] - s * self._held[rows]), s**2 * np.diag(self._moment)
+        harm = np.concatenate([curve - pull, curve + pull], axis=1)  # of a step up, and of a step down
+        harm[np.concatenate([q >= self._greatest, q <= -self._greatest], axis=1)] = np.inf
+        price = left = None
+        single = harm
+        if self._budget is not None:
+            price = np.concatenate([np.where(q >= 0, 1, -1), np.where(q <= 0, 1, -1)], axis=1)
+            price *= np.tile(self._ranges, 2)
+            left = self._budget - np.abs(q) @ self._ranges
+            single = np.where(price <= left[:, None], harm, np.inf)
+        best = single.argmin(axis=1)
+        moving = single[np.arange(len(rows)), best] <= -self._tolerance[rows]
+        self._move(rows[moving], best[moving])
+        for at in np.flatnonzero(~moving):
+            prices = None if price is None or left is None else (price[at], float(left[at]))
+            pair = _exchange(harm[at], scale[at], self._moment, self._tolerance[rows[at]], prices)
+            moving[at] = pair is not None
+            for step in pair or ():
+                self._move(rows[[at]], np.array([step]))
+        return moving
+
+    def _move(self, rows: Array, steps: Array) -> None:
+        """Make one step (R,) of each row: n steps go up, then n down."""
+        direction, tap = np.where(steps < self.q.shape[1], 1, -1), steps % self.q.shape[1]
+        self.q[rows, tap] += direction
+        self._held[rows] += direction[:, None] * self._moment[tap]
 
 
 def _exchange(
-    harm: Array, price: Array, left: float, s: float, moment: Array, tolerance: float
-) -> list[tuple[int, int]]:
-    """Return a pair of steps of two taps that reduces the error within the budget, or no steps.
+    harm: Array, s: float, moment: Array, tolerance: float, prices: tuple[Array, float] | None
+) -> tuple[int, int] | None:
+    """Return a pair of steps of two taps that reduces the error within the budget, None if there is none.
 
-    It is the best pair of which one step is among the `PARTNERS` that add the least error.
+    It is the best pair of which one step is among the `PARTNERS` that add the least error. `harm` (2·n,) is
+    the error that each step adds, up or down. If there is a budget, `prices` are those of the steps, and what
+    is left of it.
     """
-    taps = harm.shape[1]
-    sign = np.repeat([1, -1], taps)
-    harm, price = harm.ravel(), price.ravel()
+    taps = len(moment)
     first = np.argpartition(harm, PARTNERS)[:PARTNERS] if len(harm) > PARTNERS else np.arange(len(harm))
-    tap, rest = first % taps, np.arange(2 * taps) % taps
-    both = harm[first, None] + harm + 2 * s**2 * sign[first, None] * sign * np.tile(moment[tap], 2)
-    both[(price[first, None] + price > left) | (tap[:, None] == rest)] = np.inf
+    tap = first % taps
+    cross = np.where(first < taps, 2 * s**2, -2 * s**2)[:, None] * moment[tap]
+    both = harm[first, None] + harm + np.concatenate([cross, -cross], axis=1)
+    own = np.arange(len(first))
+    both[own, tap] = both[own, tap + taps] = np.inf
+    if prices is not None:
+        price, left = prices
+        both[price[first, None] + price > left] = np.inf
     one, other = np.unravel_index(int(both.argmin()), both.shape)
-    if both[one, other] > -tolerance:
-        return []
-    return [(int(at) // taps, int(at) % taps) for at in (first[one], other)]
+    return None if both[one, other] > -tolerance else (int(first[one]), int(other))

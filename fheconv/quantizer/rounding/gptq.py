@@ -57,21 +57,21 @@ def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Ar
     """
     order = np.argsort(-np.diag(moment), kind="stable")
     factor = _inverse_factor(moment[np.ix_(order, order)])
-    left = np.repeat(weight[:, None, order], scale.shape[1], axis=1)
-    q = np.zeros(left.shape, np.int64)
-    taps = left.shape[2]
+    # Taps come first, so that one tap of all rows and scales lies together in memory.
+    left = np.repeat(weight[:, order].T, scale.shape[1], axis=1)
+    steps, q = scale.ravel(), np.zeros(left.shape)
+    taps = len(left)
     for start in range(0, taps, BLOCK):
         end = min(start + BLOCK, taps)
-        errors = np.empty((*scale.shape, end - start))
+        errors = np.empty((end - start, len(steps)))
         for tap in range(start, end):
-            q[..., tap] = np.clip(np.rint(left[..., tap] / scale), -greatest, greatest)
-            error = (left[..., tap] - scale * q[..., tap]) / factor[tap, tap]
-            left[..., tap + 1 : end] -= error[..., None] * factor[tap, tap + 1 : end]
-            errors[..., tap - start] = error
-        left[..., end:] -= errors @ factor[start:end, end:]
-    restored = np.empty_like(q)
-    restored[..., order] = q
-    return restored
+            np.clip(np.rint(left[tap] / steps), -greatest, greatest, out=q[tap])
+            errors[tap - start] = (left[tap] - steps * q[tap]) / factor[tap, tap]
+            left[tap + 1 : end] -= factor[tap, tap + 1 : end, None] * errors[tap - start]
+        left[end:] -= factor[start:end, end:].T @ errors
+    restored = np.empty((len(steps), taps), np.int64)
+    restored[:, order] = q.T
+    return restored.reshape(*scale.shape, taps)
 
 
 def _inverse_factor(moment: Array) -> Array:
