@@ -74,12 +74,14 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
 
 
 def _is_plain(graph: torch.fx.Graph) -> bool:
-    """Return whether each operator gives one new tensor: none has a list of views, or a graph of its own."""
-    called = [node.target for node in graph.nodes if node.op == "call_function"]
-    return all(isinstance(one, OpOverload) and _gives_a_tensor(one._schema) for one in called)
+    """Return whether every operator is known as it is, and gives one new tensor, no change and no views."""
+    return all(_is_known(node) for node in graph.nodes if node.op == "call_function")
 
 
-def _gives_a_tensor(schema: torch.FunctionSchema) -> bool:
+def _is_known(node: Node) -> bool:
+    if not isinstance(node.target, OpOverload) or _operation(node) not in HANDLERS:
+        return False
+    schema = node.target._schema
     return not schema.is_mutable and [str(one.type) for one in schema.returns] == ["Tensor"]
 
 
