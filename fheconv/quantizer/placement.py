@@ -182,10 +182,10 @@ def _least(
 ) -> tuple[Array, Array]:
     """Return those of the ends `lows` and `highs` (n, C) that have the least `error` (C,) for each channel.
 
-    The upper end is chosen first. An end is moved where the other is more than `most` away.
+    The upper end is chosen first, each with the lowest end. A lower end is moved up where the upper one is more
+    than `most` away.
     """
     rows = np.arange(lows.shape[1])
-    tried = np.minimum(highs, lows[0] + most)
-    high = tried[np.argmin([error(lows[0], one) for one in tried], axis=0), rows]
+    high = highs[np.argmin([error(np.maximum(lows[0], one - most), one) for one in highs], axis=0), rows]
     tried = np.maximum(lows, high - most)
     return tried[np.argmin([error(one, high) for one in tried], axis=0), rows], high
