@@ -36,7 +36,7 @@ def control(
     `CalibrationError` if training diverges.
 
     Example:
-        >>> images = np.random.default_rng(0).uniform(size=(20, 1, 3, 3))
+        >>> images = torch.rand(20, 1, 3, 3).numpy()
         >>> control(Samples(images, [0, 1] * 10), lookups=4, classes=2, epochs=1)
         Sequential(
           (0): Flatten(start_dim=1, end_dim=-1)
