@@ -16,6 +16,7 @@ from fheconv.basics.errors import (
     FheConvError,
     InputRangeError,
     InvalidArgumentError,
+    LookupBudgetError,
     MissingExtraError,
     NotCompiledError,
     RemoteError,
@@ -64,8 +65,9 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.training.distilling import distill
     from fheconv.training.finetuning import finetune
     from fheconv.training.trainable import TrainableNetwork
-    from fheconv.tuning.result import Setting, TunePoint, TuneResult
+    from fheconv.tuning.result import TunePoint, TuneResult
     from fheconv.tuning.search import tune
+    from fheconv.tuning.setting import Setting
 
     __version__: str
 
@@ -106,8 +108,9 @@ _HOMES = {
     "training.distilling": ("distill",),
     "training.finetuning": ("finetune",),
     "training.trainable": ("TrainableNetwork",),
-    "tuning.result": ("Setting", "TunePoint", "TuneResult"),
+    "tuning.result": ("TunePoint", "TuneResult"),
     "tuning.search": ("tune",),
+    "tuning.setting": ("Setting",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Public modules, `from fheconv import plots`.
@@ -148,6 +151,7 @@ __all__ = [
     "InvalidArgumentError",
     "LayerBudget",
     "LayerForecast",
+    "LookupBudgetError",
     "Manifest",
     "Mismatch",
     "MissingExtraError",

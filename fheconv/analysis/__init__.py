@@ -15,5 +15,6 @@ budget_report: shows that comparison as a report.
 failures: computes the accuracy when lookups fail.
 drawing: prepares arrays for matplotlib.
 window_picture: draws the window of a lookup.
+front_picture: draws circuits by accuracy and cost.
 plots: draws pictures.
 """

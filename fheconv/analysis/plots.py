@@ -6,8 +6,8 @@ Example:
     >>> filter_matrix([[1, 0], [2, 1]]).figure.savefig("matrix.png")
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ try:
 
     from fheconv.analysis import drawing
     from fheconv.analysis.drawing import FITS, LIMIT, OBSERVED, OVER
+    from fheconv.analysis.front_picture import front as front
     from fheconv.analysis.window_picture import window as window
 except ImportError as error:
     raise MissingExtraError(
@@ -265,74 +266,6 @@ def filter_matrices(
         if ax is not axes[0, 0]:
             ax.set_ylabel("")
     return figure
-
-
-class Circuit(Protocol):
-    """One circuit of a search, with its accuracy and its cost by each objective."""
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-
-    @property
-    def setting(self) -> object:
-        """The name of the circuit in the picture."""
-
-    def value(self, objective: Any) -> float:
-        """Return the number that the objective makes small."""
-
-
-@runtime_checkable
-class Search(Protocol):
-    """The result of a search for circuits, such as `fheconv.TuneResult`."""
-
-    @property
-    def objective(self) -> str:
-        """The number that the search makes small: "latency", "complexity" or "key_bytes"."""
-
-    @property
-    def float_accuracy(self) -> float:
-        """The share of right answers of the float network."""
-
-    @property
-    def points(self) -> Sequence[Circuit]:
-        """All circuits that were tried."""
-
-    @property
-    def front(self) -> Sequence[Circuit]:
-        """The circuits that no other circuit beats, the cheapest first."""
-
-
-def front(result: Search, ax: Axes | None = None) -> Axes:
-    """Draw the result of `fheconv.tune`: accuracy against the cost by its objective, and the front.
-
-    Raises `InvalidArgumentError` if `result` is not a tune result, or if it is empty.
-    """
-    if not isinstance(result, Search) or not result.points:
-        raise InvalidArgumentError(
-            f"{type(result).__name__} is no TuneResult with points; give what tune found."
-        )
-    if ax is None:
-        ax = plt.subplots(figsize=(8, 5), layout="constrained")[1]
-    values = [point.value(result.objective) for point in result.points]
-    ax.scatter(values, [100 * point.accuracy for point in result.points], color=FITS, label="tried")
-    best = result.front
-    x, y = [p.value(result.objective) for p in best], [100 * p.accuracy for p in best]
-    ax.plot(x, y, color=OBSERVED, marker="o", label="front")
-    named = {str(point.setting): at for point, at in zip(best, zip(x, y, strict=True), strict=True)}
-    for name, at in named.items():  # the dearest point of each
-        ax.annotate(name, at, xytext=(5, -10), textcoords="offset points", fontsize=8)
-    ax.axhline(100 * result.float_accuracy, color=LIMIT, linestyle="--", label="float")
-    ax.set_xscale("log")
-    units = {"latency": "seconds", "complexity": "complexity", "key_bytes": "bytes of keys"}
-    ax.set_xlabel(
-        f"{units[result.objective]} of one encrypted image"
-        if result.objective != "key_bytes"
-        else units["key_bytes"]
-    )
-    ax.set_ylabel("right answers, %")
-    ax.legend(loc="lower right")
-    return ax
 
 
 def _check_report(report: Any) -> None:

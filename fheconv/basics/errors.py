@@ -2,7 +2,8 @@
 
 FheConvError
 ├── InvalidArgumentError      an argument that has no meaning (stride 0, groups that do not divide…)
-│   └── UnknownKeywordError   a keyword that a call does not have
+│   ├── UnknownKeywordError   a keyword that a call does not have
+│   └── LookupBudgetError     fewer lookups than a network can do with
 ├── UnsupportedLayerError     a layer or option that fheconv cannot turn into integers
 ├── CalibrationError          calibration data or weights from which no scale can be chosen
 ├── AccumulatorOverflowError  a proved range that does not fit the accumulator
@@ -58,6 +59,10 @@ class UnknownKeywordError(InvalidArgumentError, TypeError):
         Traceback (most recent call last):
         fheconv.basics.errors.UnknownKeywordError: QuantConfig has no weights_bits=4; the nearest ...
     """
+
+
+class LookupBudgetError(InvalidArgumentError):
+    """A network needs more lookups than its budget, with all taken out that can be."""
 
 
 class UnsupportedLayerError(FheConvError):

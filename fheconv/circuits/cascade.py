@@ -7,7 +7,6 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from fheconv.analysis.forecast import MULTIPLY_ADD
 from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_number
 from fheconv.basics.errors import InvalidArgumentError
@@ -16,7 +15,7 @@ from fheconv.basics.report import Brief, Report
 from fheconv.basics.samples import Data, images_of, share_right, with_classes
 from fheconv.circuits.circuit import Fhe, FheCircuit
 from fheconv.circuits.client import Client
-from fheconv.circuits.cost import Cost
+from fheconv.circuits.cost import Cost, seconds_or_estimate
 
 # A `RemoteCircuit` is a client, too.
 Stage: TypeAlias = FheCircuit | Client
@@ -52,7 +51,7 @@ class CascadeCost(Report):
     @property
     def seconds(self) -> float | None:
         """The mean seconds on this machine, None if those of a circuit are not known."""
-        first, second = map(_seconds, (self.first, self.second))
+        first, second = map(seconds_or_estimate, (self.first, self.second))
         return None if first is None or second is None else first + self.share * second
 
     def __rich__(self) -> RenderableType:
@@ -199,8 +198,3 @@ def margins_of(scores: Array) -> Array:
 def _shapes(stage: Stage) -> tuple[Shape, Shape]:
     image, result, _ = stage._described()
     return tuple(image), tuple(result)
-
-
-def _seconds(cost: Cost) -> float | None:
-    """Return the seconds of a circuit. Those without lookups are not timed, but estimated."""
-    return cost.seconds if cost.lookups else cost.multiply_adds * MULTIPLY_ADD / 10**6

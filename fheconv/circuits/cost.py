@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fheconv.analysis.failures import failing_lookups
+from fheconv.analysis.forecast import MULTIPLY_ADD
 from fheconv.basics.report import Report
 from fheconv.lowering.layers import LoweredLayer
 
@@ -188,6 +189,11 @@ class TiledCost(Report):
         for name, value in rows.items():
             table.add_row(name, value)
         return Group(table, Text("Of this, each tile:"), self.tile)
+
+
+def seconds_or_estimate(cost: Cost) -> float | None:
+    """Return the seconds of a circuit. Those without lookups are not timed, but estimated."""
+    return cost.seconds if cost.lookups else cost.multiply_adds * MULTIPLY_ADD / 10**6
 
 
 # What a failed lookup means.

@@ -151,7 +151,14 @@ def tune(
     objective: Annotated[str, typer.Option(help=f"What to make small: {OBJECTIVES}.")] = "latency",
     training: Annotated[Path | None, typer.Option(help="Images to fine-tune on: .npy.")] = None,
     training_labels: Annotated[Path | None, typer.Option(help="Their classes: .npy.")] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=1)] = 200,
+    epochs: Annotated[int, typer.Option(help="Epochs of each training.", min=1)] = 200,
+    lookup_budget: Annotated[
+        list[int] | None,
+        typer.Option(help="The most lookups of an image; may be given several times."),
+    ] = None,
+    students: Annotated[
+        bool, typer.Option(help="For each --lookup-budget, try a new network, too, that imitates the model.")
+    ] = False,
     trusted: Trusted = False,
     as_json: AsJson = False,
     force: Force = False,
@@ -181,15 +188,25 @@ def tune(
             objective=objective,  # type: ignore[arg-type]
             training=examples,
             epochs=epochs,
+            lookup_budgets=lookup_budget or (),
+            students=students,
             max_drop=max_drop,
         )
     if as_json:
-        front = [
-            {"setting": str(point.setting), "accuracy": point.accuracy, "cost": point.cost.to_dict()}
-            for point in result.front
-        ]
-        data = {"float_accuracy": result.float_accuracy, "reason": result.reason, "front": front}
-        typer.echo(json.dumps(data))
+        front, controls = (
+            [
+                {
+                    "setting": str(point.setting),
+                    "kind": point.setting.kind,
+                    "accuracy": point.accuracy,
+                    "cost": point.cost.to_dict(),
+                }
+                for point in points
+            ]
+            for points in (result.front, result.controls)
+        )
+        data = {"float_accuracy": result.float_accuracy, "reason": result.reason}
+        typer.echo(json.dumps({**data, "front": front, "controls": controls, "beaten": len(result.beaten)}))
     else:
         out.print(result)
     if output is not None and (result.points or not signals):

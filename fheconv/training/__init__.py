@@ -8,5 +8,7 @@ pooling: moves poolings before activations, where one lookup serves a whole wind
 thinning: removes lookups from a network.
 finetuning: the entry: fine-tunes a network.
 students: builds small networks whose shapes are cheap in TFHE.
+school: trains them on images and logits.
 distilling: the entry: trains a small network to imitate a large one.
+controls: trains trivial models to compare with.
 """

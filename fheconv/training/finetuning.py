@@ -134,7 +134,8 @@ def finetune(
     examples = _examples(network, data, "data")
     generator = torch.Generator().manual_seed(int(seed))
     if validation is None:
-        examples, held_out = _split(examples, generator)
+        kept, held = held_apart(len(examples.images), generator)
+        examples, held_out = examples.of(kept), examples.of(held)
     else:
         held_out = _examples(network, validation, "validation")
         if (held_out.labels is None) != (examples.labels is None):
@@ -275,10 +276,11 @@ def _ends(values: Array) -> str:
     return f", from {values.min()} to {values.max()}" if values.size else ""
 
 
-def _split(examples: Examples, generator: torch.Generator) -> tuple[Examples, Examples]:
-    order = torch.randperm(len(examples.images), generator=generator)
-    count = math.ceil(HELD_OUT * len(order))
-    return examples.of(order[count:]), examples.of(order[:count])
+def held_apart(count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Return the indices of the examples to train on, and of the fifth that is held out."""
+    order = torch.randperm(count, generator=generator)
+    held = math.ceil(HELD_OUT * count)
+    return order[held:], order[:held]
 
 
 def _meant(teacher: Network, images: Tensor) -> Tensor:

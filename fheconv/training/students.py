@@ -16,6 +16,7 @@ from torch import nn
 from fheconv.basics.arrays import Shape
 
 CONVOLUTIONS: Any = nn.Conv1d, nn.Conv2d, nn.Conv3d
+ACTIVATIONS = nn.PReLU, nn.ReLU
 # The number of a filter's positions along each axis of the image.
 POSITIONS = 2, 3, 4
 # The share of the lookups that a convolution gets if a hidden layer follows. Others get all of them.
@@ -31,7 +32,8 @@ class Student:
     """The shape of a student: a convolution of `filters` filters, a hidden layer of `hidden` values, logits.
 
     The first two are followed by an activation, and left out if their number is 0. The filters have size
-    `kernel`, move by `stride`, and have `positions` positions.
+    `kernel`, move by `stride`, and have `positions` positions. Activations are ReLUs if `relu`; otherwise
+    their slopes below zero are trained.
     """
 
     filters: int = 0
@@ -39,6 +41,7 @@ class Student:
     stride: Shape = ()
     positions: int = 1
     hidden: int = 0
+    relu: bool = False
 
     def __str__(self) -> str:
         words = []
@@ -54,13 +57,16 @@ class Student:
         values, axes = math.prod(image), len(self.kernel) - 1
         if self.filters:
             layers.append(CONVOLUTIONS[axes](image[0], self.filters, self.kernel, self.stride))
-            layers.append(nn.PReLU(self.filters, init=SLOPE))
+            layers.append(self._activation(self.filters))
             values = self.filters * self.positions
         layers.append(nn.Flatten())
         if self.hidden:
-            layers += [nn.Linear(values, self.hidden), nn.PReLU(self.hidden, init=SLOPE)]
+            layers += [nn.Linear(values, self.hidden), self._activation(self.hidden)]
             values = self.hidden
         return nn.Sequential(*layers, nn.Linear(values, outputs))
+
+    def _activation(self, channels: int) -> nn.Module:
+        return nn.ReLU() if self.relu else nn.PReLU(channels, init=SLOPE)
 
 
 def students(image: Shape, lookups: int) -> list[Student]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fheconv.basics.arrays import Array, along_channels, channel_means, frozen
-from fheconv.basics.errors import InvalidArgumentError
+from fheconv.basics.errors import LookupBudgetError
 from fheconv.basics.progress import status
 from fheconv.networks.demand import demand
 from fheconv.networks.floats import Layer, Maximum, Network
@@ -47,7 +47,7 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     smaller network are fitted again, layer by layer, to the sums of the trained network (He et al. 2017).
     Training makes up for much of the remaining error.
 
-    Raises `InvalidArgumentError` if the budget cannot be met. The message names the least possible number.
+    Raises `LookupBudgetError` if the budget cannot be met. The message names the least possible number.
     """
     now, meant = Thinned(network=network, original=network, means={}), network.tensors(images)[-1]
     some = slice(None, None, -(-len(images) // MOST_IMAGES))
@@ -62,10 +62,10 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             priced = [(price(changed.network), changed) for changed in _changes(now, images[some])]
             least, now = min(priced, key=lambda one: one[0], default=(np.inf, now))
             if least == np.inf:
-                raise InvalidArgumentError(
+                raise LookupBudgetError(
                     f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
                     f"channel left of each activation, this network still needs {needed} lookups; allow as "
-                    "many, or train a smaller network."
+                    "many, or train a smaller network (fheconv.distill)."
                 )
             now = replace(now, network=fitted(now, images))
     return now.network

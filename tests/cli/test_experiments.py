@@ -10,7 +10,7 @@ import pytest
 
 import fheconv
 from fheconv.capture.checkpoint import load_model
-from fheconv.tuning import search
+from fheconv.tuning import trying
 from tests.support import shell
 
 MODEL = ("m.safetensors", "--calibration", "x.npy")
@@ -91,7 +91,8 @@ def test_tune_prints_the_front_and_writes_the_cheapest(run):
     assert status == 0
     found = json.loads(printed)
     assert found["float_accuracy"] == 1.0
-    assert all(point["accuracy"] >= 0.8 for point in found["front"])
+    assert all(point["accuracy"] >= 0.8 and point["kind"] == "model" for point in found["front"])
+    assert (found["controls"], found["beaten"]) == ([], 0)
     saved = fheconv.load_client("out/client.zip").cost
     assert saved.complexity == min(point["cost"]["complexity"] for point in found["front"])
     status, _, said = run("tune", *MODEL, *TESTED, "-o", "out")
@@ -103,7 +104,7 @@ def test_tune_prints_the_front_and_writes_the_cheapest(run):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("calls", [1, 3])
 def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, status, calls):
-    right, called = search.accuracies, []
+    right, called = trying.accuracies, []
 
     def interrupted(*arguments, **options):
         called.append(1)
@@ -111,7 +112,7 @@ def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, sta
             os.kill(os.getpid(), number)
         return right(*arguments, **options)
 
-    monkeypatch.setattr(search, "accuracies", interrupted)
+    monkeypatch.setattr(trying, "accuracies", interrupted)
     before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         ended, printed, _ = run("tune", *MODEL, *TESTED, "--max-drop", "0.2", "-o", "out")
@@ -120,7 +121,7 @@ def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, sta
         for one, handler in before.items():
             signal.signal(one, handler)
     assert ended == status
-    assert "Interrupted: not every width was tried." in printed
+    assert "Interrupted: not everything was tried." in printed
     assert Path("out/server.zip").exists() == (calls > 1)
 
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
-from fheconv.tuning import parameters
+from fheconv.tuning import making, parameters, trying
 from fheconv.tuning import search as tuner
-from fheconv.tuning.result import Setting, TunePoint, TuneResult
+from fheconv.tuning.result import TunePoint, TuneResult
+from fheconv.tuning.setting import Setting
+from fheconv.tuning.trying import LINEAR
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (60, 1, 4, 4))
 
@@ -74,7 +76,7 @@ def test_without_widths_windows_lie_where_calibration_leads():
     assert (config.overflow, config.accumulator_bits, config.input_bits) == (
         "defined",
         None,
-        tuner.INPUT_BITS,
+        making.INPUT_BITS,
     )
     assert [layer.lookup_bits for layer in point.network.budget().layers if layer.lookups] == [5]
     assert str(point.setting) in str(some)
@@ -116,51 +118,66 @@ def test_what_loses_too_much_is_no_point(result):
 
 
 def test_an_earlier_result_is_not_made_again(result):
-    with mock.patch.object(tuner, "quantized", side_effect=RuntimeError("made again")):
+    with mock.patch.object(making, "quantized", side_effect=RuntimeError("made again")):
         again = tuned(objective="complexity", previous=result)
     assert [p.cost.complexity for p in again.points] == [p.cost.complexity for p in result.points]
     assert [p.accuracy for p in again.points] == [p.accuracy for p in result.points]
 
 
 def test_an_interruption_returns_what_there_is(result):
-    real, calls = tuner.FheCircuit, itertools.count()
+    real, calls = trying.FheCircuit, itertools.count()
 
     def interrupted(*arguments):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    with mock.patch.object(tuner, "FheCircuit", side_effect=interrupted):
+    with mock.patch.object(trying, "FheCircuit", side_effect=interrupted):
         some = tuned(previous=result)
     assert 1 <= len(some.points) <= 2
     assert some.reason.startswith("Interrupted")
 
 
 @pytest.mark.slow
-def test_fine_tuned_with_fewer_lookups():
+def test_fine_tuned_students_and_controls_with_fewer_lookups():
+    """Fewer than the model can do with are left to students."""
+    options = {
+        "widths": ((None, 4),),
+        "p_errors": (1e-2,),
+        "max_drop": 0.99,
+        "training": (IMAGES[:40], CLASSES[:40]),
+        "epochs": 3,
+        "lookup_budgets": (20, 5),
+    }
+    some = tuned(**options, students=True)
+    lookups = {(p.setting.kind, p.setting.lookup_budget): p.cost.lookups for p in some.points}
+    assert lookups.keys() == {("model", None), ("model", 20), ("student", 20), ("student", 5)}
+    assert lookups["model", None] <= 27  # a channel that training leaves constant takes none
+    assert all(count <= (budget or 27) for (_, budget), count in lookups.items())
+    assert "lookup_budget=5 is too small" in some.reason
+    linear, *hidden = some.controls
+    assert (linear.cost.lookups, linear.cost.key_bytes) == (0, 0)
+    assert 0 < linear.seconds < 0.01
+    assert {control.setting.lookup_budget for control in hidden} == {p.cost.lookups for p in some.front} - {0}
+    for control in some.controls:
+        assert control.setting.kind == "control"
+        assert control.compile().cost.lookups == control.cost.lookups <= control.setting.lookup_budget
+    with mock.patch.object(making, "quantized", side_effect=RuntimeError("made again")):
+        again = tuned(**options, students=True, previous=some)
+    for before, now in ((some.points, again.points), (some.controls, again.controls)):
+        assert [point.accuracy for point in before] == [point.accuracy for point in now]
+
+
+@pytest.mark.slow
+def test_an_earlier_result_without_training_is_where_training_starts(result):
     some = tuned(
-        widths=((6, None),),
+        widths=WIDTHS[1:],
         p_errors=(1e-2,),
         max_drop=0.9,
         training=(IMAGES[:40], CLASSES[:40]),
-        epochs=3,
-        lookup_budgets=(20,),
+        epochs=2,
+        previous=result,
     )
-    lookups = {point.setting.lookup_budget: point.cost.lookups for point in some.points}
-    assert lookups[None] <= 27  # a channel that training leaves constant takes none
-    assert lookups[20] <= 20
-
-
-def test_an_earlier_result_without_training_is_where_training_starts(result):
-    with mock.patch.object(tuner, "quantized", side_effect=RuntimeError("made again")):
-        some = tuned(
-            widths=WIDTHS[1:],
-            p_errors=(1e-2,),
-            max_drop=0.9,
-            training=(IMAGES[:40], CLASSES[:40]),
-            epochs=2,
-            previous=result,
-        )
     (point,) = some.points
     assert point.setting.fine_tuned
     assert "fine-tuned" in str(some)
@@ -176,7 +193,7 @@ def test_what_fixes_the_parameters_that_measuring_would_try_is_refused():
 
 @pytest.mark.parametrize(("points", "timed"), [(0, []), (1, [0]), (3, [0, 1, 2]), (7, [0, 2, 4, 6])])
 def test_points_from_the_cheapest_to_the_most_accurate_are_timed(points, timed):
-    assert tuner.spread(list(range(points))) == timed
+    assert trying.spread(list(range(points))) == timed
 
 
 @pytest.mark.slow
@@ -208,33 +225,77 @@ def test_the_report_and_the_picture(result):
     assert "100.0% of the evaluation images are right in float" in text.replace("\n", " ")
     assert result.reason.split(":")[0] in text
     assert "<pre" in result._repr_html_()
-    axes = result.plot()
-    assert "complexity" in axes.get_xlabel()
-    _, front = axes.get_legend_handles_labels()
-    assert "front" in front
+    linear = points((0.0, 0.8), setting=LINEAR)
+    hidden = points((1e6, 0.9), setting=replace(LINEAR, lookup_budget=4))
+    for controls in ((), linear + hidden):
+        axes = replace(result, controls=controls).plot()
+        assert "complexity" in axes.get_xlabel()
+        _, drawn = axes.get_legend_handles_labels()
+        assert "front" in drawn
+        assert [name for name in drawn if "control" in name] == [
+            *["controls: hidden layers", "control: linear model"][: len(controls)]
+        ]
 
 
-def points(*pairs):
-    """Points of these (seconds, accuracy), otherwise alike."""
+PROVED = Setting(accumulator_bits=6)
+LAYER = mock.Mock(lookups=4, lookup_bits=5)
+
+
+def points(*pairs, setting=PROVED):
+    """Points of these (seconds, accuracy), otherwise alike. A complexity is a thousand times the seconds."""
     network = mock.Mock()
     return tuple(
         TunePoint(
-            setting=Setting(accumulator_bits=6),
+            setting=setting,
             network=network,
             config=fheconv.CompileConfig(),
             accuracy=accuracy,
             clear_accuracy=accuracy,
-            cost=mock.Mock(complexity=seconds, key_bytes=1),
+            cost=mock.Mock(complexity=1000 * seconds, key_bytes=1, p_error=0.01, lookups=4, layers=[LAYER]),
             seconds=seconds,
         )
         for seconds, accuracy in pairs
     )
 
 
-def found(*pairs):
-    return TuneResult(
-        objective="latency", float_accuracy=0.98, points=points(*pairs), networks={}, reason="Tried."
-    )
+def found(*pairs, **others):
+    others = {"points": points(*pairs), **others}
+    return TuneResult(objective="latency", float_accuracy=0.98, networks={}, reason="Tried.", **others)
+
+
+def test_a_control_that_is_as_accurate_and_no_dearer_beats_a_circuit_and_the_report_begins_with_it():
+    """Complexities that are nearly alike count as alike."""
+    setting = Setting(kind="control", lookup_budget=4, rounding_bits=5)
+    hidden = points((1.04, 0.9), (2.0, 0.96), setting=setting)
+    linear = points((0.0, 0.8), setting=LINEAR)
+    result = found((1.0, 0.90), (1.5, 0.93), (3.0, 0.95), (4.0, 0.97), controls=(*linear, *hidden))
+    assert [point.seconds for point in result.beaten] == [1.0, 3.0]
+    for shown in (str(result), repr(result)):
+        assert shown.startswith("Trivial models beat 2 of the front's 4 circuits")
+    assert str(setting) in " ".join(str(result).split())
+    assert "Trivial models beat" in result._repr_html_()
+    assert found((1.0, 0.9), controls=points((0.5, 0.89), setting=LINEAR)).beaten == ()
+    assert found((1.0, 0.9)).beaten == ()
+
+
+def test_circuits_that_no_control_beats_are_said_to_be_so():
+    result = found((1.0, 0.9), controls=points((0.0, 0.8), setting=LINEAR))
+    assert "more accurate than all controls" in str(result)
+    assert "controls" not in str(found((1.0, 0.9)))
+
+
+def test_students_are_named_and_may_be_left_out():
+    own = points((2.0, 0.97), (4.0, 0.98))
+    others = points((1.0, 0.975), setting=Setting(kind="student", lookup_budget=64, rounding_bits=5))
+    result = found(points=(*own, *others))
+    assert result.best(max_drop=0.02) is others[0]
+    assert result.best(max_drop=0.02, students=False) is own[0]
+    for shown in (str(result), repr(result), result._repr_html_()):
+        assert "Students imitate your network, and are not it" in shown
+        assert "student of 64 lookups" in shown
+    with pytest.raises(fheconv.TuningError, match=r"the fastest for 97.0% in 2 s"):
+        result.best(max_seconds=1.5, students=False)
+    assert "Students" not in str(found((1.0, 0.9)))
 
 
 def test_best_is_the_cheapest_accurate_or_the_most_accurate_fast_one():
@@ -285,6 +346,7 @@ def test_best_of_what_must_be_said():
     [
         ({"objective": "speed"}, "speed"),
         ({"lookup_budgets": (10,)}, "training"),
+        ({"students": True}, "students=True needs lookup_budgets"),
         ({"max_drop": 0}, "max_drop"),
         ({"evaluation": IMAGES}, "pair"),
         ({"evaluation": (IMAGES, CLASSES[:3])}, "shape"),
