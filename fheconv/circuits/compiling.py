@@ -66,6 +66,9 @@ def compile(  # noqa: A001
         an image, can be interrupted and go on, and can be spread over several machines. It costs as much.
     blocks: the most blocks in which the lookups of a layer are run, one by one or on several machines.
 
+    Stages run under keys of another circuit, too, unless the network has maxima: then Concrete finds no
+    parameters.
+
     Concrete chooses the widths of keys for the widest lookup and its failure probability. So a network runs
     under keys of another if its lookups are as wide or narrower, and may fail as often or more often. A
     circuit without lookups has a secret key that fits only itself, and a server needs no key for it.
@@ -93,51 +96,50 @@ def compile(  # noqa: A001
         raise InvalidArgumentError(
             f"compile takes what fheconv.quantize returned, not {type(network).__name__}; quantize it first."
         )
-    if stages is not None or blocks != 1:
-        making = partial(_in_stages, blocks=_check_stages(network, stages, blocks, keys_of))
-        return compiled(making, network, CompileConfig() if config is None else config)
+    most = None if stages is None and blocks == 1 else _check_stages(network, stages, blocks)
     if keys_of is None:
-        return compiled(_checked, network, CompileConfig() if config is None else config)
+        making = partial(_checked, most=most)
+        return compiled(making, network, _checked_config(CompileConfig() if config is None else config))
     owner = _owner_of(keys_of)
     if config is None:
         config = owner.config if isinstance(owner, FheCircuit) else CompileConfig()
-    config = _within(owner, network, config)
-    return compiled(partial(_checked, keys_of=owner), network, config, _more_failures(config))
+    config = _within(owner, network, _checked_config(config))
+    making = partial(_checked, most=most, keys_of=owner)
+    return compiled(making, network, config, _more_failures(config))
 
 
-def _checked(network: QuantizedNetwork, config: CompileConfig, keys_of: KeyOwner | None = None) -> FheCircuit:
-    """Compile a network that costs no more than allowed."""
-    lowered = None
-    if isinstance(config, CompileConfig):  # `FheCircuit` refuses others
-        lowered = lower(network, config.engine)
-        check_cost(lowered, config)
-    circuit = FheCircuit(network, config, lowered, keys_of)
-    if keys_of is not None and lowered is not None and config.configuration is None:
+def _checked(
+    network: QuantizedNetwork,
+    config: CompileConfig,
+    *,
+    most: int | None,
+    keys_of: KeyOwner | None = None,
+) -> FheCircuit:
+    """Compile a network that costs no more than allowed, in stages of `most` blocks unless that is None."""
+    lowered = lower(network, config.engine)
+    check_cost(lowered, config)
+    if most is None:
+        circuit = FheCircuit(network, config, lowered, keys_of)
+    else:
+        circuit = StagedCircuit(network, config, lowered, most, keys_of)
+    if keys_of is not None:
         check_cost_within(lowered, config, circuit.complexity)
     return circuit
 
 
-def _in_stages(network: QuantizedNetwork, config: CompileConfig, blocks: int) -> StagedCircuit:
-    """Compile a network in stages that costs no more than allowed."""
+def _checked_config(config: Any) -> CompileConfig:
     if not isinstance(config, CompileConfig):
         raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
-    lowered = lower(network, config.engine)
-    check_cost(lowered, config)
-    return StagedCircuit(network, config, lowered, blocks)
+    return config
 
 
-def _check_stages(network: QuantizedNetwork, stages: Any, blocks: Any, keys_of: Any) -> int:
-    """Return the number of blocks. Raises `InvalidArgumentError` for what cannot go together."""
+def _check_stages(network: QuantizedNetwork, stages: Any, blocks: Any) -> int:
+    """Return the number of blocks. Raises `InvalidArgumentError` for stages that there cannot be."""
     check_integer("blocks", blocks, 1, MOST_BLOCKS)
     if stages != "layers":
         raise InvalidArgumentError(
             f'stages={stages!r:.50} and blocks={blocks}; stages must be "layers" for a circuit in stages. '
             "Leave both out for one that runs as a whole."
-        )
-    if keys_of is not None:
-        raise InvalidArgumentError(
-            "stages= together with keys_of=; the parameters of stages are chosen for all of them together. "
-            "Leave one of them out."
         )
     if len(network.layers) < 2:
         raise InvalidArgumentError(
@@ -168,8 +170,6 @@ def _within(owner: KeyOwner, network: QuantizedNetwork, config: CompileConfig) -
     that takes other keys. Raises `CompilationError` for a network that needs keys of another kind,
     `InvalidArgumentError` for a configuration that cannot go with given keys.
     """
-    if not isinstance(config, CompileConfig):
-        raise InvalidArgumentError(f"config is {config!r}; it must be a CompileConfig.")
     if config.lanes not in ("auto", 1):
         raise InvalidArgumentError(
             f"lanes={config.lanes} together with keys_of=; images that share a ciphertext need other keys. "

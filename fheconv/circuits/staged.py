@@ -37,20 +37,30 @@ class StagedCircuit(FheCircuit):
         True
     """
 
-    def __init__(self, network: QuantizedNetwork, config: CompileConfig, lowered: Lowered, most: int) -> None:
-        """Compile the network, whose function is `lowered`, in up to `most` blocks for each stage."""
+    def __init__(
+        self,
+        network: QuantizedNetwork,
+        config: CompileConfig,
+        lowered: Lowered,
+        most: int,
+        keys_of: KeyOwner | None = None,
+    ) -> None:
+        """Compile the network in up to `most` blocks for each stage, for the keys of `keys_of` if given.
+
+        `lowered` is its function.
+        """
         self._most = most
         self._kept = InMemory()
-        super().__init__(network, config, lowered)
+        super().__init__(network, config, lowered, keys_of)
 
     def _open(self, lowered: Lowered, keys_of: KeyOwner | None = None) -> LoweredHandle:
-        opening = "compile_stages", (self.network, self.config, self._most)
+        within = None if keys_of is None else keys_of.specs
+        opening = "compile_stages", (self.network, self.config, self._most, within)
         return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
 
     def _recipe(self) -> Recipe:
-        if not self._one.compiled.as_whole:
-            return super()._recipe()
-        return Recipe.of(lenient(self.config), keys_given=True)
+        as_whole = self._one.compiled.as_whole
+        return Recipe.of(lenient(self.config) if as_whole else self.config, keys_given=as_whole)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -95,5 +105,5 @@ class StagedCircuit(FheCircuit):
 
     @cached_property
     def _whole(self) -> FheCircuit:
-        """The circuit without stages."""
-        return FheCircuit(self.network, self.config, self._one.lowered)
+        """The circuit without stages, under the keys of this one."""
+        return FheCircuit(self.network, self.config, self._one.lowered, self)

@@ -108,6 +108,29 @@ def test_what_needs_other_keys_is_refused(old, network, config):
         fheconv.compile(network, config, keys_of=old)
 
 
+@pytest.mark.slow
+def test_a_retrained_network_runs_in_stages_under_the_keys_of_the_old_one(tmp_path):
+    size = {"size": (1, 5, 5), "accumulator_bits": 5, "activation_bits": 2, "input_bits": 2}
+    first, network = (quantized(seed, "conv", **size) for seed in (3, 4))
+    old_file, _ = fheconv.compile(first, CONFIG).save(tmp_path / "old")
+    staged = fheconv.compile(network, CONFIG, keys_of=old_file, stages="layers", blocks=2)
+    client_file, server_file = staged.save(tmp_path / "new")
+    owner = fheconv.load_client(old_file)
+    owner.keygen()
+    client = fheconv.load_client(client_file, keys_of=owner)
+    server = fheconv.load_server(server_file)
+    assert server.blocks == staged.blocks
+    result = server.run(client.encrypt(image(network)), owner.evaluation_keys)
+    np.testing.assert_allclose(client.decrypt(result), network(image(network)))
+
+
+@pytest.mark.slow
+def test_stages_that_need_other_keys_are_refused(old):
+    for network in (NEW, trained(3, bits=6)):  # as a whole, the first of them runs under these keys
+        with pytest.raises(fheconv.CompilationError, match="cannot run under the given keys"):
+            fheconv.compile(network, CONFIG, keys_of=old, stages="layers")
+
+
 def test_the_failure_probability_that_suffices_is_named(old):
     with pytest.raises(fheconv.CompilationError, match=r"p_error=0.0001[^0-9].*compiles") as caught:
         fheconv.compile(OLD, fheconv.CompileConfig(p_error=0.000095), keys_of=old)

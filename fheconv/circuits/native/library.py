@@ -17,11 +17,11 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.errors import ArtifactError, CompilationError
-from fheconv.circuits.files.identity import identity_of, keyset_of
+from fheconv.circuits.files.identity import identity_of
 from fheconv.circuits.files.recipe import Recipe
 from fheconv.circuits.keys import StoredKeys
 from fheconv.circuits.native.binding import fhe
-from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, rules_of
+from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, names_of, rules_of
 from fheconv.circuits.native.options import configuration_of, saved_configuration
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
 from fheconv.circuits.native.system import require_addresses
@@ -68,14 +68,14 @@ class NativeCircuits:
         a hint, from the proof, and the inputs show only the sign.
         """
         lowered = lower(network, config.engine, lanes)
-        names = ", ".join(repr(layer.name) for layer in lowered.layers)
         try:
-            circuit = compiled_circuit(lowered, configuration_of(lowered.lookups > 0, config, within))
+            configuration = configuration_of(lowered.lookups > 0, config, within)
+            circuit = compiled_circuit(lowered, configuration, within)
         except RuntimeError as error:
             widest = max(lowered.layers, key=lambda layer: layer.plane_bits)
             raise Refused(
-                f"Concrete cannot compile this network of {names}: {error}. Its widest accumulator is that "
-                f"of layer {widest.name!r}, {widest.plane_bits} bits."
+                f"Concrete cannot compile this network of {names_of(lowered)}: {error}. Its widest "
+                f"accumulator is that of layer {widest.name!r}, {widest.plane_bits} bits."
             ) from error
         output = next(iter(circuit.graph.output_nodes.values())).output
         if output.dtype.bit_width < lowered.bits or circuit.mlir is None:
@@ -84,12 +84,6 @@ class NativeCircuits:
                 f"bits, but {lowered.bits} are proved necessary; please report this network."
             )
         specs = circuit.client.specs.serialize()
-        # Where Concrete has no parameters within a key set, it silently takes others.
-        if within is not None and keyset_of(specs) != keyset_of(within):
-            raise Refused(
-                f"This network of {names} cannot run under the given keys: its widths, its failure "
-                "probability or its security level need other parameters than the keys have."
-            )
         self._hold(number, key_id, keys, circuit, circuit.client)
         lookups = circuit.programmable_bootstrap_count
         bits = output.dtype.bit_width
@@ -101,19 +95,20 @@ class NativeCircuits:
         network: QuantizedNetwork,
         config: CompileConfig,
         blocks: int,
+        within: bytes | None = None,
         key_id: str = "",
         keys: bytes | None = None,
     ) -> Compiled:
         """Compile `network` as circuit `number`, in stages of up to `blocks` blocks, all under one key set.
 
-        The parameters are those of the circuit without stages, or chosen for all blocks together. `keys` are
-        those that `keygen` returned for `key_id`. Raises `Refused` for what cannot be compiled.
+        The parameters are those of the circuit without stages, or chosen for all blocks together. The other
+        arguments are as for `compile`. Raises `Refused` for what cannot be compiled.
         """
         staged = in_stages(network, config.engine, blocks)
         try:
-            whole = compiled_circuit(staged.lowered, configuration_of(True, config, None))
+            whole = compiled_circuit(staged.lowered, configuration_of(True, config, within), within)
             self._folders[number].add(_folder(whole.server))
-            module, as_whole = compiled_stages(staged, whole, config)
+            module, as_whole = compiled_stages(staged, whole, config, within)
             specs = module.client.specs.serialize()
         except RuntimeError as error:
             raise Refused(f"Concrete cannot compile this network in stages: {error}.") from error

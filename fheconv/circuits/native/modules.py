@@ -23,23 +23,41 @@ from fheconv.circuits.native.binding import (
     fhe,
 )
 from fheconv.circuits.native.options import configuration_of
+from fheconv.circuits.native.protocol import Refused
 from fheconv.circuits.native.wiring import lenient
 from fheconv.lowering.blocks import Block
 from fheconv.lowering.lower import Lowered
 from fheconv.lowering.stages import BlockFunction, Staged
 
 
-def compiled_circuit(lowered: Lowered, configuration: Any) -> Any:
-    """Return the compiled circuit of a function that is not in stages."""
+def compiled_circuit(lowered: Lowered, configuration: Any, within: bytes | None) -> Any:
+    """Return the compiled circuit of a function that is not in stages.
+
+    Raises `Refused` if it does not run under the keys whose parameters are `within`. Where Concrete has no
+    parameters for them, it silently takes others.
+    """
     compiler = fhe.Compiler(lowered.function, {"x": "encrypted"})
-    return compiler.compile([x[None] for x in lowered.inputset()], configuration)
+    circuit = compiler.compile([x[None] for x in lowered.inputset()], configuration)
+    if within is not None and keyset_of(circuit.client.specs.serialize()) != keyset_of(within):
+        raise Refused(
+            f"This network of {names_of(lowered)} cannot run under the given keys: its widths, its failure "
+            "probability or its security level need other parameters than the keys have."
+        )
+    return circuit
 
 
-def compiled_stages(staged: Staged, whole: Any, config: CompileConfig) -> tuple[Any, bool]:
+def names_of(lowered: Lowered) -> str:
+    """Return the names of the layers in words."""
+    return ", ".join(repr(layer.name) for layer in lowered.layers)
+
+
+def compiled_stages(
+    staged: Staged, whole: Any, config: CompileConfig, within: bytes | None
+) -> tuple[Any, bool]:
     """Return the module of a circuit in stages, and True if it runs under the keys of the `whole` circuit.
 
     It does if Concrete then uses each key as often as there. Otherwise its parameters are chosen anew, for
-    all blocks together.
+    all blocks together. Raises `Refused` if they may not, because the keys `within` are given.
     """
     if config.configuration is None:
         specs = whole.client.specs.serialize()
@@ -48,6 +66,11 @@ def compiled_stages(staged: Staged, whole: Any, config: CompileConfig) -> tuple[
             same = keyset_of(module.client.specs.serialize()) == keyset_of(specs)
             if same and math.isclose(module.complexity, whole.complexity, rel_tol=1e-3):
                 return module, True
+    if within is not None:
+        raise Refused(
+            "In stages, this network cannot run under the given keys, though it can as a whole; leave "
+            "stages= and blocks= out, or keys_of=."
+        )
     return compiled_module(staged, configuration_of(True, config, None)), False
 
 
