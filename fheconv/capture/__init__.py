@@ -2,9 +2,11 @@
 
 model: the entry: a model or a single convolution.
 tracing: modules as torch.export takes them, and whether they repeat their results.
+numbers: numbers that a module reads from its own weights.
 refusals: why a module cannot be captured, and what to do.
 eager: modules of torch.ao.quantization as modules of floats.
 exported: from torch.export's graph to a network.
+tidying: what changes no result of a graph.
 outputs: which of several outputs is meant.
 calls: one call of an operator, with its arguments.
 folding: tensors whose first axis is not the batch.

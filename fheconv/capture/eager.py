@@ -1,8 +1,8 @@
-"""Turns quantized modules of torch.ao.quantization and Brevitas into ones that torch.export can follow.
+"""Turns quantized modules of torch.ao.quantization into ones that torch.export can follow.
 
 `prepare_qat` leaves modules that go on observing their inputs, and `convert` leaves modules that compute with
 torch's own quantized tensors. Both become modules of floats that round in the same places to the same
-numbers. Modules of Brevitas that return their own QuantTensor return its values instead.
+numbers.
 """
 
 import copy
@@ -19,8 +19,6 @@ from fheconv.basics.errors import UnsupportedLayerError
 _SAME: dict[str, Callable[[], nn.Module]] = {
     "DeQuantize": nn.Identity, "Dropout": nn.Identity, "ReLU6": nn.ReLU6,
 }  # fmt: skip
-# The attribute by which modules of Brevitas return a QuantTensor.
-_WRAPS = "return_quant_tensor"
 # Modules that stand there too, and compute with floats.
 _OF_FLOATS = ("FloatFunctional", "FXFloatFunctional", "MaxPool2d")
 
@@ -34,7 +32,7 @@ class Rounding(nn.Module):
     def __init__(self, scale: Any, zero_point: Any, ends: tuple[int, int], axis: int | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", torch.as_tensor(scale).detach().float().reshape(-1).clone())
-        self.register_buffer("zero_point", torch.as_tensor(zero_point).reshape(-1).to(torch.int32).clone())
+        self.register_buffer("zero_point", torch.as_tensor(zero_point).detach().round().int().reshape(-1))
         self.ends, self.axis = ends, axis
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,68 +80,23 @@ class Functional(nn.Module):
         return x * y
 
 
-class _Bias(nn.Module):
-    """Stands for what rounds a bias in Brevitas, by the scales of a QuantTensor: the bias is a constant."""
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.register_buffer("value", getattr(value, "value", value).detach().clone())
-
-    def forward(self, *_: Any) -> Any:
-        """Return the rounded bias."""
-        return self.value
-
-
-def as_floats(module: nn.Module, example: Tensor) -> nn.Module:
+def as_floats(module: nn.Module) -> nn.Module:
     """Return a module that computes with plain tensors: a changed copy, or itself if it does already.
-
-    `example` is a batch of images, for which the copy runs once.
 
     Raises `UnsupportedLayerError` naming a quantized module that has no counterpart here.
     """
     found = {name: part for name, part in module.named_modules() if _is_quantized(part)}
-    wrapped = any(getattr(part, _WRAPS, False) for part in module.modules())
     if "" in found:
         return _replaced("", module)
-    if not found and not wrapped:
+    if not found:
         return module
     with torch.no_grad():
         copied = copy.deepcopy(module)
-    if wrapped:
-        _round_biases(copied, example)
-    for part in copied.modules():
-        if getattr(part, _WRAPS, False):
-            setattr(part, _WRAPS, False)
     for name, part in found.items():
         parent, _, last = name.rpartition(".")
         if not any(name.startswith(outer + ".") for outer in found):
             copied.get_submodule(parent)._modules[last] = _replaced(name, part)
     return copied
-
-
-def _round_biases(module: nn.Module, example: Tensor) -> None:
-    """Put the rounded biases of Brevitas in place of what rounds them, in evaluation mode."""
-    found: dict[str, Any] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda part, inputs, output: found.update({name: output})
-
-    hooks = [
-        part.register_forward_hook(record(name))
-        for name, part in module.named_modules()
-        if name.rpartition(".")[2] == "bias_quant"
-    ]
-    try:
-        with torch.no_grad():
-            module.eval()(example)
-    except Exception:  # the user's forward can raise anything, and says so elsewhere
-        return
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, value in found.items():
-        if value is not None:
-            module.get_submodule(name.rpartition(".")[0])._modules["bias_quant"] = _Bias(value)
 
 
 def _is_quantized(part: nn.Module) -> bool:

@@ -19,11 +19,13 @@ from fheconv.capture.eager import as_floats
 from fheconv.capture.folding import MIXES, Folded, folds, followed
 from fheconv.capture.graph import Final, Graph, Pending, Pooled, Unsupported, Value
 from fheconv.capture.last import after
+from fheconv.capture.numbers import Reading, Repeating
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
-from fheconv.capture.outputs import Outputs, described, pick, picked_node
+from fheconv.capture.outputs import Outputs, described, encrypted_node, pick, picked_node
 from fheconv.capture.probing import leaves, linear
 from fheconv.capture.quantizers import ROUNDING, as_trained
 from fheconv.capture.refusals import refusal, said
+from fheconv.capture.tidying import operator_name, tidy
 from fheconv.capture.tracing import check_channels, dependence, evaluate, quiet, traceable
 from fheconv.networks.floats import Network
 
@@ -43,7 +45,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     floats = (p for p in module.parameters() if p.is_floating_point())
     like = next(floats, torch.zeros(()))
     example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
-    module = as_floats(module, example)
+    module = as_floats(module)
     training = [part for part in module.modules() if part.training]
     depends: str | None = None  # until it has run
     try:
@@ -52,11 +54,13 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
             warnings.simplefilter("ignore")
             # Its error about a wrong shape is clearer than that of export.
             depends = dependence(lambda x: pick(module(x), outputs), BATCH, input_shape, like)
-            with quiet():
-                program = torch.export.export(module, (example,), strict=False)
-                if not _is_plain(program.graph):
-                    # Nothing is decomposed, but a change through a view becomes an operator. It takes long.
-                    program = program.run_decompositions({})
+            program = _traced(module, example)
+            results = _results(program)
+            if outputs is None and len(results) > 1 and (only := encrypted_node(program, results)):
+                number = results.index(only)
+                depends = dependence(
+                    lambda x: pytree.tree_leaves(module(x))[number], BATCH, input_shape, like
+                )
     except (InvalidArgumentError, InputRangeError):  # the second is that of a model from an ONNX file
         raise
     except Exception as error:  # the user's forward can raise anything
@@ -73,13 +77,25 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     return network
 
 
+def _traced(module: torch.nn.Module, example: torch.Tensor) -> ExportedProgram:
+    """Return the program of a module that runs on an example, with the numbers that it reads from weights."""
+    with Reading(module) as reading:
+        module(example.clone())
+    with quiet(), Repeating(reading.reads):
+        program = torch.export.export(module, (example,), strict=False)
+        if _is_plain(program.graph):
+            return program
+        # Nothing is decomposed, but a change through a view becomes an operator. It takes long.
+        return program.run_decompositions({})
+
+
 def _is_plain(graph: torch.fx.Graph) -> bool:
     """Return whether every operator is known as it is, and gives one new tensor, no change and no views."""
     return all(_is_known(node) for node in graph.nodes if node.op == "call_function")
 
 
 def _is_known(node: Node) -> bool:
-    if not isinstance(node.target, OpOverload) or _operation(node) not in HANDLERS:
+    if not isinstance(node.target, OpOverload) or operator_name(node) not in HANDLERS:
         return False
     schema = node.target._schema
     return not schema.is_mutable and [str(one.type) for one in schema.returns] == ["Tensor"]
@@ -120,10 +136,11 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
     Raises `UnsupportedLayerError` naming the layer and the operator that cannot be compiled, and
     `InvalidArgumentError` if it does not have the `outputs`.
     """
-    _tidy(program.graph)
+    tidy(program.graph)
     results = _results(program)
-    if outputs is not None:
-        results = [picked_node(program, results, outputs)]
+    node = encrypted_node(program, results) if outputs is None else picked_node(program, results, outputs)
+    if node is not None:
+        results = [node]
         _keep_only(program.graph, results)
     (image,) = program.graph_signature.user_inputs
     graph = Graph(input_shape)
@@ -137,7 +154,7 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
             values[node] = getattr(program.graph_module, node.target)
         elif node.op == "call_function" and node.users:  # unread results, such as assertions, are left out
             values[node] = _result(graph, node, values)
-            rounds = rounds or (_operation(node) in ROUNDING and isinstance(values[node], torch.Tensor))
+            rounds = rounds or (operator_name(node) in ROUNDING and isinstance(values[node], torch.Tensor))
     result = values.get(results[0]) if len(results) == 1 else None
     if isinstance(result, Folded):
         raise UnsupportedLayerError(
@@ -180,25 +197,6 @@ def _keep_only(graph: torch.fx.Graph, results: list[Any]) -> None:
             graph.erase_node(node)
 
 
-def _tidy(graph: torch.fx.Graph) -> None:
-    """Remove assertions and copies. The readers of a copy, such as dropout makes, then read the original.
-
-    After this, the users of a node are all the readers of its value. PT2E gives each reader of an activation
-    a node of its own that says what its integers stand for: one is enough.
-    """
-    first: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        if node.op == "call_function" and _operation(node) == "dequantize_per_tensor":
-            same = first.setdefault((node.target, node.args, *sorted(node.kwargs.items())), node)
-            if same is not node:
-                node.replace_all_uses_with(same)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and _operation(node) in ("alias", "clone", "detach", "lift_fresh_copy"):
-            node.replace_all_uses_with(node.args[0])
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
-
-
 def _constants(program: Any) -> dict[str, Any]:
     signature = program.graph_signature
     targets = {
@@ -212,7 +210,7 @@ def _constants(program: Any) -> dict[str, Any]:
 
 def _result(graph: Graph, node: Node, values: dict[Node, Any]) -> Any:
     """Return the value of an operator's node; torch computes it if all arguments are constants."""
-    operation = _operation(node)
+    operation = operator_name(node)
     arguments, options = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     encrypted = [leaf for leaf in leaves((arguments, options)) if isinstance(leaf, Value | Final | Folded)]
     name, kind = _where(node)
@@ -313,11 +311,6 @@ def _item(several: Any, number: Any) -> Any:
     if isinstance(several, list | tuple) and number >= len(several):
         raise Unsupported("only the values are supported, not the indices where they are")
     return several[number]
-
-
-def _operation(node: Node) -> str:
-    """Return torch's name of an operator, without overload and underscores."""
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
 
 
 def _where(node: Node) -> tuple[str, str]:

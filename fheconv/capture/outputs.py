@@ -49,6 +49,20 @@ def picked_node(program: Any, nodes: list[Any], outputs: Outputs) -> Any:
     return nodes[pick(numbers, outputs)]
 
 
+def encrypted_node(program: Any, nodes: list[Any]) -> Any:
+    """Return the one node among the `nodes` of a program's results that depends on the image, or None.
+
+    Brevitas returns scales and widths beside its results.
+    """
+    (image,) = program.graph_signature.user_inputs
+    depending: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.name == image or depending.intersection(node.all_input_nodes):
+            depending.add(node)
+    found = [node for node in nodes if node in depending]
+    return found[0] if len(found) == 1 else None
+
+
 def described(result: Any) -> str:
     """Return what a result consists of, in words.
 

@@ -57,9 +57,11 @@ def _readers(network: Network, number: int) -> list[int]:
 def _of_images(network: Network, number: int) -> Quantization | None:
     """Return the quantization that tensor `number` is of the image, None if it is something else."""
     layer = network.layers[number - 1]
-    if isinstance(layer, Maximum) or layer.activation is None or layer.bias.any() or len(layer.terms) > 1:
+    if isinstance(layer, Maximum) or layer.activation is None or len(layer.terms) > 1:
         return None
-    (term,) = layer.terms
+    (term,), bias = layer.terms, float(layer.bias.flat[0])
+    if (layer.bias != bias).any():
+        return None
     factor = term.factor
     for step in term.steps:
         if isinstance(step, Select):
@@ -71,7 +73,7 @@ def _of_images(network: Network, number: int) -> Quantization | None:
             same, factor = same and bool((values == values[0]).all()), factor * float(values[0])
         if not same:
             return None
-    function = layer.activation.of(Expression("mul", (X, factor)))
+    function = layer.activation.of(Expression("add", (Expression("mul", (X, factor)), bias)))
     found = trained_quantization(function)
     return found if found is not None and _rounds_to(function, found) else None
 

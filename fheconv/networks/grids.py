@@ -18,6 +18,11 @@ MOST_LEVELS = 256
 FARTHEST = 1e30
 # Zero-points are whole numbers except for the rounding of floats.
 ROUNDING = 1e-3
+# What these give are whole numbers.
+_WHOLE = (
+    "ceil", "eq", "floor", "ge", "gt", "le", "logical_and", "logical_not", "logical_or", "lt", "ne", "round",
+    "sign", "trunc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ class _Grid:
 def trained_quantization(function: Expression | None) -> Quantization | None:
     """Return the quantization that a function ends with, as training left it, or None.
 
-    Its numbers are at equal distances, at most 256 of them, and 0 is one of them.
+    Its numbers are at equal distances, at most 256 of them, and 0 is one of them, or in the middle between
+    two: of −1 and 1, as binary networks have them, 0 is counted too.
 
     Example:
         >>> from fheconv.networks.expression import X
@@ -61,6 +67,9 @@ def trained_quantization(function: Expression | None) -> Quantization | None:
     if grid.step < 0:
         grid = replace(grid, step=-grid.step, low=-grid.high, high=-grid.low)
     zero_point = -grid.shift / grid.step - grid.low
+    if abs(zero_point % 1 - 0.5) <= ROUNDING:
+        grid = replace(grid, step=grid.step / 2, low=2 * grid.low, high=2 * grid.high)
+        zero_point *= 2
     if not 0 < grid.high - grid.low < MOST_LEVELS or abs(zero_point - np.rint(zero_point)) > ROUNDING:
         return None
     if not grid.low <= zero_point + grid.low <= grid.high or not np.isfinite(grid.step):
@@ -73,7 +82,7 @@ def trained_quantization(function: Expression | None) -> Quantization | None:
 def _grid(function: Expression) -> _Grid | None:
     """Return the grid of a function, None if it has none that is known here."""
     name, arguments = function.operator, function.arguments
-    if name in ("round", "floor", "ceil", "trunc"):
+    if name in _WHOLE:
         return _Grid(step=1.0, shift=0.0, **_ends(function))
     if name in ("fake_quantize_per_tensor_affine", "quantize_per_tensor"):
         _, scale, zero, low, high = arguments
@@ -105,7 +114,10 @@ def _ends(function: Expression) -> dict[str, float]:
 
 
 def _of_where(condition: Any, x: Any, y: Any) -> _Grid | None:
-    """Return the grid of where(v > c, c, v), or with <: the way in which some clamp."""
+    """Return the grid of two numbers, or of where(v > c, c, v), or with <: the way in which some clamp."""
+    if not isinstance(x, Expression) and not isinstance(y, Expression):
+        two = np.ndim(x) == np.ndim(y) == 0 and np.isfinite([x, y]).all()
+        return _Grid(step=abs(float(x - y)), shift=float(min(x, y)), low=0.0, high=1.0) if two else None
     if not isinstance(condition, Expression) or condition.operator not in ("gt", "ge", "lt", "le"):
         return None
     value, end = condition.arguments

@@ -182,8 +182,8 @@ def _least(
 ) -> tuple[Array, Array]:
     """Return those of the ends `lows` and `highs` (n, C) that have the least `error` (C,) for each channel.
 
-    The upper end is chosen first, each with the lowest end. A lower end is moved up where the upper one is more
-    than `most` away.
+    The upper end is chosen first, each with the lowest end. A lower end is moved up where the upper one is
+    more than `most` away.
     """
     rows = np.arange(lows.shape[1])
     high = highs[np.argmin([error(np.maximum(lows[0], one - most), one) for one in highs], axis=0), rows]

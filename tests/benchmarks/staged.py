@@ -122,8 +122,9 @@ def main() -> None:
     seconds, result = timed(circuits.one.run, circuits.image, circuits.keys)
     usual, staged = timed(circuits.stages.run, circuits.same, circuits.keys)
     single, here_too = circuits.decrypted(result), circuits.decrypted(staged)
-    say(f"in one process: one circuit {seconds:.1f} s, in stages {usual:.1f} s; {(single != here_too).sum()} "
-        f"of {single.size} results differ; {circuits.off_by(result)} of {np.ptp(circuits.expected)}")  # fmt: skip
+    differ = f"{(single != here_too).sum()} of {single.size} results differ"
+    say(f"in one process: one circuit {seconds:.1f} s, in stages {usual:.1f} s; {differ}; "
+        f"{circuits.off_by(result)} of {np.ptp(circuits.expected)}")  # fmt: skip
     compare(circuits, arguments.runs)
     seconds, result = interrupted_here(circuits, usual / 2)
     say(f"the rest took {seconds:.1f} s; {circuits.off_by(result)}")
