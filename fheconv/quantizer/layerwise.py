@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from fheconv.quantizer.weights import FittedWeights, round_nearest
 
 # How often weights are rounded, each time with coarser steps for channels that do not fit the window.
 TRIES = 2
+# Weights of more bits are compared with fewer bits, down to this many.
+ENOUGH = 4
 # Coarser steps leave this much of the window free.
 FREE = 1.02
 
@@ -79,18 +82,23 @@ def quantize_network(
 def _best_draft(layer: Layer, building: Building, method: Method, floats: Sequence[Array]) -> Draft:
     """Return a layer with weights rounded so that its outputs change little.
 
-    Before windows that need no proof, several widths are tried, and the least error of activations wins.
+    Before windows that need no proof, several widths are tried, of windows and of weights: greater integers
+    need not be better ones. The least error of activations wins.
     """
     inputs, bits = building.inputs(layer), building.config.of_layer("weight_bits", layer.name)
     fitted = FittedWeights(layer, inputs, building.source.shapes, floats, building.tensors)
     budget = building.budget(layer)
 
-    def made(finest: Array | None) -> Draft:
+    def made(bits: int, finest: Array | None) -> Draft:
         rounded = fitted.rounded(bits, method.round, budget, finest)
         bias = layer.bias + _mean_error(layer, rounded, inputs, building.tensors, floats)
         return building.draft(layer, rounded, bias)
 
-    drafts = [_fitting(made, aim) for aim in building.aims(fitted, bits, floats)] or [made(None)]
+    drafts = [
+        _fitting(partial(made, tried), aim)
+        for tried in range(min(bits, ENOUGH), bits + 1)
+        for aim in building.aims(fitted, tried, floats)
+    ] or [made(bits, None)]
     if len(drafts) == 1:
         return drafts[0]
     meant = floats[len(building.tensors)]
