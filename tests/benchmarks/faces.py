@@ -8,7 +8,9 @@ is lost of it says how much of PNet's ranking is lost. Figures are means over se
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -60,23 +62,29 @@ def auc(scores: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def rows(seed: int, arguments: argparse.Namespace) -> dict[str, Figures]:
-    """Measure PNet itself, quantized, and a student of each budget."""
+    """Measure PNet itself, quantized, and with each budget a student, and PNet with fewer activations."""
     rng = np.random.default_rng(seed)
     teacher = Score(strangers.pnet(seed).model).eval()
     train, validation, test = (strangers.crops(n, 12, third, rng) for third, n in enumerate(CROPS))
     with torch.inference_mode():
         meant = teacher(test)[:, 0].numpy()
     wanted = meant > np.quantile(meant, 1 - FOUND)
-    models = {"PNet": teacher}
-    for budget in arguments.budgets:
-        models[f"student, {budget} lookups"] = fheconv.distill(
+
+    def student(budget: int) -> fheconv.QuantizedNetwork:
+        model = fheconv.distill(
             teacher, train, lookup_budget=budget, validation=validation, epochs=arguments.epochs, seed=seed
         )
+        return finetune(fheconv.quantize(model, train[:1000], CONFIG))
+
+    plain = fheconv.quantize(teacher, train[:1000], CONFIG)
+    finetune = partial(fheconv.finetune, data=train, validation=validation, epochs=arguments.tuning_epochs)
+    networks: dict[str, Callable[[], fheconv.QuantizedNetwork]] = {"PNet": lambda: plain}
+    for budget in arguments.budgets:
+        networks[f"PNet, at most {budget} lookups"] = partial(finetune, plain, lookup_budget=budget)
+        networks[f"student, {budget} lookups"] = partial(student, budget)
     found = {}
-    for name, model in models.items():
-        network = fheconv.quantize(model, train[:1000], CONFIG)
-        if name != "PNet":
-            network = fheconv.finetune(network, train, validation=validation, epochs=arguments.tuning_epochs)
+    for name, make in networks.items():
+        network = make()
         cost = network.forecast(fheconv.CompileConfig(p_error=P_ERROR))
         scores = network(test)[:, 0]
         found[name] = Figures(
