@@ -17,7 +17,7 @@ import numpy as np
 from fheconv.arithmetic import OUTSIDE
 from fheconv.basics.arrays import Shape, frozen
 from fheconv.networks.composition import composed
-from fheconv.networks.linear import Kernel, Select, Term, is_pooling
+from fheconv.networks.linear import Kernel, Select, Step, Term, is_pooling
 from fheconv.networks.matrices import TERM_COST, chains, matrix_of
 
 # A lookup of five bits, 5 ms, takes as long as so many multiplications with a weight, 1.2 µs each.
@@ -62,7 +62,7 @@ def summed(terms: Sequence[Term]) -> tuple[Term, ...]:
             found[number] = term
             continue
         at, kernel = term.weighted()
-        others = tuple(map(id, (*term.steps[:at], *term.steps[at + 1 :])))
+        others = tuple(_content(step) for step in (*term.steps[:at], *term.steps[at + 1 :]))
         key = (term.source, at, kernel.geometry, kernel.weight.shape, others)
         if key in found:
             same = found[key]
@@ -70,6 +70,13 @@ def summed(terms: Sequence[Term]) -> tuple[Term, ...]:
             term = replace(same.with_weight(weight), factor=1.0)
         found[key] = term
     return tuple(found.values())
+
+
+def _content(step: Step) -> Any:
+    """Return what is equal for steps that compute the same."""
+    if isinstance(step, Select):
+        return step.index.shape, step.index.tobytes()
+    return step.geometry, step.weight.dtype, step.weight.tobytes()
 
 
 def cheapest_cut(term: Term, shape: Shape) -> tuple[int, int]:

@@ -130,10 +130,14 @@ class Rows:
         np.maximum.at(found, self.of_value, by_value)
         return found
 
+    def joint(self, row: Row) -> bool:
+        """Return whether all weights of a row meet in the same windows, so that their inputs covary."""
+        return all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row)
+
     def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
         """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
         blocks = [[windows[p][self._group(p, c)] for p, c in row] for windows in (a, b)]
-        if all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row):
+        if self.joint(row):
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
 

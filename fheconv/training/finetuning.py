@@ -101,9 +101,9 @@ def finetune(
 
     `augment` maps a batch of images to changed ones, anew in each epoch. `patience` stops the training after
     so many epochs without a better held-out loss. `lookup_budget` is the most lookups that an image may take:
-    before training, channels that hardly matter are removed, average poolings are moved before their
-    activations, and so are max poolings, as averages (`fheconv.training.thinning`). The same `seed` gives the
-    same network on one machine.
+    before training, channels whose activations hardly matter become linear, average poolings are moved before
+    their activations, and so are max poolings, as averages (`fheconv.training.thinning`). The same `seed`
+    gives the same network on one machine.
 
     Accumulators that are looked up keep to the widths that the network's config asks for. If it asks for
     none, windows keep to the width at which lookups are cheap. Without windows, no filter of a layer may have

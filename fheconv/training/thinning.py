@@ -1,13 +1,14 @@
 """Removes lookups that hardly matter from a trained network.
 
 The price of an encrypted image is the price of its lookups, one for each value of an activation. Three
-changes save many lookups at once. First, a channel is replaced by its mean, which is added to the biases of
-the layers that read it (structured pruning). Second, an average pooling that follows an activation is moved
-before it, where it costs nothing. Third, so is a max pooling, which becomes an average.
+changes save many lookups at once. First, a channel loses its activation, and becomes linear or constant
+(`fheconv.training.linear_channels`). Second, an average pooling that follows an activation is moved before
+it, where it costs nothing. Third, so is a max pooling, which becomes an average.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.rows import Rows
+from fheconv.training.linear_channels import Thinned, fits_of, without_activation
 from fheconv.training.pooling import averaged_before, only_maximum, pooled_before, renumbered
 
 # Changes are compared on at most this many images.
@@ -71,20 +73,6 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
     return now.network
 
 
-@dataclass(frozen=True, kw_only=True)
-class Thinned:
-    """A network during thinning: the remaining network, and the original that it must imitate.
-
-    `original` is the trained network, with the same poolings moved. `means` maps the number of a tensor to
-    one number for each channel (C,). For a removed channel it is the mean that the biases of its readers hold
-    instead. For other channels it is 0.
-    """
-
-    network: Network
-    original: Network
-    means: dict[int, Array]
-
-
 def fitted(now: Thinned, images: Array) -> Network:
     """Return the network with the weights and biases that best reproduce the sums of the original's layers.
 
@@ -108,6 +96,8 @@ def fitted(now: Thinned, images: Array) -> Network:
                 held = np.stack([weights[n] for n in numbers])
                 then = np.stack([before.weights(before.rows[n]) for n in numbers])
                 read = rows.read(row)
+                if not rows.joint(row) and (read & ~before.read(before.rows[numbers[0]])).any():
+                    continue  # what linear channels add is known, but not how it covaries with the rest
                 moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
                 target = rows.covariance(row, delivered, wanted)[read] @ then.T
                 held[:, read] = least_squares(moment, target, held[:, read])
@@ -127,10 +117,11 @@ def _changes(now: Thinned, images: Array) -> Iterator[Thinned]:
     for number, layer in enumerate(network.layers, 1):
         if isinstance(layer, Layer) and layer.activation is not None:
             read = np.flatnonzero(masks[number].reshape(layer.shape[0], -1).any(axis=1))
+            sums = layer.sums(tensors)
             for channel in read if len(read) > 1 else []:
-                changed = _without(now, number, int(channel), float(tensors[number][:, channel].mean()))
-                if changed is not None:
-                    yield changed
+                fits = fits_of(sums[:, channel], tensors[number][:, channel])
+                changed = (without_activation(now, number, int(channel), fit) for fit in fits)
+                yield from islice((one for one in changed if one is not None), 1)
             pooled, both = pooled_before(network, number), pooled_before(now.original, number)
             if pooled is not None and both is not None:
                 yield replace(now, network=pooled, original=both)
@@ -141,26 +132,3 @@ def _changes(now: Thinned, images: Array) -> Iterator[Thinned]:
             if pooled is not None and both is not None:
                 means = {renumbered(n, place + 1, number): m for n, m in now.means.items() if n != number}
                 yield replace(now, network=pooled, original=both, means=means)
-
-
-def _without(now: Thinned, number: int, channel: int, mean: float) -> Thinned | None:
-    """Return the network with a channel of tensor `number` replaced by its mean, or None if impossible."""
-    kept = np.ones(now.network.shapes[number][0])
-    kept[channel] = 0
-    rescaled = now.network.rescaled(number, kept)
-    if rescaled is None:
-        return None
-    alone = {source: np.where(factors == 0, mean, 0.0) for source, factors in rescaled[1].items()}
-    layers = []
-    for before, after in zip(now.network.layers, rescaled[0].layers, strict=True):
-        if isinstance(before, Layer) and isinstance(after, Layer):
-            bias = after.bias
-            for term in before.terms:
-                if term.source in alone:
-                    bias = bias + term.factor * term.apply(alone[term.source][None])[0]
-            after = replace(after, bias=frozen(bias))
-        layers.append(after)
-    means = dict(now.means)
-    for source, value in alone.items():
-        means[source] = means.get(source, 0.0) + value.reshape(len(value), -1)[:, 0]
-    return replace(now, network=replace(now.network, layers=tuple(layers)), means=means)

@@ -65,8 +65,8 @@ def tune(
         models are trained, too, for comparison: a linear one, and one hidden layer of as many ReLUs as there
         are lookups, for at most four points of the front. They are `result.controls`, and the report says if
         they beat the front.
-    lookup_budgets: numbers of lookups to try too, by fine-tuning a network with fewer channels. A number
-        that is too small for this is left out.
+    lookup_budgets: numbers of lookups to try too, by fine-tuning a network with fewer activations. A
+        number that is too small for this is left out.
     students: for each of `lookup_budgets`, try a student of the model, too (`fheconv.distill`, with `augment`
         and `epochs`). It is another network, which imitates yours; its points say so.
     widths: pairs to try: the width of accumulators, and the width after rounding (None: not rounded). The

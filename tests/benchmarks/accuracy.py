@@ -28,7 +28,7 @@ from train_tinycnn_digits import RECIPE, shipped
 
 LOOKED_UP = ("conv1", "conv2", "conv3")  # the widths of the last layer are free
 EXACT, ROUNDED = 0.01, 0.05  # p_error: rounding is off by a step now and then anyway
-LOOKUPS = 150
+LOOKUPS = 150, 64
 SIMULATIONS = 3
 
 
@@ -53,7 +53,10 @@ ROWS = {
         f"fine-tuned-windows-{bits}": Row(rounding_bits=bits, epochs=100, p_error=ROUNDED)
         for bits in (5, 4, 3)
     },
-    f"{LOOKUPS}-lookups-windows-5": Row(rounding_bits=5, epochs=100, lookup_budget=LOOKUPS, p_error=ROUNDED),
+    **{
+        f"{count}-lookups-windows-5": Row(rounding_bits=5, epochs=100, lookup_budget=count, p_error=ROUNDED)
+        for count in LOOKUPS
+    },
     "8-rounded-to-5": Row(accumulator_bits=8, rounding_bits=5, p_error=ROUNDED),
     "6": Row(accumulator_bits=6),
     "fine-tuned-6": Row(accumulator_bits=6, epochs=400),
