@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     from fheconv.analysis import failures, plots
     from fheconv.analysis.budget_report import BudgetReport, ChannelBudget, LayerBudget
     from fheconv.analysis.forecast import Forecast, LayerForecast
+    from fheconv.analysis.tiled_forecast import TiledForecast
     from fheconv.arithmetic import (
         ConvGeometry,
         conv,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
 _HOMES = {
     "analysis.budget_report": ("BudgetReport", "ChannelBudget", "LayerBudget"),
     "analysis.forecast": ("Forecast", "LayerForecast"),
+    "analysis.tiled_forecast": ("TiledForecast",),
     "arithmetic": (
         "ConvGeometry",
         "conv",
@@ -166,6 +168,7 @@ __all__ = [
     "StagedCircuit",
     "TiledCircuit",
     "TiledCost",
+    "TiledForecast",
     "Tls",
     "TrainableNetwork",
     "TunePoint",

@@ -1,14 +1,16 @@
 """Turns a trained model and calibration images into the network that users hold."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 
 from fheconv.analysis.budget import report
 from fheconv.analysis.budget_report import BudgetReport
 from fheconv.analysis.forecast import Forecast, forecast
+from fheconv.analysis.tiled_forecast import TiledForecast, forecast_tiled
 from fheconv.analysis.trials import tried
+from fheconv.arithmetic.geometry import PerAxis
 from fheconv.basics.arrays import Array, ArrayLike
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.config import QuantConfig
@@ -60,9 +62,22 @@ class QuantizedNetwork(IntegerNetwork):
         """
         return report(self, accumulator_bits)
 
-    def forecast(self, config: CompileConfig | None = None) -> Forecast:
-        """Return what one encrypted image costs when compiled with `config`. Nothing is compiled."""
-        return forecast(self, config)
+    @overload
+    def forecast(self, config: CompileConfig | None = None, *, tile: None = None) -> Forecast: ...
+
+    @overload
+    def forecast(self, config: CompileConfig | None = None, *, tile: PerAxis) -> TiledForecast: ...
+
+    @answers_keywords
+    def forecast(
+        self, config: CompileConfig | None = None, *, tile: PerAxis | None = None
+    ) -> Forecast | TiledForecast:
+        """Return what one encrypted image costs when compiled with `config`. Nothing is compiled.
+
+        With `tile`, it is the cost with `fheconv.compile_tiled`. Raises `InvalidArgumentError` then for
+        tiles that there cannot be, and for a network that is not a single convolution.
+        """
+        return forecast(self, config) if tile is None else forecast_tiled(self, tile, config)
 
     @answers_keywords
     def score(self, x: Data, y: ArrayLike | None = None) -> float:

@@ -35,7 +35,8 @@ def shown(tmp_path_factory):
     network, client = serving.network(), serving.keyed_client(folder)
     server = fheconv.load_server(folder / "server.zip")
     circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=0.01))
-    tiled = fheconv.compile_tiled(fheconv.quantize([[1, -2]], IMAGE), (2, 2))
+    filtering = fheconv.quantize([[1, -2]], IMAGE)
+    tiled = fheconv.compile_tiled(filtering, (2, 2))
     tiled.keygen()
     scores = fheconv.compile(fheconv.quantize(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), IMAGE[None]))
     setting = fheconv.Setting(rounding_bits=5)
@@ -56,7 +57,14 @@ def shown(tmp_path_factory):
         remote = fheconv.RemoteCircuit(url.replace("http://", "http://me:secret@"), client)
         objects = [
             *(network, client, server, circuit, tiled, setting, budget, forecast, point, result, remote),
-            *(circuit.cost, tiled.cost, client.manifest, forecast.layers[0], budget.layers[0]),
+            *(
+                circuit.cost,
+                tiled.cost,
+                filtering.forecast(tile=2),
+                client.manifest,
+                forecast.layers[0],
+                budget.layers[0],
+            ),
             *(budget.layers[0].channels[0], network.to_torch(), client.evaluation_keys),
             *(client.encrypt(serving.images(1)), tiled.verify(IMAGE), fheconv.QuantConfig()),
             *(circuit.config, fheconv.ParameterRange(), fheconv.Conv.of(np.ones((9, 9, 3, 3)))),

@@ -7,6 +7,7 @@ parameters: chooses TFHE parameters as Concrete does.
 sums: finds the encrypted sums whose noise must stay small.
 wide: gives the price of lookups that are too wide for one bootstrap.
 forecast: tells what a circuit costs before it is compiled.
+tiled_forecast: tells the same of an image that runs tile by tile.
 trials: finds a way to quantize that fits, by trying.
 affordability: refuses circuits that cost too much, with a change that helps.
 remedy: says what to change when something does not fit.

@@ -31,6 +31,9 @@ USUAL: Times = [(27.3e6, 0.0055), (46.2e6, 0.0057), (66.1e6, 0.0065), (112e6, 0.
 # The seconds of compiling: of any circuit, of a lookup, of a weight or a table entry, which Concrete reads
 # as text. Measured on one core, for 300 to 98,000 lookups and 10^4 to 5·10^7 numbers.
 COMPILING, A_LOOKUP, A_NUMBER = 0.4, 20e-6, 2.5e-6
+# The seconds of circuits without lookups, measured on two cores too: of a multiply-add for each number of a
+# ciphertext, and of a byte of the images and results that are read and written, encrypted and decrypted.
+A_MULTIPLY_ADD, A_BYTE, ENCRYPTING, DECRYPTING = 0.9e-9, 5.8e-9, 11e-9, 8.5e-9
 # The cache folder may not exist (there is no home: RuntimeError), and files may be damaged or impossible to
 # open. With no file descriptor left, a version is not found either (ImportError). An estimate needs no file.
 _NO_CACHE = (OSError, ValueError, TypeError, RuntimeError, ImportError)
@@ -43,6 +46,19 @@ def seconds_of(times: Sequence[tuple[float, float]], lookups: int, complexity: f
     slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
     beyond = max(each - known[-1], 0.0) * max(slope, 1.0)
     return lookups * math.exp(float(np.interp(each, known, seconds)) + beyond)
+
+
+def linear_seconds(multiply_adds: int, dimension: float, total: float) -> float:
+    """Return about how long a circuit without lookups runs, under a key of that dimension.
+
+    `total` is the number of bytes of its encrypted image and results.
+    """
+    return multiply_adds * dimension * A_MULTIPLY_ADD + total * A_BYTE
+
+
+def owner_seconds(image: float, result: float) -> float:
+    """Return how long it takes to encrypt so many bytes, and to decrypt results, without lookups."""
+    return image * ENCRYPTING + result * DECRYPTING
 
 
 def compiling_seconds(lowered: Lowered) -> float:

@@ -22,6 +22,10 @@ def split(model: "Module", *, after: str) -> "tuple[Module, Module]":
     **The first part is public:** whoever encrypts needs its weights. The model's owner keeps only the second
     part secret from clients. Images stay secret from the server either way.
 
+    Clients without torch run the first part as an ONNX file (`torch.onnx.export(public, (images,), file)`),
+    for example with onnxruntime. A model of `fheconv.from_onnx` is split as a file, with
+    `onnx.utils.extract_model`.
+
     Raises `InvalidArgumentError` for a model that has no such module, or calls it more than once, or takes
     more than one input. Raises `UnsupportedLayerError` if something behind the module needs more than its
     result, or if torch cannot trace the model (`torch.fx`).
@@ -40,8 +44,15 @@ def split(model: "Module", *, after: str) -> "tuple[Module, Module]":
     from torch import nn
     from torch.fx import Graph
 
+    from fheconv.capture.onnx_model import OnnxModel
+
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError(f"split takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, OnnxModel):
+        raise InvalidArgumentError(
+            "split takes modules that torch can trace, and this is an ONNX file; split the file with "
+            "onnx.utils.extract_model, and read its second part with from_onnx."
+        )
     names = [name for name, _ in model.named_modules() if name]
     if after not in names:
         raise InvalidArgumentError(f"after={after!r:.80}; the model's modules are {', '.join(names):.500}.")

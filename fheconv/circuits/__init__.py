@@ -8,7 +8,6 @@ ciphertext: holds encrypted images and results.
 keys: holds evaluation keys, and writes and reads key files.
 owner: holds the keys, encrypts and decrypts.
 verification: compares encrypted results with clear ones.
-together: decides how many images share a ciphertext.
 refused: finds out what does compile, where Concrete refuses.
 circuit: both sides of a circuit at once.
 kept: keeps the encrypted values of a run that has not finished.

@@ -29,9 +29,9 @@ from fheconv.circuits.native.lookup_times import expected_seconds
 from fheconv.circuits.native.protocol import Limits, Session
 from fheconv.circuits.native.worker import worker
 from fheconv.circuits.owner import KeyedHandle, KeyOwner
-from fheconv.circuits.together import images_together
 from fheconv.circuits.verification import VerifyReport, compare
 from fheconv.lowering.lower import Lowered, lower
+from fheconv.lowering.together import images_together
 from fheconv.quantized import QuantizedNetwork
 
 Fhe: TypeAlias = Literal["disable", "simulate", "execute"]

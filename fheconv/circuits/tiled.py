@@ -8,12 +8,10 @@ and all tiles are alike for every stride, padding and dilation.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from fheconv.arithmetic import expand
-from fheconv.arithmetic.geometry import PerAxis, per_axis
+from fheconv.arithmetic.geometry import PerAxis
 from fheconv.basics.arrays import Array, ArrayLike, as_array
 from fheconv.basics.checks import check_integer
 from fheconv.basics.compile_config import CompileConfig
@@ -26,8 +24,7 @@ from fheconv.circuits.circuit import Fhe, FheCircuit
 from fheconv.circuits.cost import TiledCost
 from fheconv.circuits.refused import compiled
 from fheconv.circuits.verification import VerifyReport, compare
-from fheconv.networks.floats import Conv, Network
-from fheconv.networks.linear import Term
+from fheconv.networks.tiling import Tiling
 from fheconv.quantized import QuantizedNetwork
 
 
@@ -52,29 +49,15 @@ class TiledCircuit(Brief):
     """
 
     def __init__(self, network: QuantizedNetwork, tile: PerAxis, config: CompileConfig) -> None:
-        layer, kernel = network.last, network.last.convolution
-        if kernel is None or len(network.layers) > 1:
-            raise InvalidArgumentError(
-                "Tiles are for networks of a single convolution; fheconv.compile takes others."
-            )
-        self._kernel, geometry = kernel, kernel.geometry
-        axes = len(geometry.kernel)
         self.network = network
-        self.tile = per_axis(tile, axes, "tile", 1)
-        self._window = tuple(
-            (size - 1) * step + extent
-            for size, step, extent in zip(self.tile, geometry.stride, geometry.extent, strict=True)
-        )
-        self._step = tuple(size * step for size, step in zip(self.tile, geometry.stride, strict=True))
-        plain = replace(geometry, padding=((0, 0),) * axes, padding_mode="zeros", input_dilation=(1,) * axes)
-        window = (network.input_shape[0], *self._window)
-        conv = Conv(name=layer.name, weight=kernel.weight, bias=None, geometry=plain)
-        term = Term(source=0, steps=(replace(kernel, geometry=plain),))
-        tile_layer = replace(layer, shape=(len(kernel.weight), *self.tile), terms=(term,))
-        self.circuit = FheCircuit(
-            replace(network, layers=(tile_layer,), observed=(None,), source=Network.of(conv, window)), config
-        )
+        self._tiling = Tiling.of(network, tile)
+        self.circuit = FheCircuit(self._tiling.network_of_tile(network), config)
         self._unfinished: tuple[str, dict[int, Array]] = ("", {})
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """The number of outputs of a tile along each axis."""
+        return self._tiling.tile
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
         title, rows = self.circuit._summary()
@@ -96,7 +79,7 @@ class TiledCircuit(Brief):
 
     def tiles(self, spatial: Sequence[int]) -> int:
         """Return the number of tiles of an image of sizes `spatial`. Raises like `cost_of`."""
-        return math.prod(self._counts(spatial))
+        return math.prod(self._tiling.counts(spatial))
 
     @property
     def _together(self) -> int:
@@ -129,8 +112,8 @@ class TiledCircuit(Brief):
         on many machines. Raises like `predict`.
         """
         q = self._quantize(x)
-        counts = self._counts(q.shape[1:])
-        windows = self._windows(q, counts)
+        windows = self._tiling.windows(q)
+        counts = windows.shape[: len(self.tile)]
         return (self.circuit._encrypt(windows[at][None], batched=False) for at in np.ndindex(*counts))
 
     def decrypt(self, results: Iterable[tuple[int, Ciphertext]], spatial: Sequence[int]) -> Array:
@@ -140,18 +123,18 @@ class TiledCircuit(Brief):
         is decrypted when it comes. Raises `ArtifactError` like `FheCircuit.decrypt`, and unless there is
         exactly one result for each tile that `encrypt` yields.
         """
-        counts = self._counts(spatial)
+        count = self.tiles(spatial)
         finished: dict[int, Array] = {}
         for number, result in results:
             if number in finished:
                 raise ArtifactError(f"There are two results for tile {number}; give one for each tile.")
             finished[number] = self.circuit.decrypt(result, dequantize=False)
-        if set(finished) != set(range(math.prod(counts))):
+        if set(finished) != set(range(count)):
             raise ArtifactError(
                 f"There are results for {len(finished)} tiles, where an image of sizes {tuple(spatial)} has "
-                f"the tiles 0 to {math.prod(counts) - 1}; give the results for all that encrypt() yielded."
+                f"the tiles 0 to {count - 1}; give the results for all that encrypt() yielded."
             )
-        y = self._assemble(finished, counts, self._kernel.geometry.output_size(spatial))
+        y = self._tiling.assembled(finished, spatial)
         return self.network.dequantize(y[None])[0]
 
     def _quantize(self, x: ArrayLike) -> Array:
@@ -164,9 +147,8 @@ class TiledCircuit(Brief):
         return self.network.input.integers(x)
 
     def _integers(self, q: Array, fhe: Fhe) -> Array:
-        output = self._kernel.geometry.output_size(q.shape[1:])
-        counts = self._counts(q.shape[1:])
-        windows = self._windows(q, counts)
+        windows = self._tiling.windows(q)
+        counts = windows.shape[: len(self.tile)]
         name = hashlib.sha256(q.tobytes() + repr((q.shape, fhe)).encode()).hexdigest()
         if self._unfinished[0] != name:
             self._unfinished = (name, {})
@@ -178,38 +160,7 @@ class TiledCircuit(Brief):
             tiles = np.stack([windows[np.unravel_index(number, counts)] for number in chunk])
             finished.update(zip(chunk, self.circuit.accumulate(tiles, fhe), strict=True))
         self._unfinished = ("", {})
-        return self._assemble(finished, counts, output)
-
-    def _counts(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        sizes = per_axis(spatial, len(self.tile), "spatial", 1)
-        output = self._kernel.geometry.output_size(sizes)
-        return tuple(-(-size // tile) for size, tile in zip(output, self.tile, strict=True))
-
-    def _windows(self, q: Array, counts: Sequence[int]) -> Array:
-        """Return a view of the tiles of an integer image (C, *S): (*counts, C, *window)."""
-        zero = self.network.input.zero_point
-        expanded = expand(q[None], self._kernel.geometry, zero)[0]
-        ends = [(n - 1) * step + size for n, step, size in zip(counts, self._step, self._window, strict=True)]
-        # Cut off pixels that no output reads, and fill up the last tiles.
-        cropped = expanded[(slice(None), *map(slice, ends))]
-        missing = [(0, end - size) for end, size in zip(ends, cropped.shape[1:], strict=True)]
-        full = np.pad(cropped, [(0, 0), *missing], constant_values=zero)
-        views: Array = np.lib.stride_tricks.sliding_window_view(  # type: ignore[call-overload]
-            full, self._window, axis=tuple(range(1, full.ndim))
-        )
-        views = views[(slice(None), *(slice(None, None, step) for step in self._step))]
-        return np.moveaxis(views, 0, len(counts))
-
-    def _assemble(self, tiles: dict[int, Array], counts: Sequence[int], output: Sequence[int]) -> Array:
-        y = np.empty((len(self._kernel.weight), *output), np.int64)
-        for number, tile in tiles.items():
-            at = np.unravel_index(number, counts)
-            where = tuple(
-                slice(int(n) * size, min((int(n) + 1) * size, end))
-                for n, size, end in zip(at, self.tile, output, strict=True)
-            )
-            y[(slice(None), *where)] = tile[(slice(None), *(slice(w.stop - w.start) for w in where))]
-        return y
+        return self._tiling.assembled(finished, q.shape[1:])
 
 
 @answers_keywords

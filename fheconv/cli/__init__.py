@@ -4,6 +4,7 @@ arguments: reads arguments and files.
 kinds: tells which kind of file a file is.
 outcome: turns errors into messages and exit statuses.
 circuits: the commands for saved circuits.
+running: runs a saved circuit on a ciphertext.
 serve: serves a saved circuit.
 experiments: tries a model before it is used: simulate, verify, tune and finetune.
 inspection: tells what a file is.

@@ -76,6 +76,11 @@ def quantized_model(
     return quantize(load_model(model, layer, trusted=trusted), images, QuantConfig(**bits) if bits else None)
 
 
+def say(message: str) -> None:
+    """Print a message."""
+    out.print(message, highlight=False, soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """Print a message in red on standard error."""
     err.print(message, style="red", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Implements the commands for saved circuits: compile, keygen, encrypt, run, decrypt, inspect and bench."""
+"""Implements the commands for saved circuits: compile, keygen, encrypt, decrypt, inspect and bench."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -24,13 +24,10 @@ from fheconv.cli.arguments import (
     out,
     print_error,
     save_array,
-    token_of_environment,
+    say,
 )
 from fheconv.cli.kinds import check_kind, check_model
-
-if TYPE_CHECKING:
-    from fheconv.circuits.ciphertext import Ciphertext
-    from fheconv.serving.tls import Tls
+from fheconv.cli.running import write_ciphertext
 
 ClientFile = Annotated[Path, typer.Argument(help="The client.zip that compile wrote.")]
 Keys = Annotated[Path, typer.Option(help="The secret keys that keygen wrote.")]
@@ -80,6 +77,9 @@ def compile_model(
     keys_of: Annotated[
         Path | None, typer.Option(help="The client.zip of a circuit, under whose keys this one is to run.")
     ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Run layer by layer, each in up to so many blocks.", min=1)
+    ] = None,
     trusted: Annotated[
         bool, typer.Option(help="Load a .pt2 file, which RUNS what is in it, from people you trust.")
     ] = False,
@@ -110,7 +110,8 @@ def compile_model(
     try:
         with status("Quantizing…"):
             network = quantize(load_model(model, layer, trusted=trusted), images, config)
-        circuit = compile_circuit(network, compile_config, keys_of=keys_of)
+        staged: dict[str, Any] = {} if blocks is None else {"stages": "layers", "blocks": blocks}
+        circuit = compile_circuit(network, compile_config, keys_of=keys_of, **staged)
     except AccumulatorOverflowError as error:
         if as_json:
             _print_json({"fits": False, "message": str(error), **vars(error)})
@@ -131,7 +132,7 @@ def compile_model(
         )
         return
     out.print(network.budget(), circuit.cost)
-    _say(f"Wrote {client}, for whoever has the keys, and {server}, for whoever computes.")
+    say(f"Wrote {client}, for whoever has the keys, and {server}, for whoever computes.")
 
 
 def keygen(
@@ -167,7 +168,7 @@ def keygen(
     client.keygen()
     client.evaluation_keys.save(evaluation_keys)
     client.save_keys(keys, overwrite=overwrite)
-    _say(f"Wrote {keys}, which is secret, and {evaluation_keys}, for whoever computes.")
+    say(f"Wrote {keys}, which is secret, and {evaluation_keys}, for whoever computes.")
 
 
 def encrypt(
@@ -193,50 +194,7 @@ def encrypt(
     pixels = load_image(image, channels, len(size))
     client.load_keys(keys)
     encrypted = client.encrypt(pixels)
-    _write(encrypted, output)
-
-
-def run_circuit(
-    server_file: Path, evaluation_keys: Path, encrypted: Path, output: Path, *, force: bool
-) -> None:
-    """Run the circuit of a server.zip on a ciphertext, with the keys of the ciphertext's owner."""
-    from fheconv.circuits.ciphertext import Ciphertext
-    from fheconv.circuits.keys import StoredKeys
-    from fheconv.circuits.server import load_server
-
-    check_output(output, force=force)
-    check_kind(server_file, "server.zip", "The file")
-    check_kind(evaluation_keys, "a file of evaluation keys", "--evaluation-keys")
-    check_kind(encrypted, "a ciphertext", "--input")
-    keys = StoredKeys.of(evaluation_keys)
-    images = Ciphertext.load(encrypted)
-    results = load_server(server_file).run(images, keys)
-    _write(results, output)
-
-
-def run_remotely(
-    client_file: Path,
-    url: str,
-    keys: Path,
-    encrypted: Path,
-    output: Path,
-    *,
-    tls: "Tls | None",
-    force: bool,
-) -> None:
-    """Run a circuit on a ciphertext at a server."""
-    from fheconv.circuits.ciphertext import Ciphertext
-    from fheconv.serving.remote import RemoteCircuit
-
-    check_output(output, force=force)
-    check_kind(client_file, "client.zip", "The file")
-    check_kind(keys, "a file of secret keys", "--keys")
-    check_kind(encrypted, "a ciphertext", "--input")
-    images = Ciphertext.load(encrypted)
-    remote = RemoteCircuit(url, client_file, token=token_of_environment(), tls=tls)
-    remote.load_keys(keys)
-    results = remote.run(images)
-    _write(results, output)
+    write_ciphertext(encrypted, output)
 
 
 def decrypt(
@@ -277,7 +235,7 @@ def decrypt(
     elif output is None:
         typer.echo(np.array2string(y, max_line_width=100))
     if output is not None and not as_json:
-        _say(f"Wrote {output}, shape {y.shape}.")
+        say(f"Wrote {output}, shape {y.shape}.")
 
 
 def inspect(
@@ -328,15 +286,6 @@ def _show(report: Any, as_json: bool) -> None:
         _print_json(report.to_dict())
     else:
         out.print(report)
-
-
-def _write(ciphertext: "Ciphertext", output: Path) -> None:
-    ciphertext.save(output)
-    _say(f"Wrote {output}: {ciphertext.images} encrypted, {output.stat().st_size:,} bytes.")
-
-
-def _say(message: str) -> None:
-    out.print(message, highlight=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

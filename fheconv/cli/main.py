@@ -14,7 +14,7 @@ from fheconv.basics.compile_config import CompileConfig, Engine
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.cli import circuits as cli_circuits
-from fheconv.cli import experiments
+from fheconv.cli import experiments, running
 from fheconv.cli.arguments import (
     Authority,
     Certificate,
@@ -183,6 +183,12 @@ def run(
     keys: Annotated[
         Path | None, typer.Option(help="The secret keys, which stay here, for a client.zip and --url.")
     ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="A folder for what is computed, from which a later run goes on.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which the run ends between two blocks, with --keep.")
+    ] = None,
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     authority: Authority = None,
@@ -204,6 +210,10 @@ def run(
     With a server.zip nothing is decrypted, and no secret key is needed:
     fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct
 
+    A circuit that was compiled with --blocks can end between two of them and go on later:
+    fheconv run out/server.zip --evaluation-keys keys.eval --input digit.ct --output result.ct --keep half
+    --time-limit 3600
+
     With --url it runs at a server. The server gets only the evaluation keys, made from the secret ones:
     fheconv run out/client.zip --url http://localhost:8000 --keys keys.secret --input digit.ct
     --output result.ct
@@ -219,9 +229,11 @@ def run(
     tls = tls_of(certificate, private_key, authority)
     if tls is not None and url is None:
         raise InvalidArgumentError("--certificate, --private-key and --authority need the --url of a server.")
+    if (keep is not None or time_limit is not None) and evaluation_keys is None:
+        raise InvalidArgumentError("--keep and --time-limit need a server.zip and --evaluation-keys.")
     if file.suffix.lower() == ".zip":
         both = {"file", "image", "output", "evaluation_keys", "url", "keys", "force"}
-        both |= {"certificate", "private_key", "authority"}
+        both |= {"certificate", "private_key", "authority", "keep", "time_limit"}
         sources = {name: context.get_parameter_source(name) for name in context.params if name not in both}
         # Compare by name: depending on its version, typer has its own copy of click.
         others = [
@@ -234,9 +246,10 @@ def run(
                 f"{', '.join(others)}: a server.zip is compiled already; leave it out."
             )
         if url is not None and keys is not None and evaluation_keys is None:
-            cli_circuits.run_remotely(file, url, keys, image, output, tls=tls, force=force)
+            running.run_remotely(file, url, keys, image, output, tls=tls, force=force)
         elif url is None and keys is None and evaluation_keys is not None:
-            cli_circuits.run_circuit(file, evaluation_keys, image, output, force=force)
+            stepwise = {"keep": keep, "time_limit": time_limit}
+            running.run_circuit(file, evaluation_keys, image, output, stepwise, force=force)
         else:
             raise InvalidArgumentError(
                 f"{file} needs --evaluation-keys, which fheconv keygen makes, if it is a server.zip; if it "

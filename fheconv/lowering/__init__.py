@@ -9,6 +9,7 @@ lanes: packs several images into one ciphertext.
 interface: turns images into a circuit's integers, and its results into real numbers.
 layers: makes the function of each layer.
 lower: the entry: makes the function of a whole network.
+together: decides how many images share a ciphertext.
 blocks: names the parts of a circuit in stages.
 stages: cuts that function into stages, and these into blocks.
 """

@@ -14,5 +14,6 @@ grids: the quantization that a function ends with, as training left it.
 floats: networks in floats.
 integers: networks in exact integers.
 bounds: the exact range of every accumulator.
+tiling: images in tiles, for networks of one convolution.
 demand: the values that a network's results depend on.
 """

@@ -6,7 +6,7 @@ images out and takes results back. The rest is arithmetic: workers do not wait f
 the keys. At last Dask runs a batch on this machine, which is what the arithmetic is held against.
 
 Then the latency of one image, spread over N cores in stages (`latency.py`): of TinyCNN and LeNet-5, whose
-blocks are measured, and of VGG-11 for images of 32x32, whose lookups are taken to be as fast as LeNet-5's.
+blocks are measured, and of VGG-11 for images of 32x32, of which one block is.
 """
 
 import argparse

@@ -1,15 +1,19 @@
 """How long one image takes on N cores: what `cluster.py` prints below its table of batches.
 
-Measured here: the seconds of each stage of a circuit, on one core. The rest is arithmetic. Of a stage, the
+Measured here, encrypted and on one core: the seconds of each stage of TinyCNN and of LeNet-5, and of a block
+of VGG-11's first layer, whose other lookups are taken to be as fast. The rest is arithmetic. Of a stage, the
 worker with the most lookups is the last to finish. Before that it has received what it reads, but for its own
 share of it, over a line of its own. Dask's own time for each task, some milliseconds, is not counted.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -24,12 +28,16 @@ import digits
 import fheconv
 from fheconv.capture.model import capture
 from fheconv.circuits.native.worker import Worker
+from fheconv.circuits.stepping import Evaluate
+from fheconv.lowering.blocks import Block
 from fheconv.lowering.stages import parts
 from fheconv.networks.floats import Maximum, Network
 from train_tinycnn_digits import shipped
 
 # The bytes of an encrypted value between two blocks: polynomials of 2^11 numbers, one more, 8 bytes each.
 VALUE_BYTES = 8 * (2**11 + 1)
+# The blocks of VGG-11's first layer, of which one is measured.
+BLOCKS = 256
 
 
 def lenet() -> nn.Module:
@@ -49,26 +57,51 @@ def vgg() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
-def measured(circuit: fheconv.StagedCircuit, folder: str) -> list[float]:
-    """The seconds of each stage of an image on one core."""
-    client_file, server_file = circuit.save(folder)
-    client = fheconv.load_client(client_file)
-    client.keygen()
-    keys = client.evaluation_keys
-    os.environ["OMP_NUM_THREADS"] = "1"
-    session = Worker()
-    server = fheconv.load_server(server_file).beside(session)
+def first_layer_of(whole: nn.Sequential) -> nn.Module:
+    """The first layer of VGG-11, as the first one of a network that is not dear to compile."""
+    return nn.Sequential(*whole[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+@contextlib.contextmanager
+def on_one_core(circuit: fheconv.StagedCircuit) -> Iterator[tuple[Evaluate, tuple[Block, ...], bytes]]:
+    """What evaluates the blocks of a circuit with keys on one core, the blocks, and an encrypted image."""
+    with tempfile.TemporaryDirectory() as folder:
+        client_file, server_file = circuit.save(folder)
+        client = fheconv.load_client(client_file)
+        client.keygen()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        session = Worker()
+        server = fheconv.load_server(server_file).beside(session)
     (image,) = client.encrypt(np.zeros((1, *client.manifest.input_shape))).values
-    seconds = [0.0] * (1 + server.blocks[-1].stage)
-    values = [image]
-    server.run_block(keys, server.blocks[0], [image])  # which gets the keys into memory
-    for block in server.blocks:
-        start = perf_counter()
-        values.append(server.run_block(keys, block, [values[number] for number in block.reads]))
-        seconds[block.stage] += perf_counter() - start
-    session.stop()
-    del os.environ["OMP_NUM_THREADS"]
+    evaluate = partial(server.run_block, client.evaluation_keys)
+    evaluate(server.blocks[0], [image])  # which gets the keys into memory
+    try:
+        yield evaluate, server.blocks, image
+    finally:
+        session.stop()
+        del os.environ["OMP_NUM_THREADS"]
+
+
+def measured(circuit: fheconv.StagedCircuit) -> list[float]:
+    """The seconds of each stage of an image on one core."""
+    with on_one_core(circuit) as (evaluate, blocks, image):
+        seconds, values = [0.0] * (1 + blocks[-1].stage), [image]
+        for block in blocks:
+            start = perf_counter()
+            values.append(evaluate(block, [values[number] for number in block.reads]))
+            seconds[block.stage] += perf_counter() - start
     return seconds
+
+
+def lookup_of(circuit: fheconv.StagedCircuit, blocks: int, runs: int = 3) -> float:
+    """The seconds of a lookup in the first of so many blocks of a circuit's first layer."""
+    with on_one_core(circuit) as (evaluate, found, image):
+        seconds = []
+        for _ in range(runs):
+            start = perf_counter()
+            evaluate(found[0], [image])
+            seconds.append(perf_counter() - start)
+    return median(seconds) * blocks / circuit.cost.lookups
 
 
 def on_paper(
@@ -113,16 +146,16 @@ def table_of(
 def tables(cores: Sequence[int], bits_a_second: float) -> Iterator[Table]:
     """Yield the tables of TinyCNN, LeNet-5 and VGG-11."""
     torch.manual_seed(0)
-    seconds_a_lookup = 0.0
+    config = fheconv.CompileConfig(p_error=0.01)
     for name, module, shape in (("TinyCNN", shipped(), (1, 8, 8)), ("LeNet-5", lenet(), (1, 28, 28))):
         images = torch.rand(64, *shape) if name == "LeNet-5" else digits.digits().train_images
         network = fheconv.quantize(module.eval(), images)
-        circuit = fheconv.compile(network, fheconv.CompileConfig(p_error=0.01), stages="layers")
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = measured(circuit, folder)
-        seconds_a_lookup = sum(seconds) / circuit.cost.lookups
+        seconds = measured(fheconv.compile(network, config, stages="layers"))
         yield table_of(name, network.source, seconds, cores, bits_a_second)
-    network = capture(vgg().eval(), (3, 32, 32))
+    whole = vgg().eval()
+    first = fheconv.quantize(first_layer_of(whole).eval(), torch.rand(16, 3, 32, 32))
+    each = lookup_of(fheconv.compile(first, config, stages="layers", blocks=BLOCKS), BLOCKS)
+    network = capture(whole, (3, 32, 32))
     counts = [int(np.prod(layer.shape)) for layer in network.layers[:-1]]
-    forecast = [seconds_a_lookup * count for count in counts] + [0.0]
-    yield table_of(f"VGG-11 ({sum(counts):,} lookups)", network, forecast, cores, bits_a_second)
+    seconds = [each * count for count in counts] + [0.0]
+    yield table_of(f"VGG-11 ({sum(counts):,} lookups)", network, seconds, cores, bits_a_second)

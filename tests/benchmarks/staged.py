@@ -4,8 +4,9 @@ It is the LeNet-5 of `strangers.py`, trained on MNIST, with average pooling. Bot
 ciphertext under the same keys. First both run in one process, where their results must be equal, failed
 lookups included. Then they run in turn: the one circuit on all cores, and the stages through Dask, with a
 worker of one thread for each core. Each worker first starts the native library and compiles the blocks; these
-seconds are told apart. In the next call a Dask worker is killed in the middle. At last the stages run here
-again, and the native library is killed.
+seconds are told apart. "Work of cores" counts what both cores spend, without other programs' share. In the
+next call a Dask worker is killed in the middle. At last the stages run here again, and the native library is
+killed.
 
 Each process of the library rounds in its own way, because its FFT is chosen by what is fast at the moment. So
 lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is the root
@@ -26,6 +27,7 @@ from threading import Timer
 from time import perf_counter, time
 
 import numpy as np
+import psutil
 from dask.distributed import Client, LocalCluster
 
 import fheconv
@@ -38,6 +40,12 @@ def timed(function: Callable, *arguments, **options):
     start = perf_counter()
     result = function(*arguments, **options)
     return perf_counter() - start, result
+
+
+def busy() -> float:
+    """The seconds that cores have spent so far on this program and those that it started."""
+    own = psutil.Process()
+    return sum(sum(one.cpu_times()[:4]) for one in (own, *own.children(recursive=True)))
 
 
 def killed(pid: int, after: float) -> Timer:
@@ -122,9 +130,9 @@ def main() -> None:
     seconds, result = timed(circuits.one.run, circuits.image, circuits.keys)
     usual, staged = timed(circuits.stages.run, circuits.same, circuits.keys)
     single, here_too = circuits.decrypted(result), circuits.decrypted(staged)
-    differ = f"{(single != here_too).sum()} of {single.size} results differ"
-    say(f"in one process: one circuit {seconds:.1f} s, in stages {usual:.1f} s; {differ}; "
-        f"{circuits.off_by(result)} of {np.ptp(circuits.expected)}")  # fmt: skip
+    differing = int((single != here_too).sum())
+    say(f"in one process: one circuit {seconds:.1f} s, in stages {usual:.1f} s; {differing} of {single.size} "
+        f"results differ; {circuits.off_by(result)} of {np.ptp(circuits.expected)}")  # fmt: skip
     compare(circuits, arguments.runs)
     seconds, result = interrupted_here(circuits, usual / 2)
     say(f"the rest took {seconds:.1f} s; {circuits.off_by(result)}")
@@ -134,19 +142,22 @@ def compare(circuits: Circuits, runs: int) -> None:
     """Run the one circuit and the stages through Dask in turn, and then with a worker that is killed."""
     options = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
     workers = os.cpu_count() or 1
-    whole, call, running = [], [], []
+    whole, call, running, work = [], [], [], []
     with LocalCluster(n_workers=workers, threads_per_worker=1, **options) as cluster, Client(cluster) as dask:
         for _ in range(runs):
+            begun = busy()
             whole.append(timed(circuits.one.run, circuits.image, circuits.keys)[0])
+            between = busy()
             seconds, opening, result = through_dask(circuits, dask)
             call.append(seconds)
             running.append(seconds - opening)
+            work.append((busy() - between) / (between - begun))
             say(f"one circuit {whole[-1]:.1f} s; through Dask {seconds:.1f} s, of which {opening:.1f} s to "
-                f"open it; {circuits.off_by(result)}")  # fmt: skip
+                f"open it, {work[-1]:.2f} times the work of cores; {circuits.off_by(result)}")  # fmt: skip
         usual = median(whole)
         say(f"medians: one circuit {usual:.1f} s; through Dask {median(call):.1f} s, "
             f"{median(call) / usual:.2f} times; without opening {median(running):.1f} s, "
-            f"{median(running) / usual:.2f} times")  # fmt: skip
+            f"{median(running) / usual:.2f} times; {median(work):.2f} times the work of cores")  # fmt: skip
         timer = killed(next(iter(dask.run(os.getpid).values())), median(call) / 2)
         seconds, _, result = through_dask(circuits, dask)
         timer.cancel()

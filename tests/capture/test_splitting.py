@@ -1,6 +1,7 @@
 """A model in two parts: one that the client runs in clear, and one that runs encrypted."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
+from tests.support import onnx_files
 
 
 class Residual(nn.Module):
@@ -106,6 +108,31 @@ def test_a_weight_that_is_read_early_for_nothing_stays_private():
 def test_models_that_cannot_be_split_there_are_refused(model, after, error, words):
     with pytest.raises(error, match=words):
         fheconv.split(model, after=after)
+
+
+@pytest.mark.slow
+def test_the_public_part_runs_as_an_onnx_file_without_torch(tmp_path):
+    public, _ = fheconv.split(MODEL, after="pool")
+    x = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    file = onnx_files.exported(public, x, tmp_path / "public.onnx", "new, any batch")
+    np.testing.assert_allclose(onnx_files.reference(file, x.numpy()), public(x).numpy(), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_model_of_an_onnx_file_is_split_as_a_file(tmp_path):
+    x = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    file = onnx_files.exported(MODEL.eval(), x, tmp_path / "whole.onnx", "old, any batch")
+    with pytest.raises(fheconv.InvalidArgumentError, match=r"onnx\.utils\.extract_model"):
+        fheconv.split(fheconv.from_onnx(file), after="pool")
+    (pooled,) = (node.output[0] for node in onnx.load(file).graph.node if node.op_type == "AveragePool")
+    (result,) = (output.name for output in onnx.load(file).graph.output)
+    parts = [("public.onnx", "x", pooled), ("private.onnx", pooled, result)]
+    for name, start, end in parts:
+        onnx.utils.extract_model(file, tmp_path / name, [start], [end])
+    features = onnx_files.reference(tmp_path / "public.onnx", x.numpy())
+    private = fheconv.from_onnx(tmp_path / "private.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(private(torch.tensor(features)), MODEL(x), atol=1e-5, rtol=1e-4)
 
 
 def test_the_private_part_runs_encrypted_on_what_the_public_one_returns():

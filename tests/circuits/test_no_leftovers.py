@@ -38,7 +38,7 @@ def save_and_load():
 
 
 def fail():
-    fheconv.circuits.together.LINEAR_LIMIT = 1000  # so that it is left to Concrete to refuse the lanes
+    fheconv.lowering.together.LINEAR_LIMIT = 1000  # so that it is left to Concrete to refuse the lanes
     try:
         fheconv.compile(network, fheconv.CompileConfig(lanes=12))
     except fheconv.CompilationError:

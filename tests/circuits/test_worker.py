@@ -52,11 +52,26 @@ def test_an_abort_in_compile_is_a_compilation_error_with_the_librarys_last_words
     dying.stop()
 
 
+@pytest.mark.slow
+def test_without_a_linker_it_is_said_what_to_install(monkeypatch, tmp_path, circuit):
+    """Slim images for containers have none, and Concrete only says that a command failed."""
+    _, server_file = circuit.save(tmp_path / "saved")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = Worker()
+    with pytest.raises(fheconv.CompilationError, match=r"no ld and no ar.*apt-get install binutils"):
+        fheconv.load_server(server_file, session=without)
+    arguments = circuit.network, circuit.config, 1
+    for method in ("compile", "compile_stages"):
+        with pytest.raises(fheconv.CompilationError, match="no ld and no ar"):
+            without.request(fheconv.CompilationError, method, 0, *arguments)
+    without.stop()
+
+
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("bits", [50, 59, 62])
 @pytest.mark.parametrize("engine", ["conv", "matrix", "shifts"])
 def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too(monkeypatch, bits, engine):
-    monkeypatch.setattr("fheconv.circuits.together.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.lowering.together.LINEAR_LIMIT", 1000)
     network = fheconv.quantize(
         np.ones((1, 1, 1, 1)), np.array([[[0, 1], [1, 0]]]), fheconv.QuantConfig(input_bits=1)
     )
@@ -66,7 +81,7 @@ def test_weights_far_past_what_concrete_holds_are_an_error_without_the_guard_too
 
 def test_a_failure_in_compile_leaves_other_networks_to_compile(monkeypatch):
     network, _, _ = random_network(7)
-    monkeypatch.setattr("fheconv.circuits.together.LINEAR_LIMIT", 1000)
+    monkeypatch.setattr("fheconv.lowering.together.LINEAR_LIMIT", 1000)
     with pytest.raises(fheconv.CompilationError):
         fheconv.compile(with_weight(network, 2**52))
     fresh = fheconv.compile(network)

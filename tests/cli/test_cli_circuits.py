@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -125,6 +126,33 @@ def test_a_second_version_of_a_model_runs_under_the_keys_of_the_first(command):
     images = np.load("x.npy")
     config = fheconv.QuantConfig(accumulator_bits=4, weight_bits=3)
     network = fheconv.quantize(load_model(Path("m.safetensors")), images, config)
+    np.testing.assert_array_equal(np.load("y.npy"), network(images[0]))
+
+
+@pytest.mark.slow
+def test_a_circuit_in_stages_ends_in_time_and_goes_on(command):
+    staged = (
+        *COMPILE_CLASSES[:5],
+        "new",
+        *COMPILE_CLASSES[6:],
+        "--keys-of",
+        "out/client.zip",
+        "--blocks",
+        "2",
+    )
+    assert command(*staged)[0] == 0
+    encrypt, run, decrypt = (
+        [part.replace("out/", "new/") for part in one] for one in (ENCRYPT, RUN, DECRYPT)
+    )
+    assert command(*encrypt)[0] == 0
+    status, _, errors = command(*run, "--keep", "half", "--time-limit", "1e-9")
+    assert status == 2
+    assert "run the same ciphertext again" in errors.replace("\n", " ")
+    assert command(*run, "--keep", "half") == (0, mock.ANY, "")
+    assert not Path("half").exists()
+    assert command(*decrypt, "--output", "y.npy")[0] == 0
+    images = np.load("x.npy")
+    network = fheconv.quantize(load_model(Path("m.safetensors")), images, CONFIG)
     np.testing.assert_array_equal(np.load("y.npy"), network(images[0]))
 
 

@@ -24,7 +24,7 @@ from fheconv.circuits.native.binding import fhe
 from fheconv.circuits.native.modules import compiled_circuit, compiled_stages, names_of, rules_of
 from fheconv.circuits.native.options import configuration_of, saved_configuration
 from fheconv.circuits.native.protocol import CircuitForgotten, Compiled, KeysForgotten, Opened, Refused
-from fheconv.circuits.native.system import require_addresses
+from fheconv.circuits.native.system import require_addresses, require_programs
 from fheconv.circuits.native.wiring import check_wires, ends_of
 from fheconv.circuits.sizes import sizes_of
 from fheconv.lowering.blocks import blocks_of
@@ -67,6 +67,7 @@ class NativeCircuits:
         By itself, Concrete gives each value the width that it sees on some inputs. Here every width comes as
         a hint, from the proof, and the inputs show only the sign.
         """
+        require_programs()
         lowered = lower(network, config.engine, lanes)
         try:
             configuration = configuration_of(lowered.lookups > 0, config, within)
@@ -104,6 +105,7 @@ class NativeCircuits:
         The parameters are those of the circuit without stages, or chosen for all blocks together. The other
         arguments are as for `compile`. Raises `Refused` for what cannot be compiled.
         """
+        require_programs()
         staged = in_stages(network, config.engine, blocks)
         try:
             whole = compiled_circuit(staged.lowered, configuration_of(True, config, within), within)
@@ -149,6 +151,7 @@ class NativeCircuits:
 
         It is compiled here from text, because a compiled library from elsewhere could do anything.
         """
+        require_programs()
         tfhers = fhe.ClientSpecs.deserialize(specs).tfhers_specs
         config, settings = recipe.config, recipe.settings
         if settings is not None:

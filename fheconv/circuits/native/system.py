@@ -4,15 +4,18 @@ import contextlib
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import threading
 
-from fheconv.basics.errors import ExecutionError
+from fheconv.basics.errors import CompilationError, ExecutionError
 
 # What the library's first run needs of addresses, beside its results: 3 GiB of stacks, which it gives back
 # at once, and a heap for each of its threads.
 STACKS = 2**32
 HEAP = 2**28
+# The programs with which the library makes a file of what it compiled. Slim container images have neither.
+PROGRAMS = ("ld", "ar")
 
 
 def end_with_caller(descriptor: int) -> None:
@@ -41,6 +44,16 @@ def raise_address_limit() -> None:
     least, most = resource.getrlimit(resource.RLIMIT_AS)
     if least != most:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def require_programs() -> None:
+    """Raise `CompilationError` unless the programs are there without which the library cannot compile."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        raise CompilationError(
+            f"Concrete compiles with the programs {' and '.join(PROGRAMS)}, and PATH has no "
+            f"{' and no '.join(missing)}. On Debian and Ubuntu: apt-get install binutils."
+        )
 
 
 def require_addresses() -> None:
