@@ -1,6 +1,6 @@
 """Turns a trained model and calibration images into the network that users hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
@@ -191,7 +191,15 @@ def quantized(
     except AccumulatorOverflowError as error:
         if not advise:
             raise
-        raise tried(error, config, with_numbers) from error
+        # The integers of training are too wide. Kept in few bits they err much more than rounded anew.
+        anew = replace(
+            config,
+            overflow="defined",
+            rounding_bits=WITH_LOOKUPS.rounding_bits,
+            method="gptq",
+            accumulator_bits=None,
+        )
+        raise tried(error, config, with_numbers, first=[anew] if network.trained else []) from error
 
 
 def _calibration_images(calibration: Data, conv: Conv | None, image_axes: int | None) -> Array:

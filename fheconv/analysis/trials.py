@@ -1,8 +1,8 @@
 """Finds a configuration that a network fits, by quantizing it in other ways until one works."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from time import monotonic
 from typing import Any, cast
 
@@ -130,14 +130,17 @@ def _stand_ins(network: IntegerNetwork) -> Array:
 
 
 def tried(
-    error: AccumulatorOverflowError, config: QuantConfig, quantize: Callable[[QuantConfig], IntegerNetwork]
+    error: AccumulatorOverflowError,
+    config: QuantConfig,
+    quantize: Callable[[QuantConfig], IntegerNetwork],
+    first: Iterable[QuantConfig] = (),
 ) -> AccumulatorOverflowError:
     """Return the error with a remedy that was tried. `quantize` has raised it for `config`.
 
-    The remedy is None if none was found that works.
+    The configurations in `first` are tried before others. The remedy is None if none was found that works.
     """
     trials = Trials(quantize)
-    found = trials.first(_changed(error, config, trials))
+    found = trials.first(chain(first, _changed(error, config, trials)))
     if found is None:
         words = "None of the other numbers of bits that were tried fits; fewer taps need fewer bits."
         return Advice(words=words).after(error)

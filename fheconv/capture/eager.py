@@ -5,6 +5,7 @@ torch's own quantized tensors. Both become modules of floats that round in the s
 numbers.
 """
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fheconv.basics.errors import UnsupportedLayerError
 
@@ -80,18 +82,37 @@ class Functional(nn.Module):
         return x * y
 
 
-def as_floats(module: nn.Module) -> nn.Module:
+class _Averaging(TorchFunctionMode):
+    """Refuses averages of torch's own quantized tensors: torch rounds these, and floats would not be."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        name = getattr(func, "__name__", "")
+        if re.search("avg_pool|mean|interpolate", name) and any(getattr(x, "is_quantized", 0) for x in args):
+            raise UnsupportedLayerError(
+                f"{name} averages torch's own quantized tensors, and rounds as no layer here does. Give the "
+                "model as it was before torch.ao.quantization.convert."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def as_floats(module: nn.Module, example: Tensor) -> nn.Module:
     """Return a module that computes with plain tensors: a changed copy, or itself if it does already.
 
-    Raises `UnsupportedLayerError` naming a quantized module that has no counterpart here.
+    Raises `UnsupportedLayerError` naming a quantized module that has no counterpart here, or a function that
+    a model calls for a batch like `example`.
     """
-    found = {name: part for name, part in module.named_modules() if _is_quantized(part)}
+    every = module.named_modules(remove_duplicate=False)  # observers of torch.fx are shared
+    found = {name: part for name, part in every if _is_quantized(part)}
     if "" in found:
         return _replaced("", module)
     if not found:
         return module
     with torch.no_grad():
         copied = copy.deepcopy(module)
+        if not all(map(_fakes, found.values())):
+            with contextlib.suppress(RuntimeError), _Averaging():  # it says elsewhere why it does not run
+                copied.eval()(example.clone())
     for name, part in found.items():
         parent, _, last = name.rpartition(".")
         if not any(name.startswith(outer + ".") for outer in found):
@@ -101,7 +122,7 @@ def as_floats(module: nn.Module) -> nn.Module:
 
 def _is_quantized(part: nn.Module) -> bool:
     home = type(part).__module__
-    converted = home.startswith(("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized."))
+    converted = home.startswith(("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules"))
     return _fakes(part) or (converted and type(part).__name__ not in _OF_FLOATS)
 
 

@@ -45,7 +45,7 @@ def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, output
     floats = (p for p in module.parameters() if p.is_floating_point())
     like = next(floats, torch.zeros(()))
     example = torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device)
-    module = as_floats(module)
+    module = as_floats(module, example)
     training = [part for part in module.modules() if part.training]
     depends: str | None = None  # until it has run
     try:

@@ -22,11 +22,15 @@ _READS: tuple[Any, ...] = (
 
 
 class _Read(NamedTuple):
-    """Holds what was read, in which way, and the shapes and types of the tensors that it was read from."""
+    """Holds what was read, in which way, and the shapes and types of the tensors that it was read from.
+
+    `known` says that it does not depend on the image.
+    """
 
     way: Any
     tensors: tuple[tuple[Shape, torch.dtype], ...]
     number: Any
+    known: bool
 
 
 class _Watching(TorchFunctionMode):
@@ -48,8 +52,8 @@ class _Watching(TorchFunctionMode):
 class Reading(_Watching):
     """Remembers the numbers that a module reads while it runs in this context, in order.
 
-    It remembers none from the first one on that may depend on the image: one that comes from other tensors
-    than the module's own, constants, and what was computed from these alone.
+    The first one that may depend on the image is the last: one that comes from other tensors than the
+    module's own, constants, and what was computed from these alone.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -58,7 +62,6 @@ class Reading(_Watching):
         own = [*module.parameters(), *module.buffers(), *_tensors([vars(part) for part in parts])]
         # Tensors are held, so that no other one gets the memory of one that is known.
         self._known = {_memory(tensor): tensor for tensor in own}
-        self._open = True
         self.reads: list[_Read] = []
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -68,9 +71,8 @@ class Reading(_Watching):
         known = all(_memory(tensor) in self._known for tensor in tensors)
         result = func(*args, **kwargs)
         if func in _READS:
-            self._open = self._open and known
-            if self._open:
-                self.reads.append(_Read(func, _kinds(tensors), result))
+            if all(read.known for read in self.reads):
+                self.reads.append(_Read(func, _kinds(tensors), result, known))
             return result
         if known:
             self._known |= {_memory(tensor): tensor for tensor in _tensors(result)}
@@ -92,7 +94,9 @@ class Repeating(_Watching):
         """Return what a function gives, or the next number; after the last one, the first comes again."""
         if self._reads and func in _READS:
             read = self._reads[self._next % len(self._reads)]
-            if (func, _kinds(_tensors((args, kwargs)))) == (read.way, read.tensors):
+            if not read.known:
+                self._reads = []
+            elif (func, _kinds(_tensors((args, kwargs)))) == (read.way, read.tensors):
                 self._next += 1
                 return read.number
         return func(*args, **kwargs)

@@ -105,6 +105,11 @@ def refusal(module: torch.nn.Module, shape: Shape, error: Exception, *, ran: boo
 
 def _next(module: torch.nn.Module, text: str) -> str:
     """Return the next step after a module failed to run."""
+    if re.search("quint8|qint8|Quantized", text):
+        return (
+            "It computes with torch's own quantized tensors; give the model as torch.ao.quantization "
+            "prepared it and you trained it, before it was converted."
+        )
     types = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
     if re.search("compiled with CUDA|NVIDIA|on the same device", text):
         return "Take .cuda() and .to('cuda') out of forward: it follows the images with x.to(x.device)."

@@ -6,12 +6,12 @@ from types import FrameType
 from typing import NoReturn
 
 # As a shell has it: 128 and the number of the signal.
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STATUS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def main() -> None:
     """Run the command `fheconv`."""
-    # A shell lets processes in the background ignore Ctrl-C, and that is kept.
+    # A shell lets processes in the background ignore Ctrl-C, and nohup a closed terminal. That is kept.
     heard = [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, _leave_at_once)
@@ -28,6 +28,6 @@ def _leave_at_once(number: int, _: FrameType | None) -> NoReturn:
     os._exit(STATUS[signal.Signals(number)])
 
 
-def _terminate(*_: object) -> NoReturn:
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
     """Leave like after an error, so that half-written files and worker processes go too."""
-    raise SystemExit(STATUS[signal.SIGTERM])
+    raise SystemExit(STATUS[signal.Signals(number)])

@@ -33,6 +33,7 @@ from fheconv.cli.arguments import (
 if TYPE_CHECKING:
     from fheconv.circuits.circuit import FheCircuit
     from fheconv.quantized import QuantizedNetwork
+    from fheconv.tuning.result import TuneResult
 
 ModelFile = Annotated[
     Path,
@@ -165,7 +166,7 @@ def tune(
 ) -> None:
     """Search for the cheapest circuit at each accuracy. With --output, write the cheapest of all.
 
-    Ctrl-C, or SIGTERM, ends the search; what was found until then is printed and written.
+    Ctrl-C, SIGTERM, or a closed terminal ends the search; what was found until then is printed and written.
 
     Example: fheconv tune m.safetensors --calibration x.npy --evaluation t.npy --labels y.npy -o out
     """
@@ -192,26 +193,32 @@ def tune(
             students=students,
             max_drop=max_drop,
         )
-    if as_json:
-        front, controls = (
-            [
-                {
-                    "setting": str(point.setting),
-                    "kind": point.setting.kind,
-                    "accuracy": point.accuracy,
-                    "cost": point.cost.to_dict(),
-                }
-                for point in points
-            ]
-            for points in (result.front, result.controls)
-        )
-        data = {"float_accuracy": result.float_accuracy, "reason": result.reason}
-        typer.echo(json.dumps({**data, "front": front, "controls": controls, "beaten": len(result.beaten)}))
-    else:
-        out.print(result)
-    if output is not None and (result.points or not signals):
-        _save(result.best(max_drop=max_drop).compile(), output, quiet=as_json)
+    try:
+        _print(result, as_json=as_json)
+    finally:  # whoever reads may have gone, and a search takes long
+        if output is not None and (result.points or not signals):
+            _save(result.best(max_drop=max_drop).compile(), output, quiet=as_json)
     raise typer.Exit(128 + signals[0] if signals else 0)
+
+
+def _print(result: "TuneResult", *, as_json: bool) -> None:
+    if not as_json:
+        out.print(result)
+        return
+    front, controls = (
+        [
+            {
+                "setting": str(point.setting),
+                "kind": point.setting.kind,
+                "accuracy": point.accuracy,
+                "cost": point.cost.to_dict(),
+            }
+            for point in points
+        ]
+        for points in (result.front, result.controls)
+    )
+    data = {"float_accuracy": result.float_accuracy, "reason": result.reason}
+    typer.echo(json.dumps({**data, "front": front, "controls": controls, "beaten": len(result.beaten)}))
 
 
 def finetune(
@@ -252,8 +259,8 @@ def finetune(
     network = _quantized(model, calibration, None, bits, trusted)
     network = train(network, data, epochs=epochs, lookup_budget=lookup_budget)
     circuit = _compiled(network, p_error)
+    _save(circuit, output)  # first: whoever reads may have gone
     out.print(network.budget(), circuit.cost)
-    _save(circuit, output)
 
 
 def _quantized(*arguments: Any) -> "QuantizedNetwork":
@@ -275,7 +282,7 @@ def _save(circuit: "FheCircuit", output: Path, *, quiet: bool = False) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[list[int]]:
-    """Let SIGTERM end a block as Ctrl-C does. Yield the list of the signals that came."""
+    """Let SIGTERM, or a closed terminal, end a block as Ctrl-C does. Yield the list of signals that came."""
     came: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -283,15 +290,15 @@ def _ended_by_signals() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     # A shell lets processes in the background ignore Ctrl-C, and that is kept.
-    both = (signal.SIGINT, signal.SIGTERM)
-    before = {one: signal.getsignal(one) for one in both if signal.getsignal(one) is not signal.SIG_IGN}
+    ending = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    before = {one: signal.getsignal(one) for one in ending if signal.getsignal(one) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, interrupt)
     try:
         yield came
     except KeyboardInterrupt:
-        if signal.SIGTERM in came:
-            raise SystemExit(128 + signal.SIGTERM) from None
+        if came and came[0] != signal.SIGINT:
+            raise SystemExit(128 + came[0]) from None
         raise
     finally:
         for number, handler in before.items():

@@ -3,7 +3,7 @@
 Exit status: 0 means success. 1 means that the command ran but a check failed: the widths do not fit, or a
 result differs from the clear one. 2 means an error that fheconv reports, such as wrong arguments. 3 means an
 error inside fheconv, printed with its traceback. 130 means that the user interrupted the command, 143 that it
-was terminated.
+was terminated, 129 that its terminal was closed.
 """
 
 import contextlib

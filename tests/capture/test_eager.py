@@ -76,16 +76,54 @@ def test_layers_of_other_kinds(kind):
     quantized.scale, quantized.zero_point = 0.05, 100
     images = torch.quantize_per_tensor(torch.randn(4, 2, *[5] * axes), 0.1, 128, torch.quint8)
     with torch.no_grad():
-        made = as_floats(quantized)(images.dequantize())
+        made = as_floats(quantized, images.dequantize())(images.dequantize())
     np.testing.assert_allclose(made.numpy(), quantized(images).dequantize().numpy(), atol=1e-6)
 
 
 def test_a_module_without_quantization_is_itself():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
-    assert as_floats(model) is model
+    assert as_floats(model, torch.zeros(1, 1, 3, 3)) is model
 
 
 def test_a_quantized_module_that_is_not_known_is_named():
     model = nn.Sequential(torch.ao.nn.quantized.Sigmoid(0.1, 0))
     with pytest.raises(fheconv.UnsupportedLayerError, match=r"'0' .*Sigmoid.* before torch.ao.quantization"):
         fheconv.quantize(model, np.zeros((1, 1, 3, 3)))
+
+
+@pytest.mark.slow
+def test_converted_models_that_average_are_refused():
+    """Torch rounds averages of integers."""
+    model = nn.Sequential(ao.QuantStub(), nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), ao.DeQuantStub()).train()
+    model.qconfig = ao.get_default_qat_qconfig("x86")
+    ao.prepare_qat(model, inplace=True)
+    model(torch.rand(4, 1, 6, 6))
+    converted = ao.convert(model.eval())
+    with pytest.raises(fheconv.UnsupportedLayerError, match=r"avg_pool2d .* before torch.ao"):
+        fheconv.quantize(converted, torch.rand(4, 1, 6, 6))
+
+
+@pytest.mark.slow
+def test_eight_bits_that_no_lookup_holds_are_rounded_anew_as_the_error_advises():
+    torch.manual_seed(0)
+    layers = ao.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), ao.DeQuantStub()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)).train()
+    model.qconfig = ao.get_default_qat_qconfig("x86")
+    ao.prepare_qat(model, inplace=True)
+    images = torch.randn(64, 3, 6, 6)
+    model(images)
+    model.eval().apply(ao.disable_observer)
+    with pytest.raises(fheconv.AccumulatorOverflowError, match="This was tried, and fits") as caught:
+        fheconv.quantize(model, images)
+    network = fheconv.quantize(model, images, fheconv.QuantConfig(**caught.value.settings))
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert np.corrcoef(network(images).ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_an_observer_that_two_names_share_is_replaced_under_both():
+    model = nn.Sequential(ao.FusedMovingAvgObsFakeQuantize(), nn.ReLU())
+    model.append(model[0])
+    model(torch.rand(4, 1, 3, 3))
+    made = as_floats(model.eval(), torch.zeros(2, 1, 3, 3))
+    assert not any(isinstance(part, ao.FakeQuantize) for part in made.modules())

@@ -187,3 +187,25 @@ def test_torch_prints_nothing_of_its_own_about_a_model_that_it_cannot_export(cap
         fheconv.quantize(Measured(), IMAGES)
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
+
+
+class Shifted(nn.Module):
+    """Adds a zero-point before it rounds, and returns its scale too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.scale = nn.Conv2d(1, 2, 3, padding=1), nn.Parameter(torch.tensor(0.23))
+
+    def forward(self, x):
+        x = (torch.clamp(torch.round(x / self.scale + 6.0), 0, 15) - 6.0) * self.scale
+        weight = torch.round(self.conv.weight / 0.05) * 0.05
+        return functional.conv2d(x, weight, self.conv.bias, padding=1), self.scale
+
+
+def test_a_zero_point_of_images_is_the_clients_and_what_is_no_result_is_left_out():
+    network = fheconv.quantize(Shifted(), IMAGES[:1])
+    with torch.no_grad():
+        expected = Shifted()(torch.tensor(IMAGES))[0].numpy()
+    np.testing.assert_allclose(network(IMAGES), expected, atol=1e-5)
+    assert (network.input.zero_point, network.input.maximum, len(network.layers)) == (6, 15, 1)

@@ -13,6 +13,7 @@ from fheconv.capture.checkpoint import load_model
 from fheconv.tuning import trying
 from tests.support import shell
 
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 MODEL = ("m.safetensors", "--calibration", "x.npy")
 TESTED = ("--evaluation", "t.npy", "--labels", "y.npy")
 BITS = {"weight_bits": 3, "activation_bits": 2, "input_bits": 3}
@@ -101,9 +102,11 @@ def test_tune_prints_the_front_and_writes_the_cheapest(run):
 
 
 @pytest.mark.sampled(5)
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 @pytest.mark.parametrize("calls", [1, 3])
-def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, status, calls):
+def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, calls):
     right, called = trying.accuracies, []
 
     def interrupted(*arguments, **options):
@@ -113,14 +116,14 @@ def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, sta
         return right(*arguments, **options)
 
     monkeypatch.setattr(trying, "accuracies", interrupted)
-    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: signal.signal(one, signal.default_int_handler) for one in SIGNALS}
     try:
         ended, printed, _ = run("tune", *MODEL, *TESTED, "--max-drop", "0.2", "-o", "out")
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-    assert ended == status
+    assert ended == 128 + number
     assert "Interrupted: not everything was tried." in printed
     assert Path("out/server.zip").exists() == (calls > 1)
 
@@ -129,6 +132,17 @@ def test_training_data_come_with_their_classes(run):
     status, _, said = run("tune", *MODEL, *TESTED, "--training", "x.npy")
     assert status == 2
     assert "--training-labels" in said
+
+
+@pytest.mark.slow
+def test_what_tune_found_is_written_when_nobody_reads_it(run, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("fheconv.cli.experiments.out.print", gone)
+    status, *_ = run("tune", *MODEL, *TESTED, "-o", "out")
+    assert status == 1
+    assert Path("out/server.zip").exists()
 
 
 @pytest.mark.sampled(3)

@@ -11,6 +11,7 @@ from tests.support import shell
 
 # Whoever starts pytest in the background has it ignore interruptions, and so do its children.
 HEEDING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+ENDING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 # Let an import last until the signal comes, and swallow it as packages do that are optional to others.
 IMPORTING = """
 import sys, time
@@ -71,7 +72,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), ENDING)
 def test_a_signal_in_the_middle_of_the_work_cleans_up(tmp_path, number, status):
     child = started(tmp_path, WORKING)
     assert child.stdout.readline() == "working\n"

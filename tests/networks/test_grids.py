@@ -77,3 +77,20 @@ def test_a_clamp_or_relu_after_rounding_leaves_fewer_numbers():
     rounded = e("fake_quantize_per_tensor_affine", X, 0.5, 4, 0, 15)
     assert trained_quantization(e("relu", rounded)).real_range == (0, 5.5)
     assert trained_quantization(e("clamp", rounded, -1.0, 2.0)).real_range == (-1, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        e("where", e("ge", X, 0.0), 1.0, -1.0),
+        e("sub", e("mul", e("gt", X, 0.0), 2.0), 1.0),
+        e("sign", X),
+        e("where", e("gt", X, 0.5), 0.0, 2.0),
+    ],
+    ids=str,
+)
+def test_functions_of_two_numbers_have_their_middle_too_if_it_is_0(function):
+    found, values = trained_quantization(function), np.linspace(-2, 2, 41)
+    np.testing.assert_array_equal(found.real(found.nearest(function(values))), function(values))
+    assert found.scale == np.abs(function(values)).max()
+    assert found.maximum == 2 - (function(values) >= 0).all()

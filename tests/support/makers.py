@@ -2,6 +2,7 @@
 
 import brevitas.nn as qnn
 import torch
+from brevitas.quant import Int8ActPerTensorFloat, SignedBinaryActPerTensorConst
 from torch import Tensor, nn
 from torch.nn import functional
 from torchao.quantization.pt2e import (
@@ -31,6 +32,24 @@ class Brevitas(nn.Module):
         return self.fc(self.activation(self.conv(self.image(x))).flatten(1))
 
 
+class Layers(nn.Module):
+    """Layers of Brevitas that round what they read, a sum that rounds its parts, and binary activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        reading = {"input_quant": Int8ActPerTensorFloat, "input_bit_width": 4, "weight_bit_width": 3}
+        self.a, self.b = (qnn.QuantConv2d(n, 2, 3, padding=1, **reading) for n in (1, 2))
+        self.relu = qnn.QuantReLU(bit_width=4)
+        self.sum = qnn.QuantEltwiseAdd(input_bit_width=4, output_bit_width=4, return_quant_tensor=True)
+        self.bn = nn.BatchNorm2d(2)
+        self.binary = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
+        self.fc = qnn.QuantLinear(128, 3, bias=True, weight_bit_width=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.a(x))
+        return self.fc(self.binary(self.bn(self.sum(x, self.b(x)).value)).flatten(1))
+
+
 class FewBits(Quantizer):
     """Has what enters convolutions and linear layers in 4 bits, and their weights in 3 bits a channel."""
 
@@ -58,6 +77,14 @@ def trained_by_brevitas(*, quant_tensors: bool = False) -> nn.Module:
     """Train a network with Brevitas for a few steps."""
     torch.manual_seed(0)
     model = Brevitas(quant_tensors=quant_tensors)
+    _train(model)
+    return model.eval()
+
+
+def trained_by_layers_of_brevitas() -> nn.Module:
+    """Train a network whose layers round what they read for a few steps."""
+    torch.manual_seed(0)
+    model = Layers()
     _train(model)
     return model.eval()
 
