@@ -38,7 +38,7 @@ def as_array(value: Any, name: str) -> Array:
         raise InvalidArgumentError(
             f"{name} has dtype {array.dtype}; an array of real numbers is needed: integers or floats."
         )
-    return array
+    return array.copy() if min(array.strides, default=0) < 0 else array  # torch takes none that run backwards
 
 
 def first_position(mask: Array) -> tuple[int, ...]:

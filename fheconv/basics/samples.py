@@ -1,6 +1,6 @@
 """Turns images as torch users have them into arrays: tensors, pairs, loaders, datasets, batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -66,9 +66,21 @@ def samples(data: Data, name: str, axes: int | None = None, keep: int | None = N
         return Samples(as_array(pair[0], name), pair[1])
     has_items = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     nested = isinstance(data, list | tuple) and not _holds_items(data)
-    if not has_items or nested or _is_array(data) or isinstance(data, str | bytes | dict):
+    _check_no_mapping(data, name)
+    if not has_items or nested or _is_array(data) or isinstance(data, str | bytes):
         return Samples(as_array(data, name), None)
     return _read(data, name, axes, keep)
+
+
+def _check_no_mapping(value: Any, name: str) -> None:
+    """Raise `InvalidArgumentError` for a dict, as other libraries have them, or a list of some."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, Mapping):
+        raise InvalidArgumentError(
+            f"{name} is a dict of {', '.join(map(repr, value))}; give pairs of images and classes, such as "
+            '[(item["image"], item["label"]) for item in data].'
+        )
 
 
 def channel_remedy(given: Shape, channels: int, axes: int) -> str:
@@ -174,6 +186,7 @@ def _read(data: Any, name: str, axes: int | None, keep: int | None) -> Samples:
     classes: list[Any] = []
     count = size = 0
     for item in _items(data, keep):
+        _check_no_mapping(item, f"An item of {name}")
         first, second = _parts(item)
         image = as_array(first, f"An item of {name}")
         alone = _is_single(image, data, axes)
@@ -202,7 +215,8 @@ def _read(data: Any, name: str, axes: int | None, keep: int | None) -> Samples:
 
 def _joined(classes: list[Any], keep: int | None) -> Array | None:
     """Return the classes of all items as one array, or None if they are no numbers."""
-    if any(one is None or one == [None] for one in classes):
+    alone = (part for one in classes for part in (one if isinstance(one, list) else [one]))
+    if any(part is None for part in alone):
         return None
     try:
         return np.concatenate([as_array(one, "classes") for one in classes])[:keep]

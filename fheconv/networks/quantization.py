@@ -1,5 +1,6 @@
 """Maps the integers of a tensor to real numbers, and back."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,8 @@ def integer_images(x: Data, quantization: Quantization, shape: Shape) -> tuple[A
     batched = x.ndim == len(shape) + 1
     if x.shape[int(batched) :] != shape:
         remedy = channel_remedy(x.shape, shape[0], len(shape)) if shape else ""
+        if not remedy and x.ndim == 2 and x.shape[1] == math.prod(shape):
+            remedy = f" They have as many values: give images.reshape(-1, {', '.join(map(str, shape))})."
         raise InputRangeError(
             f"The images have shape {x.shape}; this network takes (n, {', '.join(map(str, shape))}), or one "
             f"image without n.{remedy or ' For another image size, quantize with calibration images of it.'}"

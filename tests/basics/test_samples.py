@@ -139,10 +139,9 @@ def test_what_would_fill_the_memory_is_refused(monkeypatch):
         (iter([1.0, 2.0]), "the item 1.0; give batches"),
         (iter(["a"]), "not an array|dtype"),
         ("images.npy", "dtype"),
-        ({"images": X}, "dtype"),
         (None, "dtype"),
     ],
-    ids=["list", "iterator", "loader", "sizes", "numbers", "words", "path", "dict", "none"],
+    ids=["list", "iterator", "loader", "sizes", "numbers", "words", "path", "none"],
 )
 def test_what_holds_no_images_is_refused(data, words):
     with pytest.raises(fheconv.FheConvError, match=words):
@@ -190,3 +189,30 @@ def test_images_of_a_loader_are_encrypted_like_those_of_an_array():
     circuit.keygen()
     encrypted = circuit.predict(images, fhe="execute")
     np.testing.assert_array_equal(encrypted, circuit.network(X[:4]))
+
+
+@pytest.mark.parametrize("classes", [np.arange(4)[::-1], [0, 1, 2, 3], torch.arange(4), np.ones((4, 2, 2))])
+def test_batches_may_be_pairs_of_any_arrays(classes):
+    batches = ((IMAGES[at : at + 4], classes) for at in (0, 4))
+    found = samples(batches, "x", 3)
+    np.testing.assert_array_equal(found.images, IMAGES[:8])
+    np.testing.assert_array_equal(found.classes, np.concatenate([classes, classes]))
+
+
+@pytest.mark.parametrize("data", [{"image": X}, [{"image": X}], DataLoader([{"image": x} for x in X])])
+def test_dicts_are_told_from_images(data):
+    with pytest.raises(fheconv.InvalidArgumentError, match=r"a dict of 'image'; give pairs"):
+        samples(data, "calibration", 3)
+
+
+def test_values_that_run_backwards_are_taken_by_torch():
+    found = samples((IMAGES[::-1], CLASSES[::-1]), "x", 3)
+    assert torch.as_tensor(found.images).shape == X.shape
+    network = fheconv.quantize(np.ones((1, 1, 4, 4)), IMAGES[::-1, :, ::-1])
+    assert fheconv.finetune(network, IMAGES[::-1], epochs=1).output_shape == (1, 1, 1)
+
+
+def test_rows_of_pixels_are_told_how_to_become_images():
+    network = fheconv.quantize(np.ones((1, 1, 4, 4)), IMAGES)
+    with pytest.raises(fheconv.InputRangeError, match=r"reshape\(-1, 1, 4, 4\)"):
+        network(IMAGES.reshape(10, 16))

@@ -102,9 +102,7 @@ def test_tune_prints_the_front_and_writes_the_cheapest(run):
 
 
 @pytest.mark.sampled(5)
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("calls", [1, 3])
 def test_a_signal_ends_tune_with_what_it_has_found(run, monkeypatch, number, calls):
     right, called = trying.accuracies, []
