@@ -212,7 +212,9 @@ def __getattr__(name: str) -> Any:
         return import_module(f"fheconv.{_MODULES[name]}")
     if name in _HOME_OF:
         return getattr(import_module(f"fheconv.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fheconv.basics.keywords import answered_name
+
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{answered_name(name)}")
 
 
 def __dir__() -> list[str]:

@@ -114,3 +114,12 @@ def test_the_metadata_names_the_pythons_that_are_supported_and_the_types():
     assert named == {minor for minor in range(30) if f"3.{minor}" in supported}
     assert "Typing :: Typed" in project["classifiers"]
     assert (Path(fheconv.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("compile_torch_model", "quantize"), ("FHEModelServer", "load_server")]
+)
+def test_names_of_concrete_ml_are_answered(name, ours):
+    with pytest.raises(AttributeError, match=rf"{name}.*here it is fheconv\..*{ours}"):
+        getattr(fheconv, name)
+    assert not hasattr(fheconv, name)

@@ -106,6 +106,13 @@ def test_what_is_shown_says_what_the_object_is(shown):
     assert "secret" not in repr(remote)
 
 
+def test_what_a_network_is_made_of_is_shown_in_a_line():
+    network = deep(3)
+    for part in (network.source, *network.source.layers, *network.layers):
+        assert re.fullmatch(r"\w+( '.*')?[: ]+.{5,150}", repr(part))
+        assert "array" not in repr(part)
+
+
 def test_long_reports_say_how_to_see_all(shown):
     budget = shown["BudgetReport"]
     lines = repr(budget).splitlines()

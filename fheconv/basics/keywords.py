@@ -38,6 +38,14 @@ _THEIRS = {
     "fhe_simulation": 'give predict or score fhe="simulate"',
     "fhe_execution": 'give predict or score fhe="execute"',
 }
+# Functions and classes of Concrete ML, and what does the same here.
+_THEIR_NAMES = {
+    "FHEModelClient": "load_client", "FHEModelDev": "compile(...).save", "FHEModelServer": "load_server",
+    "QuantizedModule": "quantize, whose result compile takes",
+    "compile_brevitas_qat_model": "compile(fheconv.quantize(model, images)), which keeps what training chose",
+    "compile_onnx_model": "compile(fheconv.quantize(fheconv.from_onnx(path), images))",
+    "compile_torch_model": "compile(fheconv.quantize(model, images))",
+}  # fmt: skip
 # The keywords of the configurations, by their names. Each is added when its class is defined.
 _configurations: dict[str, list[str]] = {}
 # A name of another object is proposed only if it is nearer than one of the call's own.
@@ -52,6 +60,16 @@ def shown_call(config: Any, always: Collection[str] = ()) -> str:
         if field.name in always or getattr(config, field.name) != field.default
     )
     return f"{type(config).__name__}({', '.join(shown)})"
+
+
+def answered_name(name: str) -> str:
+    """Return what to say of a name of Concrete ML, "" of another.
+
+    Example:
+        >>> answered_name("FHEModelClient")
+        '; here it is fheconv.load_client'
+    """
+    return f"; here it is fheconv.{_THEIR_NAMES[name]}" if name in _THEIR_NAMES else ""
 
 
 def answers_keywords(called: C) -> C:

@@ -144,7 +144,8 @@ class Ciphertext:
         return cls(**fields, values=tuple(values))
 
     def __repr__(self) -> str:
-        return f"Ciphertext({self.kind}, {self.images} images, {self.nbytes:,} bytes)"
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
+        return f"Ciphertext({self.kind}, {images}, {self.nbytes:,} bytes)"
 
 
 def check_ciphertext(

@@ -118,6 +118,9 @@ class Layer:
     activation: Expression | None
     factor_terms: int | None = None
 
+    def __repr__(self) -> str:
+        return f"Layer {self.name!r}: {self.kind} → {self.shape}"
+
     @property
     def shape(self) -> Shape:
         """The shape (C, *S) of its output."""
@@ -219,6 +222,10 @@ class Network:
     finish: Finish | None = None
     trained: bool = False
     image: Quantization | None = None
+
+    def __repr__(self) -> str:
+        trained = ", trained for integers" if self.trained else ""
+        return f"Network: {self.input_shape} → {self.shapes[-1]}, {len(self.layers)} layers{trained}"
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:

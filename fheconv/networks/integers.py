@@ -112,6 +112,11 @@ class QuantizedLayer:
     weight_range: tuple[int, int]
     lookup: Lookup | None
 
+    def __repr__(self) -> str:
+        low, high = self.weight_range
+        bits = "no lookup" if self.lookup is None else f"lookups of {self.lookup.column_bits} bits"
+        return f"QuantizedLayer {self.name!r} → {self.shape}: weights {low} to {high}, {bits}"
+
     @property
     def sources(self) -> tuple[int, ...]:
         """The tensors that it reads."""
