@@ -279,6 +279,7 @@ NEAREST = {
     "batch_norm_legit": "BatchNorm with running statistics, which are constants",
     "batch_norm_legit_functional": "BatchNorm in evaluation mode, with running statistics",
     "bmm": "a Linear layer, or sums of products of elements, as in (x * y).sum(dim)",
+    "choose_qparams_affine": "scales of activations that are constants, and not chosen for each image",
     "embedding": "one-hot images and a Linear layer",
     "grid_sampler": "a convolution with constant weights",
     "group_norm": "BatchNorm, whose statistics are constants",
