@@ -3,7 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.keywords import answers_keywords
 from fheconv.circuits.ciphertext import Ciphertext
@@ -57,6 +57,11 @@ class StagedCircuit(FheCircuit):
         within = None if keys_of is None else keys_of.specs
         opening = "compile_stages", (self.network, self.config, self._most, within)
         return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
+
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        inputs, outputs, rows = super()._described()
+        stages = f"{1 + self.blocks[-1].stage} with {len(self.blocks)} blocks"
+        return inputs, outputs, [*rows, ("stages", stages)]
 
     def _recipe(self) -> Recipe:
         as_whole = self._one.compiled.as_whole
