@@ -110,5 +110,6 @@ class StagedCircuit(FheCircuit):
 
     @cached_property
     def _whole(self) -> FheCircuit:
-        """The circuit without stages, under the keys of this one."""
-        return FheCircuit(self.network, self.config, self._one.lowered, self)
+        """The circuit without stages, with the same parameters."""
+        keys_of = self if self._keys_given else None
+        return FheCircuit(self.network, self.config, self._one.lowered, keys_of)
