@@ -3,7 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
-from fheconv.basics.arrays import Array
+from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.compile_config import CompileConfig
 from fheconv.basics.keywords import answers_keywords
 from fheconv.circuits.ciphertext import Ciphertext
@@ -58,6 +58,11 @@ class StagedCircuit(FheCircuit):
         opening = "compile_stages", (self.network, self.config, self._most, within)
         return LoweredHandle(self._session, opening, lowered, self.config, keys_of)
 
+    def _described(self) -> tuple[Shape, Shape, list[tuple[str, str]]]:
+        inputs, outputs, rows = super()._described()
+        stages = f"{1 + self.blocks[-1].stage} with {len(self.blocks)} blocks"
+        return inputs, outputs, [*rows, ("stages", stages)]
+
     def _recipe(self) -> Recipe:
         as_whole = self._one.compiled.as_whole
         return Recipe.of(lenient(self.config) if as_whole else self.config, keys_given=as_whole)
@@ -105,5 +110,6 @@ class StagedCircuit(FheCircuit):
 
     @cached_property
     def _whole(self) -> FheCircuit:
-        """The circuit without stages, under the keys of this one."""
-        return FheCircuit(self.network, self.config, self._one.lowered, self)
+        """The circuit without stages, with the same parameters."""
+        keys_of = self if self._keys_given else None
+        return FheCircuit(self.network, self.config, self._one.lowered, keys_of)

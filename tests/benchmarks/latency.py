@@ -6,12 +6,10 @@ worker with the most lookups is the last to finish. Before that it has received 
 share of it, over a line of its own. Dask's own time for each task, some milliseconds, is not counted.
 """
 
-import contextlib
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -28,16 +26,13 @@ import digits
 import fheconv
 from fheconv.capture.model import capture
 from fheconv.circuits.native.worker import Worker
-from fheconv.circuits.stepping import Evaluate
-from fheconv.lowering.blocks import Block
 from fheconv.lowering.stages import parts
 from fheconv.networks.floats import Maximum, Network
 from train_tinycnn_digits import shipped
 
 # The bytes of an encrypted value between two blocks: polynomials of 2^11 numbers, one more, 8 bytes each.
 VALUE_BYTES = 8 * (2**11 + 1)
-# The blocks of VGG-11's first layer, of which one is measured.
-BLOCKS = 256
+CONFIG = fheconv.CompileConfig(p_error=0.01)
 
 
 def lenet() -> nn.Module:
@@ -57,51 +52,33 @@ def vgg() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
-def first_layer_of(whole: nn.Sequential) -> nn.Module:
-    """The first layer of VGG-11, as the first one of a network that is not dear to compile."""
-    return nn.Sequential(*whole[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-@contextlib.contextmanager
-def on_one_core(circuit: fheconv.StagedCircuit) -> Iterator[tuple[Evaluate, tuple[Block, ...], bytes]]:
-    """What evaluates the blocks of a circuit with keys on one core, the blocks, and an encrypted image."""
-    with tempfile.TemporaryDirectory() as folder:
-        client_file, server_file = circuit.save(folder)
-        client = fheconv.load_client(client_file)
-        client.keygen()
-        os.environ["OMP_NUM_THREADS"] = "1"
-        session = Worker()
-        server = fheconv.load_server(server_file).beside(session)
-    (image,) = client.encrypt(np.zeros((1, *client.manifest.input_shape))).values
-    evaluate = partial(server.run_block, client.evaluation_keys)
-    evaluate(server.blocks[0], [image])  # which gets the keys into memory
-    try:
-        yield evaluate, server.blocks, image
-    finally:
-        session.stop()
-        del os.environ["OMP_NUM_THREADS"]
+def block_of(whole: nn.Sequential) -> nn.Module:
+    """A block of VGG-11's first layer, four pixels wide and high: the first layer of a network of its own."""
+    first = nn.Conv2d(3, 64, 3)
+    first.load_state_dict(whole[0].state_dict())
+    return nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
 
 
 def measured(circuit: fheconv.StagedCircuit) -> list[float]:
     """The seconds of each stage of an image on one core."""
-    with on_one_core(circuit) as (evaluate, blocks, image):
-        seconds, values = [0.0] * (1 + blocks[-1].stage), [image]
-        for block in blocks:
-            start = perf_counter()
-            values.append(evaluate(block, [values[number] for number in block.reads]))
-            seconds[block.stage] += perf_counter() - start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    session = Worker()
+    with tempfile.TemporaryDirectory() as folder:
+        client_file, server_file = circuit.save(folder)
+        client = fheconv.load_client(client_file)
+        server = fheconv.load_server(server_file, session=session)
+    client.keygen()
+    keys = client.evaluation_keys
+    (image,) = client.encrypt(np.zeros((1, *client.manifest.input_shape))).values
+    seconds, values = [0.0] * (1 + server.blocks[-1].stage), [image]
+    server.run_block(keys, server.blocks[0], [image])  # which gets the keys into memory
+    for block in server.blocks:
+        start = perf_counter()
+        values.append(server.run_block(keys, block, [values[number] for number in block.reads]))
+        seconds[block.stage] += perf_counter() - start
+    session.stop()
+    del os.environ["OMP_NUM_THREADS"]
     return seconds
-
-
-def lookup_of(circuit: fheconv.StagedCircuit, blocks: int, runs: int = 3) -> float:
-    """The seconds of a lookup in the first of so many blocks of a circuit's first layer."""
-    with on_one_core(circuit) as (evaluate, found, image):
-        seconds = []
-        for _ in range(runs):
-            start = perf_counter()
-            evaluate(found[0], [image])
-            seconds.append(perf_counter() - start)
-    return median(seconds) * blocks / circuit.cost.lookups
 
 
 def on_paper(
@@ -146,16 +123,22 @@ def table_of(
 def tables(cores: Sequence[int], bits_a_second: float) -> Iterator[Table]:
     """Yield the tables of TinyCNN, LeNet-5 and VGG-11."""
     torch.manual_seed(0)
-    config = fheconv.CompileConfig(p_error=0.01)
     for name, module, shape in (("TinyCNN", shipped(), (1, 8, 8)), ("LeNet-5", lenet(), (1, 28, 28))):
         images = torch.rand(64, *shape) if name == "LeNet-5" else digits.digits().train_images
         network = fheconv.quantize(module.eval(), images)
-        seconds = measured(fheconv.compile(network, config, stages="layers"))
+        seconds = measured(fheconv.compile(network, CONFIG, stages="layers"))
         yield table_of(name, network.source, seconds, cores, bits_a_second)
+    yield vgg_table(cores, bits_a_second)
+
+
+def vgg_table(cores: Sequence[int], bits_a_second: float, runs: int = 3) -> Table:
+    """What is to be printed of VGG-11, from the median seconds of one block."""
     whole = vgg().eval()
-    first = fheconv.quantize(first_layer_of(whole).eval(), torch.rand(16, 3, 32, 32))
-    each = lookup_of(fheconv.compile(first, config, stages="layers", blocks=BLOCKS), BLOCKS)
+    block = fheconv.quantize(block_of(whole), torch.rand(64, 3, 4, 4))
+    circuit = fheconv.compile(block, CONFIG, stages="layers")
+    each = median(measured(circuit)[0] for _ in range(runs)) / circuit.cost.lookups
     network = capture(whole, (3, 32, 32))
     counts = [int(np.prod(layer.shape)) for layer in network.layers[:-1]]
     seconds = [each * count for count in counts] + [0.0]
-    yield table_of(f"VGG-11 ({sum(counts):,} lookups)", network, seconds, cores, bits_a_second)
+    title = f"VGG-11 ({sum(counts):,} lookups; measured: {circuit.cost.lookups})"
+    return table_of(title, network, seconds, cores, bits_a_second)

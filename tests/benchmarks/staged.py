@@ -1,7 +1,7 @@
-"""A LeNet-5 as one circuit and in stages: `python tests/benchmarks/staged.py [--blocks 2] [--runs 3]`.
+"""A LeNet-5 as one circuit and in stages: `python tests/benchmarks/staged.py [--model tinycnn]`.
 
-It is the LeNet-5 of `strangers.py`, trained on MNIST, with average pooling. Both circuits run the same
-ciphertext under the same keys. First both run in one process, where their results must be equal, failed
+It is the LeNet-5 of `strangers.py`, trained on MNIST, with average pooling, or TinyCNN. Both circuits run the
+same ciphertext under the same keys. First both run in one process, where their results must be equal, failed
 lookups included. Then they run in turn: the one circuit on all cores, and the stages through Dask, with a
 worker of one thread for each core. Each worker first starts the native library and compiles the blocks; these
 seconds are told apart. "Work of cores" counts what both cores spend, without other programs' share. In the
@@ -34,6 +34,8 @@ import fheconv
 import strangers
 from fheconv.circuits.native.worker import Worker
 from fheconv.serving import distributed
+
+MODELS = {"lenet": strangers.lenet, "tinycnn": strangers.tinycnn}
 
 
 def timed(function: Callable, *arguments, **options):
@@ -113,12 +115,13 @@ def interrupted_here(circuits: Circuits, seconds: float) -> tuple[float, fheconv
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A LeNet-5 as one circuit and in stages.")
+    parser.add_argument("--model", choices=MODELS, default="lenet")
     parser.add_argument("--blocks", type=int, default=2, help="of each stage")
     parser.add_argument("--runs", type=int, default=3, help="of each kind, in turn")
     parser.add_argument("--p-error", type=float, help="of a lookup")
     arguments = parser.parse_args()
     try:
-        trial = strangers.lenet(0)
+        trial = MODELS[arguments.model](0)
     except strangers.MissingPackageError as error:
         sys.exit(str(error))
     network = fheconv.quantize(trial.model, trial.calibration)

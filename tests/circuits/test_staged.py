@@ -132,6 +132,18 @@ def test_other_modes_give_the_clear_results(circuit, images):
 
 
 @pytest.mark.slow
+def test_lookups_of_two_kinds_are_simulated_and_so_are_stages_under_given_keys(circuit, images):
+    """Under given keys, Concrete finds no parameters for lookups of two kinds."""
+    network = quantized(8, depth=1, size=(1, 4, 4), accumulator_bits=4)
+    low, high = network.input.real_range
+    image = np.linspace(low, high, 16).reshape(network.input_shape)
+    staged = fheconv.compile(network, CONFIG, stages="layers")
+    np.testing.assert_array_equal(staged.predict(image, fhe="simulate"), network(image))
+    given = fheconv.compile(small(), keys_of=circuit, stages="layers")
+    np.testing.assert_array_equal(given.predict(images, fhe="simulate"), small()(images))
+
+
+@pytest.mark.slow
 def test_a_run_whose_native_process_is_killed_goes_on(circuit, images, asked):
     encrypted = circuit.encrypt(images)
     asked.fatal = len(circuit.blocks) + 2  # in mid-image, after one image
