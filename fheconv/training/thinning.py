@@ -65,9 +65,9 @@ def thinned(network: Network, images: Array, lookup_budget: int) -> Network:
             least, now = min(priced, key=lambda one: one[0], default=(np.inf, now))
             if least == np.inf:
                 raise LookupBudgetError(
-                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, and one "
-                    f"channel left of each activation, this network still needs {needed} lookups; allow as "
-                    "many, or train a smaller network (fheconv.distill)."
+                    f"lookup_budget={lookup_budget} is too small: with all taken out that can be, this "
+                    f"network still needs {needed} lookups; allow as many, or train a smaller network "
+                    "(fheconv.distill)."
                 )
             now = replace(now, network=fitted(now, images))
     return now.network
@@ -118,9 +118,11 @@ def _changes(now: Thinned, images: Array) -> Iterator[Thinned]:
         if isinstance(layer, Layer) and layer.activation is not None:
             read = np.flatnonzero(masks[number].reshape(layer.shape[0], -1).any(axis=1))
             sums = layer.sums(tensors)
-            for channel in read if len(read) > 1 else []:
+            for channel in read:
                 fits = fits_of(sums[:, channel], tensors[number][:, channel])
-                changed = (without_activation(now, number, int(channel), fit) for fit in fits)
+                # The last channel must not be constant: results would no longer depend on the image.
+                allowed = (fit for fit in fits if fit.slope or len(read) > 1)
+                changed = (without_activation(now, number, int(channel), fit) for fit in allowed)
                 yield from islice((one for one in changed if one is not None), 1)
             pooled, both = pooled_before(network, number), pooled_before(now.original, number)
             if pooled is not None and both is not None:

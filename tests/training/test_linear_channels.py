@@ -89,6 +89,23 @@ def test_an_activation_that_is_linear_where_sums_lie_costs_nothing():
     assert not demand(fewer)[2][1].any()
 
 
+def test_a_whole_layer_becomes_linear_but_never_constant():
+    """Its convolution and the next are one. Of its tensor one value is left, because no tensor is empty."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    with torch.no_grad():
+        module[0].bias[:] = 50.0
+        module[2].bias[:] = -50 * module[2].weight.sum((1, 2, 3))  # sums of both signs
+    network = captured(module)
+    fewer = thinned(network, IMAGES, 18 + 1)
+    np.testing.assert_allclose(fewer.tensors(IMAGES)[-1], network.tensors(IMAGES)[-1], atol=1e-6)
+    assert lookups(fewer) == 18 + 1
+    assert lookups(thinned(network, IMAGES, 2)) == 2
+    assert np.ptp(thinned(network, IMAGES, 2).tensors(IMAGES)[-1]) > 0.01
+    with pytest.raises(fheconv.LookupBudgetError, match="needs 2 lookups"):
+        thinned(network, IMAGES, 1)
+
+
 def test_the_fit_is_that_of_least_squares():
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)

@@ -19,6 +19,12 @@ from tests.support.nets import BLOCKS, READERS, Readers, quantized, random_net
 SIZE = (1, 5, 6)
 
 
+@pytest.fixture
+def only_poolings(monkeypatch):
+    """No channel loses its activation."""
+    monkeypatch.setattr(thinning, "fits_of", lambda sums, activations: iter(()))
+
+
 def captured(module, images):
     return capture(module.double().eval(), images.shape[1:])
 
@@ -100,8 +106,8 @@ def pooled_first(name, images):
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, stride=2), nn.AvgPool2d((2, 1))], ids=str)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.PReLU(1)], ids=str)
+@pytest.mark.usefixtures("only_poolings")
 def test_a_pooling_moves_before_its_activation(pool, activation):
-    """A single channel cannot be taken out, so that nothing else saves lookups."""
     torch.manual_seed(1)
     conv, reader = nn.Conv2d(2, 1, 2, padding=1), nn.Conv2d(1, 3, 2)
     images = np.random.default_rng(0).normal(size=(9, 2, 6, 6))
@@ -126,6 +132,7 @@ def test_a_pooling_moves_before_its_activation(pool, activation):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("only_poolings")
 def test_poolings_of_borders_stay_where_they_are(between):
     """Nothing, or no more than the first pooling, can be moved; what is asked for beyond is refused."""
     torch.manual_seed(1)
@@ -178,6 +185,7 @@ def test_maxima_beside_another_reader_stay():
         thinned(network, images, lookups(network) - 1)
 
 
+@pytest.mark.usefixtures("only_poolings")
 def test_an_activation_with_two_readers_is_pooled_for_both_or_for_none():
     class Two(nn.Module):
         def __init__(self, other):
