@@ -188,7 +188,8 @@ class TuneResult(Report):
     def _warnings(self) -> Iterator[str]:
         """Yield what must be known before a circuit is chosen; the report begins with it."""
         if self.beaten:
-            best = max(self.controls, key=lambda control: control.accuracy)
+            able = (one for one in self.controls if any(one.beats(point) for point in self.front))
+            best = max(able, key=lambda control: control.accuracy)
             yield (
                 f"Trivial models beat {len(self.beaten)} of the front's {len(self.front)} circuits: they are "
                 f"as accurate, and no dearer. The best is right for {best.accuracy:.1%} ({best.setting})."

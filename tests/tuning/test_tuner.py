@@ -284,12 +284,13 @@ def found(*pairs, **others):
 def test_a_control_that_is_as_accurate_and_no_dearer_beats_a_circuit_and_the_report_begins_with_it():
     """Complexities that are nearly alike count as alike."""
     setting = Setting(kind="control", lookup_budget=4, rounding_bits=5)
-    hidden = points((1.04, 0.9), (2.0, 0.96), setting=setting)
+    hidden = points((1.04, 0.9), (2.0, 0.96), (9.0, 0.965), setting=setting)  # the last one beats none
     linear = points((0.0, 0.8), setting=LINEAR)
     result = found((1.0, 0.90), (1.5, 0.93), (3.0, 0.95), (4.0, 0.97), controls=(*linear, *hidden))
     assert [point.seconds for point in result.beaten] == [1.0, 3.0]
     for shown in (str(result), repr(result)):
         assert shown.startswith("Trivial models beat 2 of the front's 4 circuits")
+        assert "The best is right for 96.0%" in " ".join(shown.split())
     assert str(setting) in " ".join(str(result).split())
     assert "Trivial models beat" in result._repr_html_()
     assert found((1.0, 0.9), controls=points((0.5, 0.89), setting=LINEAR)).beaten == ()
