@@ -101,6 +101,18 @@ def test_tune_prints_the_front_and_writes_the_cheapest(run):
     assert "--force" in said
 
 
+@pytest.mark.slow
+def test_tune_tries_students_and_trains_controls(run):
+    training = "--training", "t.npy", "--training-labels", "y.npy", "--epochs", "1"
+    asked = "--lookup-budget", "2", "--students", "--max-drop", "0.9"
+    status, printed, _ = run("tune", *MODEL, *TESTED, *training, *asked, "--json")
+    assert status == 0
+    found = json.loads(printed)
+    assert {point["kind"] for point in found["controls"]} == {"control"}
+    assert found["controls"][0]["cost"]["lookups"] == 0
+    assert {point["kind"] for point in found["front"]} <= {"model", "student"}
+
+
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("calls", [1, 3])
