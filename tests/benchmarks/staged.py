@@ -4,9 +4,9 @@ It is the LeNet-5 of `strangers.py`, trained on MNIST, with average pooling, or 
 same ciphertext under the same keys. First both run in one process, where their results must be equal, failed
 lookups included. Then they run in turn: the one circuit on all cores, and the stages through Dask, with a
 worker of one thread for each core. Each worker first starts the native library and compiles the blocks; these
-seconds are told apart. "Work of cores" counts what both cores spend, without other programs' share. In the
-next call a Dask worker is killed in the middle. At last the stages run here again, and the native library is
-killed.
+seconds are told apart. "Work of cores" counts what cores spend on it, without other programs' share, but with
+all that workers do to open the circuit. In the next call a Dask worker is killed in the middle. At last the
+stages run here again, and the native library is killed.
 
 Each process of the library rounds in its own way, because its FFT is chosen by what is fast at the moment. So
 lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is the root
