@@ -41,7 +41,13 @@ if TYPE_CHECKING:  # the same as `_HOMES` and `_MODULES`, which a test compares 
     )
     from fheconv.basics.compile_config import CompileConfig, ParameterRange
     from fheconv.basics.config import QuantConfig
-    from fheconv.basics.warning import CostWarning, FheConvWarning, InputRangeWarning, InputScaleWarning
+    from fheconv.basics.warning import (
+        CostWarning,
+        FheConvWarning,
+        InputRangeWarning,
+        InputScaleWarning,
+        RequantizationWarning,
+    )
     from fheconv.capture.onnx_file import from_onnx
     from fheconv.capture.splitting import split
     from fheconv.circuits.cascade import Cascade, CascadeCost
@@ -87,7 +93,13 @@ _HOMES = {
     ),
     "basics.compile_config": ("CompileConfig", "ParameterRange"),
     "basics.config": ("QuantConfig",),
-    "basics.warning": ("CostWarning", "FheConvWarning", "InputRangeWarning", "InputScaleWarning"),
+    "basics.warning": (
+        "CostWarning",
+        "FheConvWarning",
+        "InputRangeWarning",
+        "InputScaleWarning",
+        "RequantizationWarning",
+    ),
     "capture.onnx_file": ("from_onnx",),
     "capture.splitting": ("split",),
     "circuits.cascade": ("Cascade", "CascadeCost"),
@@ -163,6 +175,7 @@ __all__ = [
     "QuantizedNetwork",
     "RemoteCircuit",
     "RemoteError",
+    "RequantizationWarning",
     "Server",
     "Setting",
     "StagedCircuit",

@@ -142,7 +142,8 @@ def quantize(
     without `config`, lookups are exact (`QuantConfig()`), which takes few bits in training, 4 or less; a
     lookup holds 16. `rounding_bits` makes them cheaper and approximate. Where branches of different scales
     are added, integers are exact for all pairs of values, if `accumulator_bits` allows it. A `method` other
-    than "auto" rounds the weights anew; widths are then those of `config`.
+    than "auto" rounds the weights anew; widths are then those of `config`. What cannot be kept, such as a
+    layer that training has left in floats, is quantized by calibration, with a `RequantizationWarning`.
 
     Every activation becomes one lookup. Everything linear merges into the layer before or after it. Layers
     are quantized in order; each is calibrated on the results of the quantized layers before it. If images are

@@ -35,6 +35,13 @@ class InputScaleWarning(FheConvWarning):
     """
 
 
+class RequantizationWarning(FheConvWarning):
+    """A model was trained for integers, and some of its layers are quantized anew, by calibration.
+
+    Their weights, or what their activations round to, are not whole numbers times one scale.
+    """
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn with `warnings.warn`, and name the line outside this package that led here.
 

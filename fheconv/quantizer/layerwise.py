@@ -21,7 +21,7 @@ from fheconv.quantizer.factors import balanced
 from fheconv.quantizer.rounding.methods import Method, chosen_method
 from fheconv.quantizer.rows import IntegerTerms
 from fheconv.quantizer.steps import Aim
-from fheconv.quantizer.trained import trained_weights, with_own_widths
+from fheconv.quantizer.trained import trained_weights, warn_of_losses, with_own_widths
 from fheconv.quantizer.weights import FittedWeights, round_nearest
 
 # How often weights are rounded, each time with coarser steps for channels that do not fit the window.
@@ -53,6 +53,7 @@ def quantize_network(
         floats = network.tensors(images)
     quantizations = activation_quantizations(network, floats, image, config)
     building = Building(network, config, quantizations, calibrated, images)
+    anew: list[str] = []
     for layer in network.layers:
         if isinstance(layer, Maximum):
             building.add_maximum(layer)
@@ -64,6 +65,7 @@ def quantize_network(
             if own is not None:
                 building.add(building.draft(layer, own, layer.bias))
                 continue
+            anew.append(layer.name)
         if not method.by_output:
             bits = config.of_layer("weight_bits", layer.name)
             rounded = round_nearest(
@@ -72,6 +74,8 @@ def quantize_network(
             building.add(building.draft(layer, rounded, layer.bias))
         else:
             building.add(_best_draft(layer, building, method, floats))
+    if network.trained:
+        warn_of_losses(network, anew)
     quantized = building.network()
     if images is not given:  # alike as they are, they tell as much as one
         evidence = tuple(one if one is None else min(one, 1.0) for one in quantized.evidence)

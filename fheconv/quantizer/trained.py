@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fheconv.basics.arrays import Array, Shape
-from fheconv.networks.floats import Layer
+from fheconv.basics.warning import RequantizationWarning, warn
+from fheconv.capture.quantizers import ROUNDING
+from fheconv.networks.floats import Layer, Network
+from fheconv.networks.grids import trained_quantization
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.rows import IntegerTerms, Rows
@@ -118,6 +121,30 @@ def with_own_widths(network: IntegerNetwork) -> IntegerNetwork:
     layers = (layer for layer in network.layers if isinstance(layer, QuantizedLayer))
     widths = {layer.name: min(layer.weight_range[1].bit_length() + 1, 8) for layer in layers}
     return replace(network, config=replace(network.config, weight_bits=widths))
+
+
+def warn_of_losses(network: Network, layers: Sequence[str]) -> None:
+    """Warn of what training for integers has left and the integer network has not, if there is anything.
+
+    `layers` names those whose weights are rounded anew. Activations that round in a way of their own are
+    found here.
+    """
+    freely = [
+        layer.name
+        for layer in network.layers
+        if isinstance(layer, Layer)
+        and layer.activation is not None
+        and not ROUNDING.isdisjoint(layer.activation.operators())
+        and trained_quantization(layer.activation) is None
+    ]
+    for what, lost in (("The weights", layers), ("What the activations round to", freely)):
+        if lost:
+            warn(
+                f"{what} in {', '.join(map(repr, lost))} cannot be kept as training for integers has left "
+                "them: they are not whole numbers times a scale, at most 256 and with 0 among them. They are "
+                "quantized anew, by calibration, which may cost accuracy.",
+                RequantizationWarning,
+            )
 
 
 @dataclass(frozen=True, eq=False)

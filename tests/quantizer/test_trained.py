@@ -53,6 +53,25 @@ def test_the_first_quantizer_is_applied_by_the_client_and_clips_as_torch_does():
     assert_equal(network, model, 100 * images)
 
 
+class Clipped(nn.Module):
+    """Rounds to thirds, and clips at numbers that are no thirds."""
+
+    def forward(self, x):
+        return torch.clamp(torch.round(x * 3) / 3, -0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("middle", "words"),
+    [(Clipped(), "What the activations round to in '0'"), (nn.ReLU(), "The weights in '0' cannot")],
+)
+def test_what_cannot_be_kept_is_said(middle, words):
+    rng = np.random.default_rng(0)
+    first = Weighted(nn.Conv2d(1, 2, 3), rng) if isinstance(middle, Clipped) else nn.Conv2d(1, 2, 3).double()
+    model = nn.Sequential(first, middle, conv2(rng))
+    with pytest.warns(fheconv.RequantizationWarning, match=words):
+        fheconv.quantize(model, rng.normal(0, 1, (8, 1, 6, 6)))
+
+
 def conv2(rng):
     return Weighted(nn.Conv2d(2, 2, 3), rng)
 
