@@ -8,8 +8,8 @@ seconds are told apart. "Work of cores" counts what cores spend on it, without o
 all that workers do to open the circuit. In the next call a Dask worker is killed in the middle. At last the
 stages run here again, and the native library is killed.
 
-Each process of the library rounds in its own way, because its FFT is chosen by what is fast at the moment. So
-lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is the root
+Each process of the library rounds in its own way, presumably because its FFT is chosen by what is fast at the
+moment. So lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is the root
 mean square of the integer results' difference from the clear ones.
 """
 
