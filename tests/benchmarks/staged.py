@@ -9,8 +9,8 @@ all that workers do to open the circuit. In the next call a Dask worker is kille
 stages run here again, and the native library is killed.
 
 Each process of the library rounds in its own way, presumably because its FFT is chosen by what is fast at the
-moment. So lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is the root
-mean square of the integer results' difference from the clear ones.
+moment. So lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is
+the root mean square of the integer results' difference from the clear ones.
 """
 
 import argparse
