@@ -192,15 +192,15 @@ def quantized(
     except AccumulatorOverflowError as error:
         if not advise:
             raise
-        # The integers of training are too wide. Kept in few bits they err much more than rounded anew.
-        anew = replace(
-            config,
-            overflow="defined",
-            rounding_bits=WITH_LOOKUPS.rounding_bits,
-            method="gptq",
-            accumulator_bits=None,
-        )
-        raise tried(error, config, with_numbers, first=[anew] if network.trained else []) from error
+        first = []
+        if network.trained and not config.is_auto:
+            # The integers of training are too wide. Kept in few bits they err much more than rounded anew.
+            bits = WITH_LOOKUPS.rounding_bits
+            anew = replace(
+                config, overflow="defined", rounding_bits=bits, method="gptq", accumulator_bits=None
+            )
+            first.append(anew)
+        raise tried(error, config, with_numbers, first=first) from error
 
 
 def _calibration_images(calibration: Data, conv: Conv | None, image_axes: int | None) -> Array:
