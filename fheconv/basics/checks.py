@@ -28,7 +28,7 @@ def _is_number(value: Any) -> bool:
 def check_number(name: str, value: Any, least: float, greatest: float = np.inf) -> None:
     """Raise `InvalidArgumentError` unless `value` is a number strictly between `least` and `greatest`."""
     if not _is_number(value) or not least < value < greatest:
-        limits = f"above {least:g}" if greatest == np.inf else f"between {least:g} and {greatest:g}"
+        limits = f"above {least:g}" if greatest == np.inf else f"above {least:g} and below {greatest:g}"
         raise InvalidArgumentError(f"{name}={value!r} must be a number {limits}.")
 
 
