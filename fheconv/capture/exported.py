@@ -23,11 +23,12 @@ from fheconv.capture.numbers import Reading, Repeating
 from fheconv.capture.operators import HANDLERS, NEAREST, RANDOM, nearest
 from fheconv.capture.outputs import Outputs, described, encrypted_node, pick, picked_node
 from fheconv.capture.probing import leaves, linear
-from fheconv.capture.quantizers import ROUNDING, as_trained
+from fheconv.capture.quantizers import as_trained
 from fheconv.capture.refusals import refusal, said
 from fheconv.capture.tidying import operator_name, tidy
 from fheconv.capture.tracing import check_channels, dependence, evaluate, quiet, traceable
 from fheconv.networks.floats import Network
+from fheconv.networks.grids import ROUNDING_OPERATORS
 
 
 def export(module: torch.nn.Module | ExportedProgram, input_shape: Shape, outputs: Outputs = None) -> Network:
@@ -154,7 +155,9 @@ def network_of(program: Any, input_shape: Shape, outputs: Outputs = None) -> Net
             values[node] = getattr(program.graph_module, node.target)
         elif node.op == "call_function" and node.users:  # unread results, such as assertions, are left out
             values[node] = _result(graph, node, values)
-            rounds = rounds or (operator_name(node) in ROUNDING and isinstance(values[node], torch.Tensor))
+            rounds = rounds or (
+                operator_name(node) in ROUNDING_OPERATORS and isinstance(values[node], torch.Tensor)
+            )
     result = values.get(results[0]) if len(results) == 1 else None
     if isinstance(result, Folded):
         raise UnsupportedLayerError(

@@ -11,12 +11,6 @@ from fheconv.networks.grids import trained_quantization
 from fheconv.networks.linear import Select
 from fheconv.networks.quantization import Quantization
 
-# Operators with which training for integers rounds weights, or says what integers stand for.
-ROUNDING = {
-    "dequantize_affine", "dequantize_per_channel", "dequantize_per_tensor",
-    "fake_quantize_per_channel_affine", "fake_quantize_per_tensor_affine", "round",
-}  # fmt: skip
-
 
 def as_trained(network: Network, *, rounds_weights: bool) -> Network:
     """Return the network with what training for integers has left in it.

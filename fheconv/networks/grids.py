@@ -18,6 +18,11 @@ MOST_LEVELS = 256
 FARTHEST = 1e30
 # Zero-points are whole numbers except for the rounding of floats.
 ROUNDING = 1e-3
+# Operators with which training for integers rounds weights, or says what integers stand for.
+ROUNDING_OPERATORS = {
+    "dequantize_affine", "dequantize_per_channel", "dequantize_per_tensor",
+    "fake_quantize_per_channel_affine", "fake_quantize_per_tensor_affine", "round",
+}  # fmt: skip
 # What these give are whole numbers.
 _WHOLE = (
     "ceil", "eq", "floor", "ge", "gt", "le", "logical_and", "logical_not", "logical_or", "lt", "ne", "round",

@@ -15,9 +15,8 @@ import numpy as np
 
 from fheconv.basics.arrays import Array, Shape
 from fheconv.basics.warning import RequantizationWarning, warn
-from fheconv.capture.quantizers import ROUNDING
 from fheconv.networks.floats import Layer, Network
-from fheconv.networks.grids import trained_quantization
+from fheconv.networks.grids import ROUNDING_OPERATORS, trained_quantization
 from fheconv.networks.integers import IntegerNetwork, QuantizedLayer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.rows import IntegerTerms, Rows
@@ -134,7 +133,7 @@ def warn_of_losses(network: Network, layers: Sequence[str]) -> None:
         for layer in network.layers
         if isinstance(layer, Layer)
         and layer.activation is not None
-        and not ROUNDING.isdisjoint(layer.activation.operators())
+        and not ROUNDING_OPERATORS.isdisjoint(layer.activation.operators())
         and trained_quantization(layer.activation) is None
     ]
     for what, lost in (("The weights", layers), ("What the activations round to", freely)):
