@@ -248,8 +248,9 @@ def run(
         if url is not None and keys is not None and evaluation_keys is None:
             running.run_remotely(file, url, keys, image, output, tls=tls, force=force)
         elif url is None and keys is None and evaluation_keys is not None:
-            stepwise = {"keep": keep, "time_limit": time_limit}
-            running.run_circuit(file, evaluation_keys, image, output, stepwise, force=force)
+            running.run_circuit(
+                file, evaluation_keys, image, output, keep=keep, time_limit=time_limit, force=force
+            )
         else:
             raise InvalidArgumentError(
                 f"{file} needs --evaluation-keys, which fheconv keygen makes, if it is a server.zip; if it "

@@ -1,7 +1,7 @@
 """Runs saved circuits on ciphertexts in files, here or at a server."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fheconv.cli.arguments import check_output, say, token_of_environment
 from fheconv.cli.kinds import check_kind
@@ -16,14 +16,12 @@ def run_circuit(
     evaluation_keys: Path,
     encrypted: Path,
     output: Path,
-    stepwise: dict[str, Any],
     *,
+    keep: Path | None,
+    time_limit: float | None,
     force: bool,
 ) -> None:
-    """Run the circuit of a server.zip on a ciphertext, with the keys of the ciphertext's owner.
-
-    `stepwise` are the arguments of `Server.run` for circuits in stages.
-    """
+    """Run the circuit of a server.zip on a ciphertext, with the keys of the ciphertext's owner."""
     from fheconv.circuits.ciphertext import Ciphertext
     from fheconv.circuits.keys import StoredKeys
     from fheconv.circuits.server import load_server
@@ -34,7 +32,7 @@ def run_circuit(
     check_kind(encrypted, "a ciphertext", "--input")
     keys = StoredKeys.of(evaluation_keys)
     images = Ciphertext.load(encrypted)
-    results = load_server(server_file).run(images, keys, **stepwise)
+    results = load_server(server_file).run(images, keys, keep=keep, time_limit=time_limit)
     write_ciphertext(results, output)
 
 

@@ -5,6 +5,8 @@ bits therefore gives the budget Σ|q_i|·r_i ≤ 2^P − 1. This is the L1 bound
 without the sign bit.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fheconv.basics.arrays import Array
@@ -118,19 +120,19 @@ class _Descent:
         pull, curve = 2 * s * (self._wanted[rows] - s * self._held[rows]), s**2 * np.diag(self._moment)
         harm = np.concatenate([curve - pull, curve + pull], axis=1)  # of a step up, and of a step down
         harm[np.concatenate([q >= self._greatest, q <= -self._greatest], axis=1)] = np.inf
-        price = left = None
         single = harm
+        prices: Sequence[tuple[Array, float] | None] = [None] * len(rows)
         if self._budget is not None:
             price = np.concatenate([np.where(q >= 0, 1, -1), np.where(q <= 0, 1, -1)], axis=1)
             price *= np.tile(self._ranges, 2)
             left = self._budget - np.abs(q) @ self._ranges
             single = np.where(price <= left[:, None], harm, np.inf)
+            prices = list(zip(price, left, strict=True))
         best = single.argmin(axis=1)
         moving = single[np.arange(len(rows)), best] <= -self._tolerance[rows]
         self._move(rows[moving], best[moving])
         for at in np.flatnonzero(~moving):
-            prices = None if price is None or left is None else (price[at], float(left[at]))
-            pair = _exchange(harm[at], scale[at], self._moment, self._tolerance[rows[at]], prices)
+            pair = _exchange(harm[at], scale[at], self._moment, self._tolerance[rows[at]], prices[at])
             moving[at] = pair is not None
             for step in pair or ():
                 self._move(rows[[at]], np.array([step]))
