@@ -33,7 +33,17 @@ import torch
 
 import digits
 import fheconv
-from concrete_ml_peer import RELEASE, Peer, PeerError, PeerRefusal, add_environment, peer_python
+from concrete_ml_peer import (
+    RELEASE,
+    Images,
+    Peer,
+    PeerError,
+    PeerRefusal,
+    add_environment,
+    add_settings,
+    images_of_digits,
+    peer_python,
+)
 from fheconv.circuits.circuit import Fhe
 from fheconv.circuits.native.worker import worker as fheconv_worker
 from fheconv.tuning.search import WIDTHS
@@ -90,11 +100,12 @@ class Ours:
         self,
         quantize: Callable[[], fheconv.QuantizedNetwork],
         compile_config: fheconv.CompileConfig,
+        data: Images,
         *,
         tuned: bool,
     ) -> None:
         self.quantize, self.compile_config, self.tuned = quantize, compile_config, tuned
-        self.data = digits.digits()
+        self.data = data
         self.figures = Figures(agreed=0)
         self.circuit: fheconv.FheCircuit
         fheconv_worker().stop()
@@ -156,7 +167,7 @@ def first(times: list[float]) -> float:
     return times[0]
 
 
-def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
+def table(sides: dict[str, Figures], images: int, data: Images, *, tuned: bool) -> Table:
     seconds = "{:.2f} s".format
     compiling: list[tuple[str, Callable[[Figures], float], Callable[[float], str], bool]] = [
         ("quantize and compile, cold", lambda f: f.cold + first(f.quantize or [0.0]), seconds, True),
@@ -167,8 +178,8 @@ def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
         ("compile alone, least", lambda f: min(f.compile), seconds, True),
     ]
     rows: list[tuple[str, Callable[[Figures], float | None], Callable[[float], str], bool]] = [
-        ("right of 450, clear integers", lambda f: f.clear, "{:.1%}".format, False),
-        ("right of 450, simulated", lambda f: f.simulated, "{:.1%}".format, False),
+        (f"right of {len(data.test_labels)}, clear integers", lambda f: f.clear, "{:.1%}".format, False),
+        (f"right of {len(data.test_labels)}, simulated", lambda f: f.simulated, "{:.1%}".format, False),
         ("lookups", lambda f: f.lookups, "{:,}".format, True),
         ("complexity", lambda f: f.complexity, "{:.3g}".format, True),
         ("keys", lambda f: f.key_bytes, lambda size: decimal(int(size)), True),
@@ -197,9 +208,8 @@ def table(sides: dict[str, Figures], images: int, *, tuned: bool) -> Table:
     return result
 
 
-def measure(sides: list[Theirs | Ours], images: int) -> None:
+def measure(sides: list[Theirs | Ours], images: int, data: Images) -> None:
     """Make keys and time encrypted images, of all sides in turns."""
-    labels = digits.digits().test_labels
     for side in sides:
         side.keygen()
     for side in sides:
@@ -209,7 +219,7 @@ def measure(sides: list[Theirs | Ours], images: int) -> None:
             sleep(PAUSE)
             seconds, predicted = side.run(image)
             side.figures.seconds.append(seconds)
-            side.figures.right += predicted == int(labels[image])
+            side.figures.right += predicted == int(data.test_labels[image])
             if isinstance(side, Ours) and side.figures.agreed is not None:
                 side.figures.agreed += predicted == int(side.classes[image])
 
@@ -310,10 +320,7 @@ def parse() -> argparse.Namespace:
         help="accumulator widths to try, as 6, or as 8:5 for 8 bits rounded to 5 (default: those of tune)",
     )
     tuning.add_argument("--measure", action="store_true", help="let tune time circuits on this machine")
-    peers = parser.add_argument_group("Concrete ML")
-    peers.add_argument("--n-bits", type=int, default=6, help="of weights and activations (default: 6)")
-    peers.add_argument("--rounding-bits", type=int, default=6, help="left for a lookup (default: 6)")
-    peers.add_argument("--p-error", type=float, default=0.3, help="of a lookup (default: 0.3)")
+    add_settings(parser)
     arguments = parser.parse_args()
     if arguments.tuned is not None and arguments.quant_config:
         parser.error("--tuned chooses what --quant-config would give; leave out one of them")
@@ -328,22 +335,22 @@ def main() -> None:
     module = importlib.import_module(f"train_{arguments.model}_digits")
     tuned = arguments.tuned is not None
     settings = arguments.n_bits, arguments.rounding_bits, arguments.p_error
-    python = peer_python(arguments.environment, console)
+    python, data = peer_python(arguments.environment, console), images_of_digits(arguments.tuned)
     try:
         if tuned:
             point = tune(module, arguments, console)
-            mine = Ours(lambda: point.network, point.config, tuned=True)
+            mine = Ours(lambda: point.network, point.config, data, tuned=True)
             words = f"tuned, {point.setting}, predicted {point.accuracy:.1%} of the validation images right"
         else:
             config = arguments.quant_config or fheconv.QuantConfig(**QUANTIZE[arguments.model])
-            images = digits.digits().train_images
             mine = Ours(
-                partial(fheconv.quantize, module.shipped(), images, config),
+                partial(fheconv.quantize, module.shipped(), data.calibration, config),
                 arguments.compile_config,
+                data,
                 tuned=False,
             )
             words = str(config)
-        with Peer(python, arguments.model, arguments.tuned) as peer:
+        with Peer(python, module.__name__, (arguments.tuned,), data) as peer:
             theirs, refusal = Theirs(peer, settings), ""
             for _ in range(arguments.compiles):
                 if not refusal:
@@ -352,7 +359,7 @@ def main() -> None:
                     except PeerRefusal as error:
                         refusal = str(error)
                 mine.compile()
-            measure([mine] if refusal else [theirs, mine], arguments.images)
+            measure([mine] if refusal else [theirs, mine], arguments.images, data)
     except PeerError as error:
         raise SystemExit(f"FAILED: Concrete ML: {error}") from error
     except fheconv.FheConvError as error:
@@ -368,7 +375,7 @@ def main() -> None:
         bits, rounding, p_error = settings
         say(f"Concrete ML: n_bits={bits}, {rounding} rounding bits (approximate), p_error={p_error}")
         sides = {f"Concrete ML {RELEASE}": theirs.figures, **sides}
-    console.print(table(sides, arguments.images, tuned=tuned))
+    console.print(table(sides, arguments.images, data, tuned=tuned))
     if not tuned:
         say(
             "cold: with the start of the process that holds the native library, and its imports (Concrete "

@@ -6,7 +6,6 @@ It needs other versions of torch and Concrete than fheconv. So it gets an enviro
 
 import argparse
 import contextlib
-import hashlib
 import json
 import subprocess
 import sys
@@ -14,10 +13,12 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import platformdirs
 from rich.console import Console
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
@@ -40,25 +41,45 @@ class PeerRefusal(PeerError):
     """Concrete ML raised; its process lives."""
 
 
-class Peer:
-    """A process in which Concrete ML has a model: the shipped one, or the one of a validation split."""
+class Images(NamedTuple):
+    """The images that calibrate a model, and those that only measure, with their classes."""
 
-    def __init__(self, python: Path, model: str, split: int | None) -> None:
+    calibration: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def images_of_digits(split: int | None) -> Images:
+    """Return the images that a model of digits was trained on, and the test images."""
+    data = digits.digits()
+    return Images(digits.parts(split).train_images, data.test_images, data.test_labels)
+
+
+class Peer:
+    """A process in which Concrete ML has a model: what `shipped(*arguments)` of a script of models/ returns.
+
+    The images are handed over in a file: another scikit-learn might split them differently.
+    """
+
+    def __init__(
+        self, python: Path, script: str, arguments: tuple[str | int | None, ...], data: Images
+    ) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        start = perf_counter()
-        # -I: without this environment's PYTHONPATH.
-        self._process = subprocess.Popen(
-            [python, "-I", WORKER, model, *([] if split is None else [str(split)])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            cwd=tempfile.gettempdir(),
-            text=True,
-        )
-        ready = self._answer()["ready"]
-        self.imports = perf_counter() - start
-        if ready != fingerprint(split):
-            raise PeerError("scikit-learn splits the digits differently in the two environments.")
+        with tempfile.TemporaryDirectory() as folder:
+            images = Path(folder) / "images.npz"
+            np.savez(images, **{name: values.numpy() for name, values in data._asdict().items()})
+            start = perf_counter()
+            # -I: without this environment's PYTHONPATH.
+            self._process = subprocess.Popen(
+                [python, "-I", WORKER, script, json.dumps(arguments), images],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                cwd=tempfile.gettempdir(),
+                text=True,
+            )
+            self._answer()  # it has read the images
+            self.imports = perf_counter() - start
 
     def __enter__(self) -> "Peer":
         return self
@@ -91,12 +112,6 @@ class Peer:
         return answer
 
 
-def fingerprint(split: int | None) -> str:
-    """Tell whether two environments, with their own versions of scikit-learn, see the same images."""
-    seen = (*digits.parts(split), *digits.digits())
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in seen)).hexdigest()
-
-
 def add_environment(parser: argparse.ArgumentParser) -> None:
     """Add the option that says where Concrete ML's environment is."""
     parser.add_argument(
@@ -105,6 +120,14 @@ def add_environment(parser: argparse.ArgumentParser) -> None:
         default=Path(platformdirs.user_cache_dir("fheconv")) / f"concrete-ml-{RELEASE}",
         help="folder of Concrete ML's environment, made if it is not there (default: in the user's cache)",
     )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how Concrete ML compiles."""
+    peers = parser.add_argument_group("Concrete ML")
+    peers.add_argument("--n-bits", type=int, default=6, help="of weights and activations (default: 6)")
+    peers.add_argument("--rounding-bits", type=int, default=6, help="left for a lookup (default: 6)")
+    peers.add_argument("--p-error", type=float, default=0.3, help="of a lookup (default: 0.3)")
 
 
 def peer_python(environment: Path, console: Console) -> Path:

@@ -18,7 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
-from concrete_ml_peer import Peer, PeerError, add_environment, peer_python
+from concrete_ml_peer import Peer, PeerError, add_environment, images_of_digits, peer_python
 
 SIMULATIONS = 3
 # n_bits of weights and activations, bits left by approximate rounding (None: no rounding), p_error of a
@@ -70,7 +70,8 @@ def main() -> None:
     arguments = parser.parse_args()
     python = peer_python(arguments.environment, Console(stderr=True))
     try:
-        with Peer(python, arguments.model, arguments.split) as peer:
+        script, data = f"train_{arguments.model}_digits", images_of_digits(arguments.split)
+        with Peer(python, script, (arguments.split,), data) as peer:
             rows = points(peer)
     except PeerError as error:
         raise SystemExit(f"FAILED: Concrete ML: {error}") from error

@@ -6,7 +6,6 @@ whatever happened, so this one leaves by `os._exit`, and the caller takes a miss
 """
 
 import argparse
-import hashlib
 import importlib
 import json
 import os
@@ -19,25 +18,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 warnings.simplefilter("ignore")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from concrete.ml.torch.compile import compile_torch_model  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import digits  # noqa: E402
-
-
-def fingerprint(split: int | None) -> str:
-    """Tell whether two environments, with their own versions of scikit-learn, see the same images."""
-    seen = (*digits.parts(split), *digits.digits())
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in seen)).hexdigest()
 
 
 class Worker:
-    """A trained model, compiled and run by Concrete ML; calibrated on what it was trained on."""
+    """A trained model, compiled and run by Concrete ML; calibrated on what it was trained on.
 
-    def __init__(self, model: str, split: int | None) -> None:
-        self.data, self.calibration = digits.digits(), digits.parts(split).train_images.numpy()
-        self.model = importlib.import_module(f"train_{model}_digits").shipped(split)
+    The model is what `shipped(*arguments)` of a script of models/ returns.
+    """
+
+    def __init__(self, script: str, arguments: list[Any], images: Path) -> None:
+        with np.load(images) as data:
+            self.calibration = data["calibration"]
+            self.test_images, self.test_labels = data["test_images"], data["test_labels"]
+        self.model = importlib.import_module(script).shipped(*arguments)
         self.module: Any = None
 
     def compile(self, n_bits: int, rounding_bits: int | None, p_error: float | None) -> dict[str, Any]:
@@ -60,7 +56,7 @@ class Worker:
     def accuracy(self) -> dict[str, float]:
         """Return the share of the held-out images that are classified rightly, clear and simulated."""
         return {
-            fhe: float((self._classes(self.data.test_images, fhe) == self.data.test_labels.numpy()).mean())
+            fhe: float((self._classes(self.test_images, fhe) == self.test_labels).mean())
             for fhe in ("disable", "simulate")
         }
 
@@ -73,15 +69,15 @@ class Worker:
     def run(self, image: int) -> dict[str, float]:
         """Encrypt a held-out image, run and decrypt."""
         start = perf_counter()
-        (predicted,) = self._classes(self.data.test_images[image : image + 1], "execute")
+        (predicted,) = self._classes(self.test_images[image : image + 1], "execute")
         return {"seconds": perf_counter() - start, "class": int(predicted)}
 
-    def _classes(self, images: Tensor, fhe: str) -> Any:
-        return self.module.forward(images.numpy(), fhe=fhe).argmax(1)
+    def _classes(self, images: np.ndarray, fhe: str) -> Any:
+        return self.module.forward(images, fhe=fhe).argmax(1)
 
 
-def serve(worker: Worker, seen: str) -> None:
-    """Say which images the worker sees, and answer requests until there are no more."""
+def serve(worker: Worker) -> None:
+    """Say that the worker is ready, and answer requests until there are no more."""
     # Libraries that print must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -89,7 +85,7 @@ def serve(worker: Worker, seen: str) -> None:
     def answer(what: dict[str, Any]) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
-    answer({"ready": seen})
+    answer({"ready": True})
     for line in sys.stdin:
         method, *arguments = json.loads(line)
         try:
@@ -103,10 +99,11 @@ def main() -> None:
     # Concrete has threads of its own.
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description="Serve Concrete ML to concrete_ml_peer.py.")
-    parser.add_argument("model")
-    parser.add_argument("split", type=int, nargs="?", help="of the reference model; without, the shipped one")
+    parser.add_argument("script", help="of models/, such as train_tinycnn_digits")
+    parser.add_argument("arguments", type=json.loads, help="of its function `shipped`, as JSON")
+    parser.add_argument("images", type=Path, help="a file of `concrete_ml_peer.Images`")
     arguments = parser.parse_args()
-    serve(Worker(arguments.model, arguments.split), fingerprint(arguments.split))
+    serve(Worker(arguments.script, arguments.arguments, arguments.images))
 
 
 if __name__ == "__main__":
