@@ -37,13 +37,13 @@ from students import measure as figures_of
 from students import table as table_of_rows
 from train_mnist import TEACHER, shipped
 
-STUDENTS = "student-128", "student-1376"
+STUDENTS = "student-128", "student-1238"
 # The lookups of controls: none, or as many as those of a student.
-CONTROLS = 0, 128, 1376
+CONTROLS = 0, 128, 1238
 QUANTIZE = fheconv.QuantConfig(overflow="defined", rounding_bits=5, weight_bits=6, input_bits=4)
 COMPILE = fheconv.CompileConfig(p_error=0.05)
 # How often the test images are simulated, and how many of them. Each lookup of an image takes about 0.05 ms.
-SIMULATIONS = {TEACHER: (1, 100), "student-1376": (1, None)}
+SIMULATIONS = {TEACHER: (1, 100), "student-1238": (1, None)}
 
 
 def quantized(model: nn.Module, parts: train_mnist.Parts) -> fheconv.QuantizedNetwork:
@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--splits", type=int, nargs="+", choices=digits.SPLITS, default=digits.SPLITS)
     parser.add_argument("--models", nargs="+", choices=train_mnist.MODELS, default=list(train_mnist.MODELS))
     parser.add_argument(
-        "--controls", type=int, nargs="*", default=CONTROLS, help="their lookups (default: 0 128 1376)"
+        "--controls", type=int, nargs="*", default=CONTROLS, help="their lookups (default: 0 128 1238)"
     )
     parser.add_argument("--epochs", type=positive, default=100, help="of controls (default: 100)")
     runs = parser.add_argument_group("encrypted")
