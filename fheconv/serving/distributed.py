@@ -29,6 +29,7 @@ from fheconv.basics.errors import (
     InvalidArgumentError,
     MissingExtraError,
 )
+from fheconv.basics.progress import Counter, counting
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import read_server
 from fheconv.circuits.files.identity import keyset_of
@@ -88,9 +89,11 @@ def run(
     """Evaluate a saved circuit on encrypted images, on the workers of a Dask cluster.
 
     The arguments are those of `stream`. For one ciphertext, the result is a ciphertext, as from `Server.run`.
-    For several, it is a list of results in the same order. Raises like `stream`.
+    For several, it is a list of results in the same order. A bar shows how many images have finished, or how
+    many blocks of a circuit in stages. Raises like `stream`.
     """
-    results = dict(stream(server, keys, ciphertexts, client=client))
+    with counting("Running on the cluster…") as counter:
+        results = dict(_started(server, keys, ciphertexts, client, counter))
     ordered = [results[index] for index in range(len(results))]
     if not isinstance(ciphertexts, Ciphertext):
         return ordered
@@ -117,6 +120,17 @@ def stream(
     `ArtifactError`, before anything is sent, for files, keys and ciphertexts that do not belong together,
     `ExecutionError` if a circuit fails on a worker, or if too many workers die of it.
     """
+    return _started(server, keys, ciphertexts, client, Counter(show=lambda _: None))
+
+
+def _started(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Ciphertext | Iterable[Ciphertext],
+    client: Client,
+    counter: Counter,
+) -> Iterator[tuple[int, Ciphertext]]:
+    """Check the arguments of `stream`, and return its results to come. Tasks are counted."""
     if not isinstance(client, Client) or client.asynchronous:
         raise InvalidArgumentError(
             f"client={client!r:.80}; it must be a dask.distributed.Client that is not asynchronous."
@@ -140,7 +154,7 @@ def stream(
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
     fields = {**keys.names(), "payload": payload}
     accepted = partial(check_input, manifest=manifest, key_id=keys.key_id)
-    return _stream(client, (file, limits, fields, keys.name), blocks, accepted, ciphertexts)
+    return _stream(client, (file, limits, fields, keys.name), blocks, accepted, ciphertexts, counter)
 
 
 class Job:
@@ -243,6 +257,7 @@ def _stream(
     blocks: Sequence[Block],
     accepted: Callable[[Ciphertext], None],
     given: Iterable[Ciphertext],
+    counter: Counter,
 ) -> Iterator[tuple[int, Ciphertext]]:
     name = f"fheconv-{secrets.token_hex(8)}"
     job = _submit(client, named_job, name, *parts, key=name)
@@ -278,6 +293,9 @@ def _stream(
             else:
                 future = _submit(client, run_job, job, ciphertext.to_bytes(), key=key)
             sent[future] = index, ciphertext, values
+            counter.expect(len(tasks := values or [future]))
+            for task in tasks:
+                task.add_done_callback(counter.finish)
             completed.add(future)
 
     try:

@@ -1,8 +1,10 @@
 """One image over Dask's worker processes, one of which is killed."""
 
+import contextlib
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from dask.distributed import Client, LocalCluster
 
 import fheconv
+from fheconv.basics import progress
 from fheconv.serving import distributed, spreading
 from tests.support.nets import quantized
 
@@ -103,6 +106,23 @@ def test_images_are_spread_and_come_out_as_the_clear_integers(circuit, file, ima
     results = distributed.run(server, circuit.evaluation_keys, several, client=dask)
     assert [len(one.values) for one in results] == [2, 1, 0]
     np.testing.assert_array_equal(circuit.decrypt(results[1], dequantize=False), expected[0])
+
+
+@pytest.mark.slow
+def test_a_run_tells_how_many_blocks_have_finished(circuit, file, images, dask, monkeypatch):
+    told, all_done = [], threading.Event()
+
+    def show(counter):
+        told.append((counter.done, counter.total))
+        if counter.done == counter.total:
+            all_done.set()
+
+    counting = contextlib.nullcontext(progress.Counter(show))
+    monkeypatch.setattr(distributed, "counting", lambda message: counting)
+    distributed.run(file, circuit.evaluation_keys, circuit.encrypt(images[0]), client=dask)
+    assert all_done.wait(60)
+    assert [total for _, total in told] == [len(circuit.blocks) + 1] * len(told)
+    assert [done for done, _ in told] == [*range(len(circuit.blocks) + 2)]
 
 
 def killing(path):
