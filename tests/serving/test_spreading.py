@@ -13,7 +13,7 @@ from dask.distributed import Client, LocalCluster
 
 import fheconv
 from fheconv.basics import progress
-from fheconv.serving import distributed, spreading
+from fheconv.serving import distributed, jobs, spreading
 from tests.support.nets import quantized
 
 BLOCKS = 4
@@ -95,11 +95,11 @@ def test_the_blocks_of_a_stage_are_shared_by_all_workers(circuit, images):
 
 @pytest.mark.slow
 def test_images_are_spread_and_come_out_as_the_clear_integers(circuit, file, images, dask):
-    opened = len(dask.get_events(distributed.TOPIC))
+    opened = len(dask.get_events(jobs.TOPIC))
     result = distributed.run(file, circuit.evaluation_keys, circuit.encrypt(images), client=dask)
     expected = circuit.network.integers(images)
     np.testing.assert_array_equal(circuit.decrypt(result, dequantize=False), expected)
-    events = [event for _, event in dask.get_events(distributed.TOPIC)[opened:]]
+    events = [event for _, event in dask.get_events(jobs.TOPIC)[opened:]]
     assert Counter(event["worker"] for event in events) == dict.fromkeys(dask.run(os.getpid), 1)
     server = fheconv.load_server(file)
     several = [circuit.encrypt(images), circuit.encrypt(images[0]), circuit.encrypt(images[:0])]
