@@ -151,8 +151,8 @@ def _started(
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
     fields = {**keys.names(), "payload": payload}
     accepted = partial(check_input, manifest=manifest, key_id=keys.key_id)
-    parts = job_name(file, limits, keys.name), file, limits, fields, keys.name
-    return _stream(client, parts, blocks, accepted, ciphertexts, counter)
+    job = job_name(file, limits, keys.name), file, limits, fields, keys.name
+    return _stream(client, job, blocks, accepted, ciphertexts, counter)
 
 
 def _hold(job: Job) -> Job:

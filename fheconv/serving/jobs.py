@@ -70,9 +70,9 @@ class Job:
         return server, evaluation_keys
 
 
-# The jobs of this process, by name; and the last one that ran, with the timer that will let it go.
+# The jobs of this process, by name; and the one that ran last, with the timer that will let it go.
 _jobs: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
-_kept: list[tuple[Job, threading.Timer]] = []
+_kept: dict[Job, threading.Timer] = {}
 _jobs_lock = threading.Lock()
 
 
@@ -91,17 +91,18 @@ def keep(job: Job) -> None:
     """Keep a job open for `KEPT_SECONDS` from now on, and let others go."""
     timer = threading.Timer(KEPT_SECONDS, let_go, [job])
     timer.daemon = True
+    let_go()
     with _jobs_lock:
-        before, _kept[:] = [*_kept], [(job, timer)]
-    for _, other in before:
-        other.cancel()
+        _kept[job] = timer
     timer.start()
 
 
 def let_go(job: Job | None = None) -> None:
     """Keep a job, or any if it is None, open no longer than a call needs it."""
     with _jobs_lock:
-        _kept[:] = [one for one in _kept if job is not None and one[0] is not job]
+        timers = [_kept.pop(one) for one in [*_kept] if job is None or one is job]
+    for timer in timers:
+        timer.cancel()  # it, too, holds the job
 
 
 def _unlock_all() -> None:

@@ -168,7 +168,7 @@ def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     assert opened() == dict.fromkeys(dask.run(os.getpid), 1)
     pids = dask.run(native_pids)
     several = [client.encrypt(x[:3]), client.encrypt(x[3]), client.encrypt(x[:0])]
-    results = distributed.run(fheconv.load_server(tile_file), keys, several, client=dask)
+    results = distributed.run(tile_file, keys, several, client=dask)
     assert [result.images for result in results] == [3, 1, 0]
     assert distributed.run(tile_file, keys, several[2], client=dask).images == 0
     np.testing.assert_array_equal(client.decrypt(results[0]), expected[:3])
@@ -176,11 +176,12 @@ def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     assert opened() == dict.fromkeys(dask.run(os.getpid), 1)  # the calls after the first found it open
     assert dask.run(native_pids) == pids
     client.keygen()
-    distributed.run(tile_file, client.evaluation_keys, client.encrypt(x), client=dask)
+    server = fheconv.load_server(tile_file)
+    distributed.run(server, client.evaluation_keys, client.encrypt(x), client=dask)
     assert opened() == dict.fromkeys(dask.run(os.getpid), 2)  # other keys are another job
     until(lambda: {*map(len, dask.run(native_pids).values())} == {1})  # and the job before is let go
     dask.run(expire_soon)
-    distributed.run(tile_file, client.evaluation_keys, client.encrypt(x[0]), client=dask)
+    distributed.run(tile_file, client.evaluation_keys, client.encrypt(x), client=dask)
     until(lambda: not any(dask.run(native_pids).values()))
 
 
@@ -252,11 +253,9 @@ def test_what_is_left_early_is_cancelled(tiled, tile_file, dask, cluster):
     next(stream)
     assert cluster.scheduler.tasks
     assert any(dask.run(native_pids).values())
-    dask.run(jobs.let_go)
     stream.close()
     until(lambda: not cluster.scheduler.tasks)
-    dask.run(jobs.let_go)  # what was under way has kept it
-    until(lambda: not any(dask.run(native_pids).values()))
+    until(lambda: dask.run(jobs.let_go) and not any(dask.run(native_pids).values()))  # of what was under way
 
 
 def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
