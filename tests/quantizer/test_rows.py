@@ -92,11 +92,11 @@ def test_filters_with_a_skip_are_one_batch_if_most_of_their_inputs_are_the_same(
     layer, unit = network.layers[-1], Quantization(scale=1.0, zero_point=0, minimum=0, maximum=1)
     rows = Rows(layer, [unit] * len(layer.terms), network.shapes)
     together = rows.together()
-    assert [batch.count for batch in together] == [inputs] * batches
+    assert [batch.size for batch in together] == [inputs] * batches
     assert sorted(number for batch in together for number in batch.numbers) == [*range(8)]
     tensors = network.tensors(images)
     windows = rows.windows(tensors, [1.0] * len(layer.terms), [0] * len(layer.terms))
-    sums = np.moveaxis(layer.sums(tensors), 1, 0).reshape(8, -1) - layer.bias.reshape(8, 1)
+    sums = np.moveaxis(layer.sums(tensors) - layer.bias, 1, 0).reshape(8, -1)
     for batch in together:
         weights = np.stack([rows.weights(rows.rows[number]) for number in batch.numbers])
         read = np.concatenate([windows[p][group] for p, group in batch.inputs], axis=1)

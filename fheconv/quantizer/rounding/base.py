@@ -23,7 +23,7 @@ class IntegerWeight(NamedTuple):
 
 
 class Rounding(Protocol):
-    """Rounds K filters that read the same n inputs."""
+    """Rounds K filters that read the same n inputs, or some of these."""
 
     def __call__(
         self,
@@ -33,12 +33,14 @@ class Rounding(Protocol):
         ranges: Array,
         budget: int | None,
         finest: Array | None = None,
+        free: Array | None = None,
     ) -> IntegerWeight:
         """Return integers of `bits` bits, and scales, for `weight` (K, n).
 
         `moment` is H (n, n), None if the inputs are not known. `ranges` (n,) is the growth of the
-        accumulator's span for one step of each weight. `budget` is the greatest allowed span, None for any. A
-        method uses the arguments that it needs.
+        accumulator's span for one step of each weight. `budget` is the greatest allowed span, None for any.
+        `finest` (K,) are the least scales. `free` (K, n) is a mask of the weights that may differ from 0,
+        None for all. A method uses the arguments that it needs.
         """
 
 

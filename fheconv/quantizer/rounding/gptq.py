@@ -21,6 +21,7 @@ def round_gptq(
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error.
 
@@ -33,7 +34,7 @@ def round_gptq(
     scale = scale_grid(weight, greatest, finest)
     # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
-    candidates = np.concatenate([compensated(weight, scale, h, greatest), nearest], axis=1)
+    candidates = np.concatenate([compensated(weight, scale, h, greatest, free), nearest], axis=1)
     q = best_rows(weight, candidates, np.tile(scale, 2), h)
     return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
 
@@ -50,15 +51,20 @@ def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Arr
     return np.concatenate([grid, np.maximum(largest / greatest, first)[:, None]], axis=1)
 
 
-def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Array:
+def compensated(
+    weight: Array, scale: Array, moment: Array, greatest: int, free: Array | None = None
+) -> Array:
     """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S).
 
     Taps are rounded one by one, the tap with the largest inputs first. The later taps compensate each error.
+    Taps that some row must leave at 0, by the mask `free`, come before all others: so the taps of all rows
+    compensate what they get beside 0.
     """
-    order = np.argsort(-np.diag(moment), kind="stable")
+    free = np.ones(weight.shape, bool) if free is None else free
+    order = np.lexsort((-np.diag(moment), free.all(axis=0)))
     factor = _inverse_factor(moment[np.ix_(order, order)])
     # Taps come first, so that one tap of all rows and scales lies together in memory.
-    left = np.repeat(weight[:, order].T, scale.shape[1], axis=1)
+    left, may = (np.repeat(values[:, order].T, scale.shape[1], axis=1) for values in (weight, free))
     steps, q = scale.ravel(), np.zeros(left.shape)
     taps = len(left)
     for start in range(0, taps, BLOCK):
@@ -66,6 +72,7 @@ def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Ar
         errors = np.empty((end - start, len(steps)))
         for tap in range(start, end):
             np.clip(np.rint(left[tap] / steps), -greatest, greatest, out=q[tap])
+            q[tap] *= may[tap]
             errors[tap - start] = (left[tap] - steps * q[tap]) / factor[tap, tap]
             left[tap + 1 : end] -= factor[tap, tap + 1 : end, None] * errors[tap - start]
         left[end:] -= factor[start:end, end:].T @ errors

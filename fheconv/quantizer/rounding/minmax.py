@@ -13,6 +13,7 @@ def round_minmax(
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return the integers of `bits` bits nearest to float weights (K, …), with the scale max|w| / greatest.
 

@@ -13,6 +13,7 @@ def round_mse(
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return the integers of `bits` bits, and the scales, of least squared error.
 
