@@ -11,7 +11,7 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.moments import Moments
-from fheconv.quantizer.rounding.base import IntegerWeight, Rounding, greatest_integer
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, Rounding, greatest_integer
 from fheconv.quantizer.rows import Batch, IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget
 
@@ -61,7 +61,7 @@ class _Fitted:
     """Holds the rows of a batch, fitted: weights (K, n), of which each row has those in the mask `free`.
 
     `size` (K,) was divided out of the weights. `read` (N,) is the mask of the batch's inputs that are read,
-    and `moment` (n, n) is their covariance.
+    `variances` (n,) are theirs, and `moment` is their covariance.
     """
 
     batch: Batch
@@ -69,7 +69,8 @@ class _Fitted:
     free: Array
     size: Array
     read: Array
-    moment: Array
+    variances: Array
+    moment: Moment
 
 
 class FittedWeights:
@@ -138,7 +139,7 @@ class FittedWeights:
 
     def variance(self) -> Array:
         """Return the sum (C,) of the second moments of all inputs of a filter, in squares of their steps."""
-        return self._by_channel([fitted.free @ np.diag(fitted.moment) for fitted in self._fitted])
+        return self._by_channel([fitted.free @ fitted.variances for fitted in self._fitted])
 
     def _by_channel(self, values: Sequence[Array]) -> Array:
         """Return the greatest value (C,) of the rows of each channel, from those of each batch."""
@@ -174,5 +175,12 @@ def _fitted(rows: Rows, batch: Batch, moments: Moments) -> _Fitted:
     moment, cross = moments.of_batch(batch, free)
     read = free.any(axis=0)
     weights, free = batch.over_inputs(weights)[:, read], free[:, read]
-    fitted = least_squares(moment, cross @ weights.T, weights, free)
-    return _Fitted(batch=batch, weights=fitted, free=free, size=size, read=read, moment=moment)
+    return _Fitted(
+        batch=batch,
+        weights=least_squares(moment, cross @ weights.T, weights, free),
+        free=free,
+        size=size,
+        read=read,
+        variances=np.diag(moment),
+        moment=Moment(moment, len(moment)),
+    )

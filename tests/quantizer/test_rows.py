@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import RIDGE, least_squares
 from fheconv.quantizer.rounding.accumulator import round_accumulator
+from fheconv.quantizer.rounding.base import Moment
 from fheconv.quantizer.rounding.gptq import compensated, scale_grid
 from fheconv.quantizer.rows import Rows
 from tests.support.nets import quantize
@@ -46,10 +47,14 @@ def test_gptq_rounds_each_row_as_if_it_were_alone(problem, bits):
     greatest = 2 ** (bits - 1) - 1
     moment = moment + np.diag(np.where(free.all(axis=0), 1e-3, 1.0)) * np.trace(moment)
     scale = scale_grid(weights, greatest)
-    together = compensated(weights, scale, moment, greatest, free)
+    h = Moment(moment, len(moment))
+    together, error = compensated(weights, scale, h, greatest, free)
+    np.testing.assert_allclose(error, h.errors(weights, together, scale), rtol=1e-6)
     assert not together[np.broadcast_to(~free[:, None], together.shape)].any()
     for row, some in enumerate(free):
-        alone = compensated(weights[[row]][:, some], scale[[row]], moment[np.ix_(some, some)], greatest)
+        own = Moment(None, some.sum())
+        own.values = h.values[np.ix_(some, some)]
+        alone, _ = compensated(weights[[row]][:, some], scale[[row]], own, greatest)
         np.testing.assert_array_equal(together[row][:, some], alone[0])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
 
 # The number of rounds in which integers and scale are adapted to each other.
@@ -25,7 +25,7 @@ TINY = float(np.finfo(np.float64).tiny)
 def round_accumulator(
     weight: Array,
     bits: int,
-    moment: Array | None,
+    moment: Array | Moment | None,
     ranges: Array,
     budget: int | None,
     finest: Array | None = None,
@@ -38,18 +38,18 @@ def round_accumulator(
     by single moves and exchanges within the budget. Then it gets its best scale. One bit means {−1, 0, 1}.
     """
     weight = weight.astype(np.float64)
-    greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
+    greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
     if budget is None:
-        start = round_gptq(weight, bits, moment, finest=finest, free=free).values
+        start = round_gptq(weight, bits, h, finest=finest, free=free).values
     else:
         # At finer scales, the integers would exceed the budget and be decremented again.
         scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))
-        candidates = compensated(weight, scale, h, greatest, free)
-        _decrement(candidates, weight, scale, h, ranges, budget)
-        start = best_rows(weight, candidates, scale, h)
+        candidates, _ = compensated(weight, scale, h, greatest, free)
+        _decrement(candidates, weight, scale, h.values, ranges, budget)
+        start = best_rows(candidates, h.errors(weight, candidates, scale))
     limits = np.full(weight.shape, greatest) if free is None else greatest * free
-    q = _descended(weight, start, h, ranges, limits, budget)
-    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
+    q = _descended(weight, start, h.values, ranges, limits, budget)
+    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
 def _decrement(

@@ -1,10 +1,9 @@
 """Rounds weights so that outputs change little, by GPTQ (Frantar et al. 2022)."""
 
 import numpy as np
-import scipy.linalg
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer, output_error
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 
 # The number of scales that are tried. At the finest, a quarter of the greatest weight becomes the greatest
 # integer; at the coarsest, the greatest weight becomes little more than a half. Filters of many taps try
@@ -17,7 +16,7 @@ BLOCK = 64
 def round_gptq(
     weight: Array,
     bits: int,
-    moment: Array | None,
+    moment: Array | Moment | None,
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
@@ -30,13 +29,14 @@ def round_gptq(
     1}.
     """
     weight = weight.astype(np.float64)
-    greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
-    scale = scale_grid(weight, greatest, finest)
+    greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
+    scale, last = scale_grid(weight, greatest, finest), None if free is None else free.all(axis=0)
     # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
-    candidates = np.concatenate([compensated(weight, scale, h, greatest, free), nearest], axis=1)
-    q = best_rows(weight, candidates, np.tile(scale, 2), h)
-    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
+    candidates, error = compensated(weight, scale, h, greatest, free)
+    error = np.concatenate([error, h.errors(weight, nearest, scale, last)], axis=1)
+    q = best_rows(np.concatenate([candidates, nearest], axis=1), error)
+    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
 def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Array:
@@ -52,20 +52,19 @@ def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Arr
 
 
 def compensated(
-    weight: Array, scale: Array, moment: Array, greatest: int, free: Array | None = None
-) -> Array:
-    """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S).
+    weight: Array, scale: Array, moment: Moment, greatest: int, free: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S), and their E (K, S).
 
     Taps are rounded one by one, the tap with the largest inputs first. The later taps compensate each error.
     Taps that some row must leave at 0, by the mask `free`, come before all others: so the taps of all rows
     compensate what they get beside 0.
     """
     free = np.ones(weight.shape, bool) if free is None else free
-    order = np.lexsort((-np.diag(moment), free.all(axis=0)))
-    factor = _inverse_factor(moment[np.ix_(order, order)])
+    order, factor = moment.inverse_factor(free.all(axis=0))
     # Taps come first, so that one tap of all rows and scales lies together in memory.
     left, may = (np.repeat(values[:, order].T, scale.shape[1], axis=1) for values in (weight, free))
-    steps, q = scale.ravel(), np.zeros(left.shape)
+    steps, q, error = scale.ravel(), np.zeros(left.shape), np.zeros(scale.size)
     taps = len(left)
     for start in range(0, taps, BLOCK):
         end = min(start + BLOCK, taps)
@@ -76,22 +75,12 @@ def compensated(
             errors[tap - start] = (left[tap] - steps * q[tap]) / factor[tap, tap]
             left[tap + 1 : end] -= factor[tap, tap + 1 : end, None] * errors[tap - start]
         left[end:] -= factor[start:end, end:].T @ errors
+        error += np.square(errors).sum(axis=0)
     restored = np.empty((len(steps), taps), np.int64)
     restored[:, order] = q.T
-    return restored.reshape(*scale.shape, taps)
+    return restored.reshape(*scale.shape, taps), error.reshape(scale.shape)
 
 
-def _inverse_factor(moment: Array) -> Array:
-    """Return the upper triangular U with UᵀU the inverse of H (n, n)."""
-    # With rows and columns in reverse order, the lower factor of H becomes an upper one, R with RRᵀ = H.
-    upper = scipy.linalg.cholesky(moment[::-1, ::-1], lower=True)[::-1, ::-1]
-    inverse: Array = scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
-    return inverse
-
-
-def best_rows(weight: Array, candidates: Array, scale: Array, moment: Array) -> Array:
-    """Return for each row (K, n) the candidate (K, S, n), with scales (K, S), of least error."""
-    filters, tried, taps = candidates.shape
-    rows = np.repeat(weight, tried, axis=0)
-    error = output_error(rows, candidates.reshape(-1, taps), scale.ravel(), moment).reshape(filters, tried)
-    return candidates[np.arange(filters), error.argmin(axis=1)]
+def best_rows(candidates: Array, error: Array) -> Array:
+    """Return for each row the candidate (K, S, n) of least `error` (K, S)."""
+    return candidates[np.arange(len(error)), error.argmin(axis=1)]
