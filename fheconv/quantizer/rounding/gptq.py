@@ -11,6 +11,8 @@ from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, 
 SCALES, FEWEST_SCALES, MOST_PRODUCTS = 40, 12, 12_000
 # The errors of this many taps are compensated in the other taps together, because matrix products are fast.
 BLOCK = 64
+# Rows are rounded together up to about this many products of scales and taps, so that they stay in the cache.
+TOGETHER = 1_000_000
 
 
 def round_gptq(
@@ -62,12 +64,29 @@ def compensated(
     """
     free = np.ones(weight.shape, bool) if free is None else free
     order, factor = moment.inverse_factor(free.all(axis=0))
-    # Taps come first, so that one tap of all rows and scales lies together in memory.
-    left, may = (np.repeat(values[:, order].T, scale.shape[1], axis=1) for values in (weight, free))
-    steps, q, error = scale.ravel(), np.zeros(left.shape), np.zeros(scale.size)
-    taps = len(left)
-    for start in range(0, taps, BLOCK):
-        end = min(start + BLOCK, taps)
+    scales, (rows, taps) = scale.shape[1], weight.shape
+    integers, error = np.empty((rows, scales, taps), np.int64), np.empty(scale.shape)
+    together = max(TOGETHER // (taps * scales), 1)
+    for first in range(0, rows, together):
+        some = slice(first, first + together)
+        # Taps come first, so that one tap of all rows and scales lies together in memory.
+        left, may = (np.repeat(values[some, order].T, scales, axis=1) for values in (weight, free))
+        q, squares = _rounded_in_turn(left, may, scale[some].ravel(), factor, greatest)
+        integers[some][..., order] = q.T.reshape(-1, scales, taps)
+        error[some] = squares.reshape(-1, scales)
+    return integers, error
+
+
+def _rounded_in_turn(
+    left: Array, may: Array, steps: Array, factor: Array, greatest: int
+) -> tuple[Array, Array]:
+    """Return the integers (n, R) of columns `left` (n, R), which are overwritten, and their E (R,).
+
+    `may` (n, R) is a mask of the integers that may differ from 0, and `steps` (R,) are the scales.
+    """
+    q, error = np.zeros(left.shape), np.zeros(len(steps))
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
         errors = np.empty((end - start, len(steps)))
         for tap in range(start, end):
             np.clip(np.rint(left[tap] / steps), -greatest, greatest, out=q[tap])
@@ -76,9 +95,7 @@ def compensated(
             left[tap + 1 : end] -= factor[tap, tap + 1 : end, None] * errors[tap - start]
         left[end:] -= factor[start:end, end:].T @ errors
         error += np.square(errors).sum(axis=0)
-    restored = np.empty((len(steps), taps), np.int64)
-    restored[:, order] = q.T
-    return restored.reshape(*scale.shape, taps), error.reshape(scale.shape)
+    return q, error
 
 
 def best_rows(candidates: Array, error: Array) -> Array:
