@@ -150,7 +150,7 @@ class Rows:
             inputs = self.inputs(row := self.rows[numbers[0]])
             most = max(inputs, key=self._taps)
             terms = tuple(p for p, _ in inputs)
-            candidates.setdefault((most, terms) if self.joint(row) else inputs, []).append(numbers)
+            candidates.setdefault((most, terms) if self.joint(row) else (inputs,), []).append(numbers)
         found = []
         for alike in candidates.values():
             own = [self.inputs(self.rows[numbers[0]]) for numbers in alike]
