@@ -270,7 +270,7 @@ def test_gains_keep_the_noise_of_sums_free(seed, pool):
 
 def test_windows_beside_maxima_are_so_narrow_that_the_maxima_stay_cheap():
     """Maxima share the width of the windows of the layer that reads them, and their noise grows with it."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # whose linear layer would rather have 10 bits
     layers = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, 8), nn.ReLU()
     module, images = nn.Sequential(*layers, nn.Linear(8, 4)), torch.rand(100, 1, 14, 14)
     options = {"overflow": "defined", "rounding_bits": 5, "weight_bits": 6}
