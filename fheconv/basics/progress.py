@@ -62,6 +62,38 @@ def track_bytes(chunks: Sequence[bytes], message: str) -> Iterator[bytes]:
             bar.advance(task, len(piece))
 
 
+class Counter:
+    """Counts what is done of what there is to do, where both grow. `show` is called at each change."""
+
+    def __init__(self, show: Callable[["Counter"], object]) -> None:
+        self.total = self.done = 0
+        self._show = show
+
+    def expect(self, count: int) -> None:
+        """Count so many more that are to be done."""
+        self.total += count
+        self._show(self)
+
+    def finish(self, _: object = None) -> None:
+        """Count one more that is done."""
+        self.done += 1
+        self._show(self)
+
+
+@contextmanager
+def counting(message: str) -> Iterator[Counter]:
+    """Show a bar on standard error while the block runs, of what it counts. Without a terminal, log lines."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        counter = Counter(show=lambda _: None)
+        with _logged(message, lambda: f"{counter.done} of {counter.total}, "):
+            yield counter
+        return
+    with Progress(SpinnerColumn(), *Progress.get_default_columns(), console=console, transient=True) as bar:
+        task = bar.add_task(message, total=None)
+        yield Counter(show=lambda now: bar.update(task, completed=now.done, total=now.total))
+
+
 @contextmanager
 def _logged(message: str, done: Callable[[], str] = str) -> Iterator[None]:
     """Log `message` now and then while the block runs, with what is `done` and the seconds so far."""

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from fheconv.arithmetic import OUTSIDE, ConvGeometry, exact_dtypes, tap_sources
-from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array, channel_vector
+from fheconv.basics.arrays import Array, ArrayLike, Shape, along_channels, as_array, channel_vector
 from fheconv.basics.checks import check_integer
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.networks.integers import QuantizedLayer
-from fheconv.networks.linear import Kernel, Term
+from fheconv.networks.linear import Term
 from fheconv.networks.quantization import twos_complement_bits
 
 # In a circuit with lookups, a sum costs nothing extra while the bits of it that are looked up or decrypted,
@@ -244,37 +244,41 @@ def layer_bounds(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorB
     not checked that an image of the whole network attains them. Terms that read the same tensor are added
     first.
     """
-    spatial = layer.shape[1:]
-    if (kernel := layer.convolution) is not None:
-        (quantization,) = layer.inputs
-        bounds = accumulator_bounds(
-            kernel.weight,
-            kernel.geometry,
-            shapes[layer.sources[0]][1:],
-            (quantization.minimum, quantization.maximum),
-            pad_value=quantization.zero_point,
-        )
-    else:
-        minimum, maximum = _sums_of_terms(layer, shapes)
-        classes = tuple(np.arange(size) for size in spatial)
-        bounds = AccumulatorBounds(class_minimum=minimum, class_maximum=maximum, classes=classes)
+    bounds = _sums_of_convolutions(layer, shapes) or _sums_of_terms(layer, shapes)
     if not layer.bias.any():
         return bounds
-    if layer.bias.shape[1:] == (1,) * len(spatial):
+    if layer.bias.shape[1:] == (1,) * (len(layer.shape) - 1):
         return replace(
             bounds,
             class_minimum=bounds.class_minimum + layer.bias,
             class_maximum=bounds.class_maximum + layer.bias,
         )
-    return AccumulatorBounds(
-        class_minimum=bounds.minimum + layer.bias,
-        class_maximum=bounds.maximum + layer.bias,
-        classes=tuple(np.arange(size) for size in spatial),
-    )
+    return _everywhere(bounds.minimum + layer.bias, bounds.maximum + layer.bias)
 
 
-def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Array, Array]:
-    """Return the exact minimum and maximum of every accumulator, (C, *S) each, without the bias."""
+def _everywhere(minimum: Array, maximum: Array) -> AccumulatorBounds:
+    """Return bounds that differ from position to position, from those of all accumulators (C, *S)."""
+    classes = tuple(np.arange(size) for size in minimum.shape[1:])
+    return AccumulatorBounds(class_minimum=minimum, class_maximum=maximum, classes=classes)
+
+
+def _sums_of_convolutions(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorBounds | None:
+    """Return the bounds without the bias, if each term is a convolution of a tensor of its own; else None."""
+    found: list[AccumulatorBounds] = []
+    for term, quantization in zip(layer.terms, layer.inputs, strict=True):
+        if (kernel := term.convolution) is None or layer.sources.count(term.source) > 1:
+            return None
+        ends = quantization.minimum, quantization.maximum
+        spatial, pad = shapes[term.source][1:], quantization.zero_point
+        found.append(accumulator_bounds(kernel.weight, kernel.geometry, spatial, ends, pad_value=pad))
+    if len(found) == 1:
+        return found[0]
+    ends = np.sum([(bounds.minimum, bounds.maximum) for bounds in found], axis=0)
+    return _everywhere(*ends)
+
+
+def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> AccumulatorBounds:
+    """Return the bounds without the bias, of any layer: from its matrices."""
     matrices: dict[int, Any] = {}
     minimum, maximum = np.zeros((2, *layer.shape), np.int64)
     for term, quantization in zip(layer.terms, layer.inputs, strict=True):
@@ -288,21 +292,22 @@ def _sums_of_terms(layer: QuantizedLayer, shapes: Sequence[Shape]) -> tuple[Arra
         low, high = ranges[source].minimum, ranges[source].maximum
         positive = np.asarray(matrix.maximum(0).sum(axis=0)).reshape(layer.shape)
         negative = np.asarray(matrix.minimum(0).sum(axis=0)).reshape(layer.shape)
-        minimum, maximum = (
-            minimum + positive * low + negative * high,
-            maximum + positive * high + negative * low,
-        )
-    return minimum, maximum
+        minimum = minimum + positive * low + negative * high
+        maximum = maximum + positive * high + negative * low
+    return _everywhere(minimum, maximum)
 
 
 def norms(terms: Sequence[Term], shape: Shape, shapes: Sequence[Shape]) -> Array:
     """Return ‖w‖₂ of the weights of the sums (K, *S) of some terms, the greatest of each channel, (K,)."""
-    if len(terms) == 1 and len(terms[0].steps) == 1 and isinstance(kernel := terms[0].steps[0], Kernel):
-        squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
-    else:
-        matrices = (term.matrix(shapes[term.source]).astype(np.float64) for term in terms)
-        total = np.sum([np.asarray(matrix.power(2).sum(axis=0)) for matrix in matrices], axis=0)
-        squares = total.reshape(shape[0], -1).max(axis=1)
+    total: Any = 0.0
+    for term in terms:
+        if (kernel := term.convolution) is not None:
+            squares = np.square(kernel.weight.astype(np.float64)).reshape(len(kernel.weight), -1).sum(axis=1)
+            total = total + along_channels(squares, len(shape))
+        else:
+            matrix = term.matrix(shapes[term.source]).astype(np.float64)
+            total = total + np.asarray(matrix.power(2).sum(axis=0)).reshape(shape)
+    squares = np.broadcast_to(total, shape).reshape(shape[0], -1).max(axis=1)
     return np.sqrt(squares)
 
 

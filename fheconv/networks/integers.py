@@ -125,10 +125,7 @@ class QuantizedLayer:
     @cached_property
     def convolution(self) -> Kernel | None:
         """The convolution of a layer that is a single convolution; None for other layers."""
-        if len(self.terms) == 1 and len(self.terms[0].steps) == 1:
-            (step,) = self.terms[0].steps
-            return step if isinstance(step, Kernel) else None
-        return None
+        return self.terms[0].convolution if len(self.terms) == 1 else None
 
     @property
     def taps(self) -> int:

@@ -170,6 +170,11 @@ class Term:
             masks.insert(0, step.read(masks[0], before))
         return masks
 
+    @property
+    def convolution(self) -> Kernel | None:
+        """The term's convolution, None for a term of other steps or of several."""
+        return self.steps[0] if len(self.steps) == 1 and isinstance(self.steps[0], Kernel) else None
+
     def inexact(self) -> list[int]:
         """Return the places of the convolutions whose weights are to be quantized."""
         return [at for at, step in enumerate(self.steps) if isinstance(step, Kernel) and not step.exact]

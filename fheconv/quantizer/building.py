@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
 from fheconv.basics.arrays import Array, frozen
 from fheconv.basics.config import QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError
+from fheconv.networks.bounds import FREE_BITS
 from fheconv.networks.floats import Layer, Maximum, Network
 from fheconv.networks.integers import AnyLayer, IntegerNetwork, Lookup, blank_image
 from fheconv.networks.quantization import CalibratedInput, Quantization
@@ -85,9 +87,23 @@ class Building:
         Windows that are not proved have one even if none was asked for, at which lookups are cheap.
         """
         limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
-        if limit is None and self.rounding_bits(layer) is not None and self._windows_are_chosen:
-            return WIDEST
+        kept = self.rounding_bits(layer)
+        if limit is None and kept is not None and self._windows_are_chosen:
+            return max(self._quiet_beside_maxima(layer), kept + 2)
         return limit
+
+    def _quiet_beside_maxima(self, layer: Layer) -> int:
+        """Return the greatest width of a layer's windows, at which maxima of what it reads cost no more.
+
+        Concrete gives what a layer reads the width of its windows. Before a maximum is looked up, this is
+        undone by a multiplication. So its noise counts as if the lookup had that width.
+        """
+        noises = self._noises
+        entering = []
+        for number, other in enumerate(self.source.layers):
+            if isinstance(other, Maximum) and {other.source, number + 1} & {*layer.sources}:
+                entering.append(2 * noises[other.source] + len(other.index) - 2)
+        return int(FREE_BITS - np.log2(max(entering)) / 2) if entering else WIDEST
 
     @property
     def _windows_are_chosen(self) -> bool:
@@ -115,8 +131,9 @@ class Building:
         given = self.config.of_layer("accumulator_bits", layer.name)
         if kept is None or given is not None:
             return [Aim(spans * HEADROOM / budget.steps, budget.steps)]
+        widest = self.width_limit(layer) or WIDEST
         quiet = quiet_steps(fitted.rows, self.source.shapes, self._noise(layer), kept)
-        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, WIDEST)
+        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, widest)
 
     @property
     def _windows_lie_freely(self) -> bool:
@@ -222,14 +239,16 @@ class Building:
         return quiet_gains(draft.norm_bits + noise, rounding_bits)
 
     def _noise(self, layer: Layer) -> float:
-        """Return the noise of the values that a layer reads, in units of a lookup's noise.
+        """Return the noise of the values that a layer reads, in units of a lookup's noise."""
+        return max(self._noises[source] for source in layer.sources)
 
-        A maximum adds a lookup to one of its values for each of the others.
-        """
+    @cached_property
+    def _noises(self) -> list[float]:
+        """The noise of each tensor. A maximum adds a lookup to one of its values for each of the others."""
         noises = [IMAGE_NOISE]
-        for before in self._layers:
-            noises.append(noises[before.source] + len(before.index) - 1 if isinstance(before, Maximum) else 1)
-        return max(noises[source] for source in layer.sources)
+        for layer in self.source.layers:
+            noises.append(noises[layer.source] + len(layer.index) - 1 if isinstance(layer, Maximum) else 1.0)
+        return noises
 
     def _check_width(self, layer: Layer, span: int, rounding_bits: int | None, *, proved: bool = True) -> int:
         """Return the width that holds a span. Raise `AccumulatorOverflowError` if that is not allowed."""

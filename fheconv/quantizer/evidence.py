@@ -117,15 +117,30 @@ def mixed_covariance(moment: Array, variance: Array, apart: Array, share: Array)
     return mixed
 
 
-def least_squares(moment: Array, target: Array, weights: Array) -> Array:
+def least_squares(moment: Array, target: Array, weights: Array, free: Array) -> Array:
     """Return the weights (K, n) of least squared error, with a small penalty for leaving `weights`.
 
     `moment` (n, n) is the covariance of the inputs, `target` (n, K) that of the inputs and the float sums.
+    `free` (K, n) is a mask of the weights that each row has; the others stay 0.
     """
     ridge = RIDGE * float(np.trace(moment)) / max(len(moment), 1)
     if not ridge > 0:  # constant inputs do not determine the weights
         return weights
-    fitted: Array = scipy.linalg.solve(
-        moment + ridge * np.eye(len(moment)), target + ridge * weights.T, assume_a="pos"
-    ).T
+    moment, target = moment + ridge * np.eye(len(moment)), target + ridge * weights.T
+    common = free.all(axis=0)
+    own, held = np.flatnonzero(~common), np.flatnonzero(common)
+    across = moment[np.ix_(held, own)]
+    # What all rows have is eliminated at once. Then few unknowns of each row are left (Schur complement).
+    solved = scipy.linalg.solve(
+        moment[np.ix_(held, held)], np.concatenate([target[held], across], axis=1), assume_a="pos"
+    )
+    fitted = np.zeros(weights.shape)
+    fitted[:, held] = solved[:, : len(weights)].T
+    left = target[own] - across.T @ solved[:, : len(weights)]
+    for row in np.flatnonzero(free[:, own].any(axis=1)):
+        some = np.flatnonzero(free[row, own])
+        shared = solved[:, len(weights) + some]
+        rest = moment[np.ix_(own[some], own[some])] - across[:, some].T @ shared
+        fitted[row, own[some]] = scipy.linalg.solve(rest, left[some, row], assume_a="pos")
+        fitted[row, held] -= shared @ fitted[row, own[some]]
     return fitted

@@ -14,7 +14,7 @@ from fheconv.quantizer.evidence import (
     trust_in_mean,
     uniform_variance,
 )
-from fheconv.quantizer.rows import Row, Rows
+from fheconv.quantizer.rows import Batch, Rows
 
 
 class Moments:
@@ -50,12 +50,13 @@ class Moments:
             for windows, centre, share in zip(self._delivered, middles, known, strict=True)
         ]
 
-    def of_row(self, row: Row, read: Array) -> tuple[Array, Array]:
+    def of_batch(self, batch: Batch, read: Array) -> tuple[Array, Array]:
         """Return two covariances (n, n): of quantized inputs, and of these with the float inputs.
 
-        Only the inputs of the weights in the mask `read` count.
+        `read` (K, N) is a mask of the inputs of each row whose weights are fitted. Only the n inputs that
+        some row reads count.
         """
-        taps = int(read.sum())
+        taps, columns = int(read.sum(axis=1).max()), read.any(axis=0)
         shares = [
             np.full(variance.shape, trust(images, taps / positions))
             for variance, images, positions in zip(
@@ -63,11 +64,14 @@ class Moments:
             )
         ]
         variance, apart, share = (
-            self._rows.of_weights(row, values)[read] for values in (self._variances, self._apart, shares)
+            self._rows.of_inputs(batch.inputs, values)[columns]
+            for values in (self._variances, self._apart, shares)
         )
-        both = np.ix_(read, read)
+        both = np.ix_(columns, columns)
         moment, cross = (
-            mixed_covariance(self._rows.covariance(row, self._delivered, other)[both], variance, apart, share)
+            mixed_covariance(
+                self._rows.covariance(batch, self._delivered, other)[both], variance, apart, share
+            )
             for other in (self._delivered, self._meant)
         )
         return moment, cross

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.linalg
@@ -20,6 +20,8 @@ MOST_WINDOWS = 10_000
 
 # A row is a set of filters that share a scale. Each filter is (number of the term, output channel).
 Row: TypeAlias = tuple[tuple[int, int], ...]
+# What filters read: for each of them (number of the term, group of channels).
+Inputs: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class IntegerTerms(NamedTuple):
@@ -34,6 +36,30 @@ class IntegerTerms(NamedTuple):
     step: Array
     range: tuple[int, int]
     evidence: tuple[float, ...] = ()
+
+
+class Batch(NamedTuple):
+    """Lists K rows that are fitted together: `numbers` are theirs, and `inputs` is all that they read.
+
+    `size` is the number n of these inputs, and `joint` says that they covary. `places` (K, m) says which of
+    them each of the m weights of a row multiplies.
+    """
+
+    numbers: list[int]
+    inputs: Inputs
+    joint: bool
+    size: int
+    places: Array
+
+    def over_inputs(self, values: Array) -> Array:
+        """Return the values (K, m) of weights in the places of their inputs (K, n), and 0 elsewhere."""
+        found = np.zeros((len(values), self.size), values.dtype)
+        np.put_along_axis(found, self.places, values, axis=1)
+        return found
+
+    def of_weights(self, values: Array) -> Array:
+        """Return the values (K, m) of the rows' weights, from those of all inputs (K, n)."""
+        return np.take_along_axis(values, self.places, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,27 +127,66 @@ class Rows:
             ]
         )
 
+    def inputs(self, row: Row) -> Inputs:
+        """Return what each filter of a row reads."""
+        kernels = ((p, c, self.parts[p].kernel) for p, c in row)
+        return tuple((p, c // (len(kernel.weight) // kernel.geometry.groups)) for p, c, kernel in kernels)
+
     def alike(self) -> list[list[int]]:
         """Return lists of the numbers of rows that read the same inputs."""
-        batches: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        batches: dict[Inputs, list[int]] = {}
         for number, row in enumerate(self.rows):
-            batches.setdefault(tuple((p, self._group(p, c)) for p, c in row), []).append(number)
+            batches.setdefault(self.inputs(row), []).append(number)
         return list(batches.values())
 
-    def _group(self, part: int, channel: int) -> int:
-        kernel = self.parts[part].kernel
-        return channel // (len(kernel.weight) // kernel.geometry.groups)
+    def together(self) -> list[Batch]:
+        """Return the rows in batches: they read the same inputs, or each has a few inputs of its own besides.
+
+        Where a layer adds a skip, each filter reads all channels of one tensor, and its own channel of
+        another. Then one covariance of all these inputs is smaller than those of all filters.
+        """
+        candidates: dict[tuple[Any, ...], list[list[int]]] = {}
+        for numbers in self.alike():
+            inputs = self.inputs(row := self.rows[numbers[0]])
+            most = max(inputs, key=self._taps)
+            terms = tuple(p for p, _ in inputs)
+            candidates.setdefault((most, terms) if self.joint(row) else (inputs,), []).append(numbers)
+        found = []
+        for alike in candidates.values():
+            own = [self.inputs(self.rows[numbers[0]]) for numbers in alike]
+            union = own[0] if len(own) == 1 else tuple(dict.fromkeys(one for some in own for one in some))
+            if self._count(union) ** 2 <= sum(self._count(inputs) ** 2 for inputs in own):
+                found.append(self._batch([number for numbers in alike for number in numbers], union))
+            else:
+                found += [self._batch(numbers, inputs) for numbers, inputs in zip(alike, own, strict=True)]
+        return found
+
+    def _batch(self, numbers: list[int], inputs: Inputs) -> Batch:
+        """Return the batch of some rows that read nothing but `inputs`."""
+        own, count = [self.inputs(self.rows[number]) for number in numbers], self._count(inputs)
+        if own[0] == inputs:  # a row may read one input several times
+            places = np.broadcast_to(np.arange(count), (len(own), count))
+        else:
+            parts = np.split(np.arange(count), np.cumsum([self._taps(one) for one in inputs])[:-1])
+            place = dict(zip(inputs, parts, strict=True))
+            places = np.stack([np.concatenate([place[one] for one in some]) for some in own])
+        return Batch(numbers, inputs, self.joint(self.rows[numbers[0]]), count, places)
+
+    def _taps(self, one: tuple[int, int]) -> int:
+        """Return the number of weights of each filter that reads one of a layer's inputs."""
+        return int(self.parts[one[0]].kernel.weight[0].size)
+
+    def _count(self, inputs: Inputs) -> int:
+        return sum(map(self._taps, inputs))
 
     def read(self, row: Row) -> Array:
         """Return a mask of a row's weights: those whose input the trained filters read."""
         parts = ((self.parts[p].kernel, c) for p, c in row)
         return np.concatenate([_flat(read_taps(kernel)[c]) for kernel, c in parts])
 
-    def ranges(self, row: Row) -> Array:
-        """Return the growth of the accumulator's span for one step of each weight of a row."""
-        return np.concatenate(
-            [np.full(self.parts[p].kernel.weight[c].size, self.parts[p].range) for p, c in row]
-        )
+    def ranges(self, inputs: Inputs) -> Array:
+        """Return the growth (n,) of the accumulator's span for one step of a weight of each input."""
+        return np.concatenate([np.full(self._taps(one), self.parts[one[0]].range) for one in inputs])
 
     def greatest(self, numbers: Array) -> Array:
         """Return for each row the greatest of the `numbers` (C,) of the channels that hold its values."""
@@ -134,16 +199,16 @@ class Rows:
         """Return whether all weights of a row meet in the same windows, so that their inputs covary."""
         return all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row)
 
-    def covariance(self, row: Row, a: Sequence[Array], b: Sequence[Array]) -> Array:
-        """Return the covariance of the inputs of a row's weights, in the `windows` `a` and `b`."""
-        blocks = [[windows[p][self._group(p, c)] for p, c in row] for windows in (a, b)]
-        if self.joint(row):
+    def covariance(self, batch: Batch, a: Sequence[Array], b: Sequence[Array]) -> Array:
+        """Return the covariance (n, n) of the inputs of a batch, in the `windows` `a` and `b`."""
+        blocks = [[windows[p][group] for p, group in batch.inputs] for windows in (a, b)]
+        if batch.joint:
             blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
         return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
 
-    def of_weights(self, row: Row, values: Sequence[Array]) -> Array:
-        """Return the values (n,) of a row's n weights, from those (groups, taps) of each term."""
-        return np.concatenate([values[p][self._group(p, c)] for p, c in row])
+    def of_inputs(self, inputs: Inputs, values: Sequence[Array]) -> Array:
+        """Return the values (n,) of some inputs, from those (groups, taps) of each term."""
+        return np.concatenate([values[p][group] for p, group in inputs])
 
     def spread(self, values: Sequence[float], shapes: Sequence[Shape]) -> list[Array]:
         """Return what reaches each term's weights (groups, taps), if its tensor has one value everywhere.

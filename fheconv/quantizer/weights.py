@@ -11,8 +11,8 @@ from fheconv.networks.floats import Layer
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import least_squares
 from fheconv.quantizer.moments import Moments
-from fheconv.quantizer.rounding.base import IntegerWeight, Rounding, greatest_integer
-from fheconv.quantizer.rows import IntegerTerms, Rows
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, Rounding, greatest_integer
+from fheconv.quantizer.rows import Batch, IntegerTerms, Rows
 from fheconv.quantizer.windows import Budget
 
 TINY = float(np.finfo(np.float64).tiny)
@@ -30,15 +30,17 @@ def round_nearest(
     """Round each row by `method`, which uses only weights; without `per_channel`, all rows as one."""
     rows = Rows(layer, inputs, shapes)
     if not per_channel:
-        weights, ranges = map(rows.weights, rows.rows), map(rows.ranges, rows.rows)
-        together = method(np.concatenate([*weights])[None], bits, None, np.concatenate([*ranges]), None)
+        weights = np.concatenate([*map(rows.weights, rows.rows)])[None]
+        ranges = np.concatenate([*map(rows.ranges, map(rows.inputs, rows.rows))])
+        together = method(weights, bits, None, ranges, None)
         ends = np.cumsum([rows.weights(row).size for row in rows.rows])[:-1]
         scale = np.full(len(rows.rows), together.scale[0])
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
     results = []
     for numbers in rows.alike():
         stacked = np.stack([rows.weights(rows.rows[number]) for number in numbers])
-        results.append((numbers, method(stacked, bits, None, rows.ranges(rows.rows[numbers[0]]), None)))
+        ranges = rows.ranges(rows.inputs(rows.rows[numbers[0]]))
+        results.append((numbers, method(stacked, bits, None, ranges, None)))
     return _assembled(rows, results)
 
 
@@ -55,18 +57,20 @@ def _assembled(rows: Rows, results: Sequence[tuple[Sequence[int], IntegerWeight]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Batch:
-    """Holds rows that read the same inputs, fitted: `numbers` of the rows, and weights (K, n).
+class _Fitted:
+    """Holds the rows of a batch, fitted: weights (K, n), of which each row has those in the mask `free`.
 
-    `size` (K,) was divided out of the weights. `read` is the mask of the weights that are fitted, and
-    `moment` the covariance of their inputs.
+    `size` (K,) was divided out of the weights. `read` (N,) is the mask of the batch's inputs that are read,
+    `variances` (n,) are theirs, and `moment` is their covariance.
     """
 
-    numbers: list[int]
+    batch: Batch
     weights: Array
+    free: Array
     size: Array
     read: Array
-    moment: Array
+    variances: Array
+    moment: Moment
 
 
 class FittedWeights:
@@ -89,7 +93,7 @@ class FittedWeights:
         self.rows = rows = Rows(layer, inputs, shapes)
         moments = Moments(rows, inputs, shapes, tensors, floats)
         self._evidence = moments.evidence
-        self._batches = [_fitted(rows, numbers, moments) for numbers in rows.alike()]
+        self._fitted = [_fitted(rows, batch, moments) for batch in rows.together()]
         self._rounded: dict[Hashable, tuple[Array, float, tuple[int, int]]] = {}
 
     def rounded(
@@ -110,36 +114,38 @@ class FittedWeights:
             self._check(budget)
         steps_left = budget and budget.steps
         results = []
-        for batch in self._batches:
-            own = finest[batch.numbers] / np.maximum(batch.size, TINY)
-            keys = [(bits, method, steps_left, *key) for key in zip(batch.numbers, own.tolist(), strict=True)]
+        for fitted in self._fitted:
+            numbers = fitted.batch.numbers
+            own = finest[numbers] / np.maximum(fitted.size, TINY)
+            keys = [(bits, method, steps_left, *key) for key in zip(numbers, own.tolist(), strict=True)]
             new = [at for at, key in enumerate(keys) if key not in self._rounded]
             if new:
-                ranges = rows.ranges(rows.rows[batch.numbers[0]])[batch.read]
-                result = method(batch.weights[new], bits, batch.moment, ranges, steps_left, own[new])
+                ranges = rows.ranges(fitted.batch.inputs)[fitted.read]
+                weights, free = fitted.weights[new], fitted.free[new]
+                result = method(weights, bits, fitted.moment, ranges, steps_left, own[new], free)
                 for at, integers, scale in zip(new, result.values, result.scale, strict=True):
                     self._rounded[keys[at]] = integers, scale, result.range
             found = [self._rounded[key] for key in keys]
-            values = np.zeros((len(batch.numbers), len(batch.read)), np.int64)
-            values[:, batch.read] = np.stack([integers for integers, _, _ in found])
-            scales = np.array([scale for _, scale, _ in found]) * batch.size
-            results.append((batch.numbers, IntegerWeight(values, scales, found[0][2])))
+            values = np.zeros((len(numbers), len(fitted.read)), np.int64)
+            values[:, fitted.read] = np.stack([integers for integers, _, _ in found])
+            scales = np.array([scale for _, scale, _ in found]) * fitted.size
+            results.append((numbers, IntegerWeight(fitted.batch.of_weights(values), scales, found[0][2])))
         return _assembled(rows, results)._replace(evidence=self._evidence)
 
     def usual_steps(self, bits: int) -> Array:
         """Return the real steps (C,) at which the greatest weights become the greatest integer of `bits`."""
-        greatest = [np.abs(batch.weights).max(axis=1) * batch.size for batch in self._batches]
+        greatest = [np.abs(fitted.weights).max(axis=1) * fitted.size for fitted in self._fitted]
         return self._by_channel(greatest) * self.rows.parts[0].unit / greatest_integer(bits)
 
     def variance(self) -> Array:
         """Return the sum (C,) of the second moments of all inputs of a filter, in squares of their steps."""
-        return self._by_channel([np.trace(batch.moment) for batch in self._batches])
+        return self._by_channel([fitted.free @ fitted.variances for fitted in self._fitted])
 
     def _by_channel(self, values: Sequence[Array]) -> Array:
         """Return the greatest value (C,) of the rows of each channel, from those of each batch."""
         of_row = np.zeros(len(self.rows.rows))
-        for batch, own in zip(self._batches, values, strict=True):
-            of_row[batch.numbers] = own
+        for fitted, own in zip(self._fitted, values, strict=True):
+            of_row[fitted.batch.numbers] = own
         of_channel: Array = of_row[self.rows.of_value].reshape(self._layer.shape[0], -1).max(axis=1)
         return of_channel
 
@@ -157,15 +163,24 @@ class FittedWeights:
         )
 
 
-def _fitted(rows: Rows, numbers: list[int], moments: Moments) -> _Batch:
-    """Fit rows that read the same inputs."""
-    row = rows.rows[numbers[0]]
-    weights = np.stack([rows.weights(rows.rows[number]) for number in numbers])
+def _fitted(rows: Rows, batch: Batch, moments: Moments) -> _Fitted:
+    """Fit the rows of a batch."""
+    weights = np.stack([rows.weights(rows.rows[number]) for number in batch.numbers])
     # Dividing by the greatest weight keeps the squares from overflowing.
     size = np.abs(weights).max(axis=1).astype(np.float64)
     weights = np.divide(weights, size[:, None], out=np.zeros(weights.shape), where=size[:, None] > 0)
     # Pruned weights stay zero, because another value there would need more lookups. So do filters of zeros.
-    read = rows.read(row) | (not weights.any())
-    moment, cross = moments.of_row(row, read)
-    fitted = least_squares(moment, cross @ weights[:, read].T, weights[:, read])
-    return _Batch(numbers=numbers, weights=fitted, size=size, read=read, moment=moment)
+    masks = np.stack([rows.read(rows.rows[number]) for number in batch.numbers])
+    free = batch.over_inputs(masks | (not weights.any()))
+    moment, cross = moments.of_batch(batch, free)
+    read = free.any(axis=0)
+    weights, free = batch.over_inputs(weights)[:, read], free[:, read]
+    return _Fitted(
+        batch=batch,
+        weights=least_squares(moment, cross @ weights.T, weights, free),
+        free=free,
+        size=size,
+        read=read,
+        variances=np.diag(moment),
+        moment=Moment(moment, len(moment)),
+    )

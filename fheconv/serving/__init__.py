@@ -13,5 +13,6 @@ request_log: writes the log.
 app: the entry: the server.
 remote: the server's client.
 spreading: spreads one image over the workers of a cluster.
+jobs: opens circuits on the workers of a cluster.
 distributed: runs batches, tiles and spread images on a cluster.
 """

@@ -3,8 +3,9 @@
 The circuit and the keys are one piece of Dask's data, the job. Dask copies it from worker to worker, once to
 each, also to workers that join later or replace a dead one. Dask forgets it at the end of the call. A worker
 opens the job when its first image comes: it compiles the circuit in its own process of the native library,
-and gives it the keys. Images travel with their tasks, so another worker can run those of a dead one. Of a
-circuit in stages, one image is spread over the workers (`fheconv.serving.spreading`).
+and gives it the keys. It keeps its last job open for five minutes, for the next call. Images travel with
+their tasks, so another worker can run those of a dead one. Of a circuit in stages, one image is spread over
+the workers (`fheconv.serving.spreading`).
 
 The members of a Dask cluster must trust one another: everybody who reaches its scheduler can run code there.
 They see ciphertexts and evaluation keys, which cannot decrypt anything. The scheduler and the workers need
@@ -12,10 +13,7 @@ the same version of fheconv.
 """
 
 import contextlib
-import os
 import secrets
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -29,25 +27,25 @@ from fheconv.basics.errors import (
     InvalidArgumentError,
     MissingExtraError,
 )
+from fheconv.basics.progress import Counter, counting
 from fheconv.circuits.ciphertext import Ciphertext
 from fheconv.circuits.files.archive import read_server
 from fheconv.circuits.files.identity import keyset_of
 from fheconv.circuits.keys import EvaluationKeys, StoredKeys
-from fheconv.circuits.native.worker import Worker
-from fheconv.circuits.server import Server, check_input, check_keys, load_server
+from fheconv.circuits.server import Server, check_input, check_keys
 from fheconv.lowering.blocks import Block, blocks_of
 from fheconv.serving.spreading import spread
 
 try:
     import dask
-    from distributed import Client, Future, KilledWorker, as_completed, get_worker, wait
+    from distributed import Client, Future, KilledWorker, as_completed, wait
+
+    from fheconv.serving.jobs import Job, job_name, named_job
 except ImportError as error:
     raise MissingExtraError(
         f'fheconv.distributed needs Dask ({error}); install it with: pip install "fheconv[distributed]".'
     ) from error
 
-# The topic of Dask's events under which each worker tells that it opened a circuit.
-TOPIC = "fheconv"
 # The number of images under way for each thread of the cluster, and the least number in all. So the next
 # image is ready for a worker, and the scheduler does not hold a whole batch.
 AHEAD, LEAST_AHEAD = 3, 16
@@ -88,9 +86,11 @@ def run(
     """Evaluate a saved circuit on encrypted images, on the workers of a Dask cluster.
 
     The arguments are those of `stream`. For one ciphertext, the result is a ciphertext, as from `Server.run`.
-    For several, it is a list of results in the same order. Raises like `stream`.
+    For several, it is a list of results in the same order. A bar shows how many images have finished, or how
+    many blocks of a circuit in stages. Raises like `stream`.
     """
-    results = dict(stream(server, keys, ciphertexts, client=client))
+    with counting("Running on the cluster…") as counter:
+        results = dict(_started(server, keys, ciphertexts, client, counter))
     ordered = [results[index] for index in range(len(results))]
     if not isinstance(ciphertexts, Ciphertext):
         return ordered
@@ -117,6 +117,17 @@ def stream(
     `ArtifactError`, before anything is sent, for files, keys and ciphertexts that do not belong together,
     `ExecutionError` if a circuit fails on a worker, or if too many workers die of it.
     """
+    return _started(server, keys, ciphertexts, client, Counter(show=lambda _: None))
+
+
+def _started(
+    server: Server | str | Path,
+    keys: EvaluationKeys | StoredKeys,
+    ciphertexts: Ciphertext | Iterable[Ciphertext],
+    client: Client,
+    counter: Counter,
+) -> Iterator[tuple[int, Ciphertext]]:
+    """Check the arguments of `stream`, and return its results to come. Tasks are counted."""
     if not isinstance(client, Client) or client.asynchronous:
         raise InvalidArgumentError(
             f"client={client!r:.80}; it must be a dask.distributed.Client that is not asynchronous."
@@ -140,73 +151,8 @@ def stream(
     payload = keys.payload if isinstance(keys, EvaluationKeys) else keys.read()
     fields = {**keys.names(), "payload": payload}
     accepted = partial(check_input, manifest=manifest, key_id=keys.key_id)
-    return _stream(client, (file, limits, fields, keys.name), blocks, accepted, ciphertexts)
-
-
-class Job:
-    """The circuit and the keys, which every worker needs. They travel as bytes, and a worker opens them."""
-
-    def __init__(self, *parts: Any) -> None:
-        self._parts = parts
-        self._lock = threading.Lock()
-        self._opened: tuple[Server, EvaluationKeys] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return named_job, self._parts
-
-    def unlock(self) -> None:
-        """Forget who holds the lock."""
-        self._lock = threading.Lock()
-
-    def run(self, ciphertext: bytes) -> bytes:
-        """Evaluate the circuit on a ciphertext's bytes. Raises like `Server.run`."""
-        server, keys = self._ready()
-        return server.run(Ciphertext.from_bytes(ciphertext), keys).to_bytes()
-
-    def run_block(self, block: Block, values: Sequence[bytes]) -> bytes:
-        """Evaluate a block of a circuit in stages on the values that it reads. Raises like `Server.run`."""
-        server, keys = self._ready()
-        return server.run_block(keys, block, values)
-
-    def _ready(self) -> tuple[Server, EvaluationKeys]:
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._open(*self._parts)
-        return self._opened
-
-    def _open(
-        self, name: str, file: bytes, limits: dict[str, Any], keys: dict[str, Any], digest: str
-    ) -> tuple[Server, EvaluationKeys]:
-        evaluation_keys = EvaluationKeys(**keys)
-        if evaluation_keys.name != digest:
-            raise ArtifactError("The evaluation keys were damaged on their way; run it again.")
-        session = Worker()
-        weakref.finalize(self, session.stop)
-        server = load_server(file, session=session, **limits)
-        get_worker().log_event(TOPIC, {"opened": server.fingerprint, "call": name})
-        return server, evaluation_keys
-
-
-# The jobs of this process, by name.
-_jobs: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
-_jobs_lock = threading.Lock()
-
-
-def named_job(name: str, *parts: Any) -> Job:
-    """Return the job of that name. If Dask brings it again, return the one that is already open."""
-    with _jobs_lock:
-        return _jobs.setdefault(name, Job(name, *parts))
-
-
-def _unlock_all() -> None:
-    """Give every job a new lock: in a forked child, the thread that held the old one does not exist."""
-    global _jobs_lock
-    _jobs_lock = threading.Lock()
-    for job in list(_jobs.values()):
-        job.unlock()
-
-
-os.register_at_fork(after_in_child=_unlock_all)
+    job = job_name(file, limits, keys.name), file, limits, fields, keys.name
+    return _stream(client, job, blocks, accepted, ciphertexts, counter)
 
 
 def _hold(job: Job) -> Job:
@@ -243,9 +189,10 @@ def _stream(
     blocks: Sequence[Block],
     accepted: Callable[[Ciphertext], None],
     given: Iterable[Ciphertext],
+    counter: Counter,
 ) -> Iterator[tuple[int, Ciphertext]]:
     name = f"fheconv-{secrets.token_hex(8)}"
-    job = _submit(client, named_job, name, *parts, key=name)
+    job = _submit(client, named_job, *parts, key=name)
     holds: dict[str, Future] = {}
     sent: dict[Future, tuple[int, Ciphertext, list[Future]]] = {}
     completed = as_completed(loop=client.loop)
@@ -278,6 +225,9 @@ def _stream(
             else:
                 future = _submit(client, run_job, job, ciphertext.to_bytes(), key=key)
             sent[future] = index, ciphertext, values
+            counter.expect(len(tasks := values or [future]))
+            for task in tasks:
+                task.add_done_callback(counter.finish)
             completed.add(future)
 
     try:

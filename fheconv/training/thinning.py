@@ -91,17 +91,19 @@ def fitted(now: Thinned, images: Array) -> Network:
             none = [1.0] * len(inputs), [0] * len(inputs)
             delivered, wanted = rows.windows(tensors, *none), before.windows(beyond, *none)
             weights = [rows.weights(row) for row in rows.rows]
-            for numbers in rows.alike():
-                row = rows.rows[numbers[0]]
-                held = np.stack([weights[n] for n in numbers])
-                then = np.stack([before.weights(before.rows[n]) for n in numbers])
-                read = rows.read(row)
-                if not rows.joint(row) and (read & ~before.read(before.rows[numbers[0]])).any():
+            for batch in rows.together():
+                numbers = batch.numbers
+                read, once = (np.stack([r.read(r.rows[n]) for n in numbers]) for r in (rows, before))
+                if not batch.joint and (read & ~once).any():
                     continue  # what linear channels add is known, but not how it covaries with the rest
-                moment = rows.covariance(row, delivered, delivered)[np.ix_(read, read)]
-                target = rows.covariance(row, delivered, wanted)[read] @ then.T
-                held[:, read] = least_squares(moment, target, held[:, read])
-                for n, values in zip(numbers, held, strict=True):
+                free, held = batch.over_inputs(read), np.stack([weights[n] for n in numbers])
+                then = batch.over_inputs(np.stack([before.weights(before.rows[n]) for n in numbers]))
+                some = free.any(axis=0)
+                moment = rows.covariance(batch, delivered, delivered)[np.ix_(some, some)]
+                target = rows.covariance(batch, delivered, wanted)[some] @ then.T
+                fitted_rows = batch.over_inputs(held)
+                fitted_rows[:, some] = least_squares(moment, target, fitted_rows[:, some], free[:, some])
+                for n, values in zip(numbers, batch.of_weights(fitted_rows), strict=True):
                     weights[n] = values
             layer = replace(layer, terms=rows.terms(weights))
             mean = channel_means(trained.sums(meant) - layer.sums(tensors))

@@ -38,6 +38,26 @@ def test_a_bar_of_bytes_goes_over_pieces_of_them(monkeypatch, capsys):
     assert "1.0/1.0 MB" in shown.err
 
 
+def test_a_bar_shows_what_is_done_of_what_is_still_being_found(monkeypatch, capsys):
+    with fheconv.basics.progress.counting("Running…") as counter:
+        counter.expect(3)
+        counter.finish()
+    assert (counter.done, counter.total) == (1, 3)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(
+        "fheconv.basics.progress.Console",
+        lambda stderr: Console(stderr=stderr, force_terminal=True, width=100),
+    )
+    with fheconv.basics.progress.counting("Running…") as counter:
+        counter.expect(1)
+        counter.expect(1)
+        counter.finish()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Running…" in shown.err
+    assert "50%" in shown.err
+
+
 @pytest.fixture
 def lines(monkeypatch):
     """The lines of the log, which come quickly, and a function that waits for the next one."""
@@ -79,6 +99,10 @@ def test_without_a_terminal_a_line_comes_now_and_then(lines, capsys):
     assert next(wait_for) == b"12"
     assert wait().startswith("Sending… 0 of 5 bytes, ")
     assert list(wait_for) == [b"345"]
+    with fheconv.basics.progress.counting("Spreading…") as counter:
+        counter.expect(4)
+        counter.finish()
+        assert wait().startswith("Spreading… 1 of 4, ")
     assert capsys.readouterr() == ("", "")
 
 

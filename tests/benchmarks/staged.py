@@ -3,10 +3,10 @@
 It is the LeNet-5 of `strangers.py`, trained on MNIST, with average pooling, or TinyCNN. Both circuits run the
 same ciphertext under the same keys. First both run in one process, where their results must be equal, failed
 lookups included. Then they run in turn: the one circuit on all cores, and the stages through Dask, with a
-worker of one thread for each core. Each worker first starts the native library and compiles the blocks; these
-seconds are told apart. "Work of cores" counts what cores spend on it, without other programs' share, but with
-all that workers do to open the circuit. In the next call a Dask worker is killed in the middle. At last the
-stages run here again, and the native library is killed.
+worker of one thread for each core. In the first call, each worker starts the native library and compiles the
+blocks; these seconds are told apart. "Work of cores" counts what cores spend on it, without other programs'
+share, but with all that workers do to open the circuit. In the next call a Dask worker is killed in the
+middle. At last the stages run here again, and the native library is killed.
 
 Each process of the library rounds in its own way, presumably because its FFT is chosen by what is fast at the
 moment. So lookups near the edge of a step differ from process to process, of the one circuit too. "Off by" is
@@ -33,7 +33,7 @@ from dask.distributed import Client, LocalCluster
 import fheconv
 import strangers
 from fheconv.circuits.native.worker import Worker
-from fheconv.serving import distributed
+from fheconv.serving import distributed, jobs
 
 MODELS = {"lenet": strangers.lenet, "tinycnn": strangers.tinycnn}
 
@@ -93,8 +93,8 @@ def through_dask(circuits: Circuits, dask: Client) -> tuple[float, float, fhecon
     start = time()
     result = distributed.run(circuits.stages, circuits.keys, circuits.same, client=dask)
     end = time()
-    opened = [when for when, _ in dask.get_events(distributed.TOPIC) if when > start]
-    return end - start, max(opened) - start, result
+    opened = [when for when, _ in dask.get_events(jobs.TOPIC) if when > start]
+    return end - start, max(opened, default=start) - start, result
 
 
 def interrupted_here(circuits: Circuits, seconds: float) -> tuple[float, fheconv.Ciphertext]:

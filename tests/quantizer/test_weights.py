@@ -101,7 +101,7 @@ def test_exact_weights_stay_and_all_integers_are_of_their_type(layers):
 def test_every_row_keeps_to_the_budget(layers):
     for layer, inputs, shapes, floats, tensors in layers:
         rows = Rows(layer, inputs, shapes)
-        least = min(rows.ranges(row).min() for row in rows.rows)
+        least = min(rows.ranges(rows.inputs(row)).min() for row in rows.rows)
         for budget in (least, 2 * least + 1, 15 * least):
             rounded = FittedWeights(layer, inputs, shapes, floats, tensors).rounded(
                 4, round_accumulator, Budget(int(budget))

@@ -266,3 +266,18 @@ def test_gains_keep_the_noise_of_sums_free(seed, pool):
     # A value of a lookup has the noise of one. The maxima of columns add one, and those of rows another.
     bits = 5 + np.log2(squares * (3 if pool else 1)) / 2
     assert ((bits <= FREE_BITS) | (gain == 1)).all()
+
+
+def test_windows_beside_maxima_are_so_narrow_that_the_maxima_stay_cheap():
+    """Maxima share the width of the windows of the layer that reads them, and their noise grows with it."""
+    torch.manual_seed(2)  # whose linear layer would rather have 10 bits
+    layers = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, 8), nn.ReLU()
+    module, images = nn.Sequential(*layers, nn.Linear(8, 4)), torch.rand(100, 1, 14, 14)
+    options = {"overflow": "defined", "rounding_bits": 5, "weight_bits": 6}
+    narrow = fheconv.quantize(module, images, fheconv.QuantConfig(**options))
+    wide = fheconv.quantize(module, images, fheconv.QuantConfig(**options, accumulator_bits={"4": 10}))
+    costs = [network.forecast(fheconv.CompileConfig(p_error=0.05)) for network in (narrow, wide)]
+    bits = [{layer.name: layer.bits for layer in cost.layers} for cost in costs]
+    assert [one["2.1"] for one in bits] == [one["4"] for one in bits]
+    assert bits[0]["4"] < bits[1]["4"]
+    assert costs[0].complexity < costs[1].complexity

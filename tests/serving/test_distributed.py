@@ -22,7 +22,7 @@ from distributed import Future, KilledWorker
 
 import fheconv
 from fheconv.circuits.keys import StoredKeys
-from fheconv.serving import distributed
+from fheconv.serving import distributed, jobs
 from tests.support.nets import integer_images, quantized, real_images
 
 WITHOUT_DASK = """
@@ -30,7 +30,7 @@ import sys
 sys.modules["dask"] = None
 import fheconv
 try:
-    from fheconv.serving import distributed
+    from fheconv.serving import distributed, jobs
 except fheconv.MissingExtraError as error:
     print(error)
 """
@@ -51,9 +51,10 @@ def dask(cluster):
 
 @pytest.fixture
 def opened(dask):
-    """What tells how often each worker has opened a circuit since the test began."""
-    before = len(dask.get_events(distributed.TOPIC))
-    return lambda: Counter(event["worker"] for _, event in dask.get_events(distributed.TOPIC)[before:])
+    """What tells how often each worker has opened a circuit since the test began, with none open then."""
+    dask.run(jobs.let_go)
+    before = len(dask.get_events(jobs.TOPIC))
+    return lambda: Counter(event["worker"] for _, event in dask.get_events(jobs.TOPIC)[before:])
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +100,19 @@ def kill(dask, count):
     return set(pids)
 
 
-def native_processes():
-    """On a worker: how many processes of the native library it has."""
-    count = 0
+def native_pids():
+    """On a worker: its processes of the native library."""
+    found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            count += "fheconv.circuits.native.start" in child.cmdline()
-    return count
+            if "fheconv.circuits.native.start" in child.cmdline():
+                found.append(child.pid)
+    return found
+
+
+def expire_soon():
+    """On a worker: keep no job open for long."""
+    jobs.KEPT_SECONDS = 0.1
 
 
 def until(true, seconds=30):
@@ -159,12 +166,23 @@ def test_results_are_in_order_and_each_worker_opens_the_circuit_once(
     result = distributed.run(tile_file, keys, encrypted, client=dask)
     np.testing.assert_array_equal(client.decrypt(result), expected)
     assert opened() == dict.fromkeys(dask.run(os.getpid), 1)
+    pids = dask.run(native_pids)
     several = [client.encrypt(x[:3]), client.encrypt(x[3]), client.encrypt(x[:0])]
-    results = distributed.run(fheconv.load_server(tile_file), keys, several, client=dask)
+    results = distributed.run(tile_file, keys, several, client=dask)
     assert [result.images for result in results] == [3, 1, 0]
     assert distributed.run(tile_file, keys, several[2], client=dask).images == 0
     np.testing.assert_array_equal(client.decrypt(results[0]), expected[:3])
     np.testing.assert_array_equal(client.decrypt(results[1]), expected[3])
+    assert opened() == dict.fromkeys(dask.run(os.getpid), 1)  # the calls after the first found it open
+    assert dask.run(native_pids) == pids
+    client.keygen()
+    server = fheconv.load_server(tile_file)
+    distributed.run(server, client.evaluation_keys, client.encrypt(x), client=dask)
+    assert opened() == dict.fromkeys(dask.run(os.getpid), 2)  # other keys are another job
+    until(lambda: {*map(len, dask.run(native_pids).values())} == {1})  # and the job before is let go
+    dask.run(expire_soon)
+    distributed.run(tile_file, client.evaluation_keys, client.encrypt(x), client=dask)
+    until(lambda: not any(dask.run(native_pids).values()))
 
 
 @pytest.mark.slow
@@ -234,10 +252,10 @@ def test_what_is_left_early_is_cancelled(tiled, tile_file, dask, cluster):
     )
     next(stream)
     assert cluster.scheduler.tasks
-    assert any(dask.run(native_processes).values())
+    assert any(dask.run(native_pids).values())
     stream.close()
     until(lambda: not cluster.scheduler.tasks)
-    until(lambda: not any(dask.run(native_processes).values()))
+    until(lambda: dask.run(jobs.let_go) and not any(dask.run(native_pids).values()))  # of what was under way
 
 
 def test_what_does_not_belong_together_is_refused_before_anything_is_sent(
@@ -300,9 +318,9 @@ def test_a_result_that_belongs_elsewhere_is_refused(changed, tiled, tile_file, d
 
 
 def test_a_job_that_comes_again_is_the_one_that_is_there():
-    job = distributed.named_job("name", b"file", {}, {}, "digest")
+    job = jobs.named_job("name", b"file", {}, {}, "digest")
     assert pickle.loads(pickle.dumps(job)) is job
-    assert distributed.named_job("other", b"file", {}, {}, "digest") is not job
+    assert jobs.named_job("other", b"file", {}, {}, "digest") is not job
 
 
 def test_a_cluster_that_is_gone_is_an_error(tiled, tile_file, cluster):

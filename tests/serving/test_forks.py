@@ -73,14 +73,14 @@ def test_stored_keys_can_be_used_after_a_fork_and_the_child_lets_go_of_the_folde
 
 
 def test_a_job_of_a_cluster_can_be_used_after_a_fork(events, monkeypatch):
-    distributed = pytest.importorskip("fheconv.serving.distributed")
+    jobs = pytest.importorskip("fheconv.serving.jobs")
     keys = {"fingerprint": "c" * 64, "key_id": "one", "payload": b"keys"}
 
     def unreadable(*_, **__):
         raise fheconv.ArtifactError("It is no server.zip.")
 
-    monkeypatch.setattr(distributed, "load_server", waiting(events, unreadable))
-    job = distributed.named_job("one", b"", {}, keys, EvaluationKeys(**keys).name)
+    monkeypatch.setattr(jobs, "load_server", waiting(events, unreadable))
+    job = jobs.named_job("one", b"", {}, keys, EvaluationKeys(**keys).name)
 
     def work():
         with pytest.raises(fheconv.ArtifactError):

@@ -1,8 +1,10 @@
 """One image over Dask's worker processes, one of which is killed."""
 
+import contextlib
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from dask.distributed import Client, LocalCluster
 
 import fheconv
-from fheconv.serving import distributed, spreading
+from fheconv.basics import progress
+from fheconv.serving import distributed, jobs, spreading
 from tests.support.nets import quantized
 
 BLOCKS = 4
@@ -92,17 +95,34 @@ def test_the_blocks_of_a_stage_are_shared_by_all_workers(circuit, images):
 
 @pytest.mark.slow
 def test_images_are_spread_and_come_out_as_the_clear_integers(circuit, file, images, dask):
-    opened = len(dask.get_events(distributed.TOPIC))
+    opened = len(dask.get_events(jobs.TOPIC))
     result = distributed.run(file, circuit.evaluation_keys, circuit.encrypt(images), client=dask)
     expected = circuit.network.integers(images)
     np.testing.assert_array_equal(circuit.decrypt(result, dequantize=False), expected)
-    events = [event for _, event in dask.get_events(distributed.TOPIC)[opened:]]
+    events = [event for _, event in dask.get_events(jobs.TOPIC)[opened:]]
     assert Counter(event["worker"] for event in events) == dict.fromkeys(dask.run(os.getpid), 1)
     server = fheconv.load_server(file)
     several = [circuit.encrypt(images), circuit.encrypt(images[0]), circuit.encrypt(images[:0])]
     results = distributed.run(server, circuit.evaluation_keys, several, client=dask)
     assert [len(one.values) for one in results] == [2, 1, 0]
     np.testing.assert_array_equal(circuit.decrypt(results[1], dequantize=False), expected[0])
+
+
+@pytest.mark.slow
+def test_a_run_tells_how_many_blocks_have_finished(circuit, file, images, dask, monkeypatch):
+    told, all_done = [], threading.Event()
+
+    def show(counter):
+        told.append((counter.done, counter.total))
+        if counter.done == counter.total:
+            all_done.set()
+
+    counting = contextlib.nullcontext(progress.Counter(show))
+    monkeypatch.setattr(distributed, "counting", lambda message: counting)
+    distributed.run(file, circuit.evaluation_keys, circuit.encrypt(images[0]), client=dask)
+    assert all_done.wait(60)
+    assert [total for _, total in told] == [len(circuit.blocks) + 1] * len(told)
+    assert [done for done, _ in told] == [*range(len(circuit.blocks) + 2)]
 
 
 def killing(path):

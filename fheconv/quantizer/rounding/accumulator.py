@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
 
 # The number of rounds in which integers and scale are adapted to each other.
@@ -25,10 +25,11 @@ TINY = float(np.finfo(np.float64).tiny)
 def round_accumulator(
     weight: Array,
     bits: int,
-    moment: Array | None,
+    moment: Array | Moment | None,
     ranges: Array,
     budget: int | None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error, each filter within the budget.
 
@@ -37,17 +38,18 @@ def round_accumulator(
     by single moves and exchanges within the budget. Then it gets its best scale. One bit means {−1, 0, 1}.
     """
     weight = weight.astype(np.float64)
-    greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
+    greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
     if budget is None:
-        start = round_gptq(weight, bits, moment, finest=finest).values
+        start = round_gptq(weight, bits, h, finest=finest, free=free).values
     else:
         # At finer scales, the integers would exceed the budget and be decremented again.
         scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))
-        candidates = compensated(weight, scale, h, greatest)
-        _decrement(candidates, weight, scale, h, ranges, budget)
-        start = best_rows(weight, candidates, scale, h)
-    q = _descended(weight, start, h, ranges, greatest, budget)
-    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
+        candidates, _ = compensated(weight, scale, h, greatest, free)
+        _decrement(candidates, weight, scale, h.values, ranges, budget)
+        start = best_rows(candidates, h.errors(weight, candidates, scale))
+    limits = np.full(weight.shape, greatest) if free is None else greatest * free
+    q = _descended(weight, start, h.values, ranges, limits, budget)
+    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
 def _decrement(
@@ -73,10 +75,13 @@ def _decrement(
 
 
 def _descended(
-    weight: Array, start: Array, moment: Array, ranges: Array, greatest: int, budget: int | None
+    weight: Array, start: Array, moment: Array, ranges: Array, limits: Array, budget: int | None
 ) -> Array:
-    """Return rows (K, n), improved while steps of one or two taps reduce the error within the budget."""
-    descent = _Descent(weight, start, moment, ranges, greatest, budget)
+    """Return rows (K, n), improved while steps of one or two taps reduce the error within the budget.
+
+    No integer may exceed those of `limits` (K, n) in size.
+    """
+    descent = _Descent(weight, start, moment, ranges, limits, budget)
     rows = np.arange(len(start))
     for _ in range(ROUNDS):
         if not len(rows):
@@ -89,11 +94,11 @@ class _Descent:
     """Improves rows of integers `q` (K, n), many together: numpy's calls would cost more than the numbers."""
 
     def __init__(
-        self, weight: Array, start: Array, moment: Array, ranges: Array, greatest: int, budget: int | None
+        self, weight: Array, start: Array, moment: Array, ranges: Array, limits: Array, budget: int | None
     ) -> None:
         self.q = start.copy()
         self._wanted, self._held = weight @ moment, start @ moment  # w·H, and q·H, which follows q
-        self._moment, self._ranges, self._greatest, self._budget = moment, ranges, greatest, budget
+        self._moment, self._ranges, self._limits, self._budget = moment, ranges, limits, budget
         self._tolerance = 1e-9 * np.maximum(np.einsum("kn,kn->k", self._wanted, weight), TINY)
 
     def moved(self, rows: Array) -> Array:
@@ -116,10 +121,10 @@ class _Descent:
 
     def _step(self, rows: Array, scale: Array) -> Array:
         """Move one tap of each row (R,), or two. Return which rows have moved."""
-        s, q = scale[:, None], self.q[rows]
+        s, q, limits = scale[:, None], self.q[rows], self._limits[rows]
         pull, curve = 2 * s * (self._wanted[rows] - s * self._held[rows]), s**2 * np.diag(self._moment)
         harm = np.concatenate([curve - pull, curve + pull], axis=1)  # of a step up, and of a step down
-        harm[np.concatenate([q >= self._greatest, q <= -self._greatest], axis=1)] = np.inf
+        harm[np.concatenate([q >= limits, q <= -limits], axis=1)] = np.inf
         single = harm
         prices: Sequence[tuple[Array, float] | None] = [None] * len(rows)
         if self._budget is not None:

@@ -7,6 +7,7 @@ E(q, s) = (w − s·q) H (w − s·q)ᵀ, the mean squared error of the layer's 
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import scipy.linalg
 
 from fheconv.basics.arrays import Array
 
@@ -23,22 +24,24 @@ class IntegerWeight(NamedTuple):
 
 
 class Rounding(Protocol):
-    """Rounds K filters that read the same n inputs."""
+    """Rounds K filters that read the same n inputs, or some of these."""
 
     def __call__(
         self,
         weight: Array,
         bits: int,
-        moment: Array | None,
+        moment: "Array | Moment | None",
         ranges: Array,
         budget: int | None,
         finest: Array | None = None,
+        free: Array | None = None,
     ) -> IntegerWeight:
         """Return integers of `bits` bits, and scales, for `weight` (K, n).
 
-        `moment` is H (n, n), None if the inputs are not known. `ranges` (n,) is the growth of the
-        accumulator's span for one step of each weight. `budget` is the greatest allowed span, None for any. A
-        method uses the arguments that it needs.
+        `moment` is H (n, n), damped already if it is a `Moment`, None if the inputs are not known. `ranges`
+        (n,) is the growth of the accumulator's span for one step of each weight. `budget` is the greatest
+        allowed span, None for any. `finest` (K,) are the least scales. `free` (K, n) is a mask of the weights
+        that may differ from 0, None for all. A method uses the arguments that it needs.
         """
 
 
@@ -56,18 +59,46 @@ def exact(weight: Array, bits: int) -> IntegerWeight | None:
     return None
 
 
-def damped(moment: Array | None, taps: int) -> Array:
-    """Return the damped H, (taps, taps). It is the identity if `moment` is None or zero."""
-    variance = 0.0 if moment is None else float(np.trace(moment)) / taps
-    if moment is None or variance <= 0:
-        return np.eye(taps)
-    return moment + np.eye(taps) * DAMPING * variance
+class Moment:
+    """Holds the second moment H (n, n) of the inputs of filters, damped: `values`.
 
+    It is the identity if `moment` is None or zero. What is derived from it is computed once.
+    """
 
-def output_error(weight: Array, q: Array, scale: Array, moment: Array) -> Array:
-    """Return E of each row (R,), for weights and integers (R, n), scales (R,) and H (n, n)."""
-    error: Array = weight - scale[:, None] * q
-    return np.einsum("rn,rn->r", error @ moment, error)
+    def __init__(self, moment: Array | None, taps: int) -> None:
+        variance = 0.0 if moment is None else float(np.trace(moment)) / taps
+        if moment is None or variance <= 0:
+            self.values: Array = np.eye(taps)
+        else:
+            self.values = moment + np.eye(taps) * DAMPING * variance
+        self._factors: dict[bytes, tuple[Array, Array]] = {}
+
+    @classmethod
+    def of(cls, moment: "Array | Moment | None", taps: int) -> "Moment":
+        """Return `moment`, damped if it is an array."""
+        return moment if isinstance(moment, Moment) else cls(moment, taps)
+
+    def inverse_factor(self, last: Array | None = None) -> tuple[Array, Array]:
+        """Return an order of taps, and the upper triangular U with UᵀU the inverse of H in that order.
+
+        The tap with the largest inputs comes first, but those of the mask `last` (n,) after all others.
+        """
+        last = np.ones(len(self.values), bool) if last is None else last
+        if last.tobytes() not in self._factors:
+            order = np.lexsort((-np.diag(self.values), last))
+            h = self.values[np.ix_(order, order)]
+            # With rows and columns in reverse order, the lower factor of H becomes an upper one, R with
+            # RRᵀ = H.
+            upper = scipy.linalg.cholesky(h[::-1, ::-1], lower=True)[::-1, ::-1]
+            self._factors[last.tobytes()] = order, scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
+        return self._factors[last.tobytes()]
+
+    def errors(self, weight: Array, q: Array, scale: Array, last: Array | None = None) -> Array:
+        """Return E (K, S) of integers (K, S, n) at scales (K, S), for weights (K, n)."""
+        order, factor = self.inverse_factor(last)
+        off: Array = (weight[:, None] - scale[:, :, None] * q).reshape(-1, len(order))[:, order].T
+        squares = np.square(scipy.linalg.solve_triangular(factor, off, trans="T", overwrite_b=True))
+        return squares.sum(axis=0).reshape(scale.shape)
 
 
 def best_scales(weight: Array, q: Array, moment: Array) -> Array:

@@ -1,10 +1,9 @@
 """Rounds weights so that outputs change little, by GPTQ (Frantar et al. 2022)."""
 
 import numpy as np
-import scipy.linalg
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, greatest_integer, output_error
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 
 # The number of scales that are tried. At the finest, a quarter of the greatest weight becomes the greatest
 # integer; at the coarsest, the greatest weight becomes little more than a half. Filters of many taps try
@@ -12,15 +11,18 @@ from fheconv.quantizer.rounding.base import IntegerWeight, best_scales, damped, 
 SCALES, FEWEST_SCALES, MOST_PRODUCTS = 40, 12, 12_000
 # The errors of this many taps are compensated in the other taps together, because matrix products are fast.
 BLOCK = 64
+# Rows are rounded together up to about this many products of scales and taps, so that they stay in the cache.
+TOGETHER = 1_000_000
 
 
 def round_gptq(
     weight: Array,
     bits: int,
-    moment: Array | None,
+    moment: Array | Moment | None,
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error.
 
@@ -29,13 +31,14 @@ def round_gptq(
     1}.
     """
     weight = weight.astype(np.float64)
-    greatest, h = greatest_integer(bits), damped(moment, weight.shape[1])
-    scale = scale_grid(weight, greatest, finest)
+    greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
+    scale, last = scale_grid(weight, greatest, finest), None if free is None else free.all(axis=0)
     # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
-    candidates = np.concatenate([compensated(weight, scale, h, greatest), nearest], axis=1)
-    q = best_rows(weight, candidates, np.tile(scale, 2), h)
-    return IntegerWeight(q, best_scales(weight, q, h), (-greatest, greatest))
+    candidates, error = compensated(weight, scale, h, greatest, free)
+    error = np.concatenate([error, h.errors(weight, nearest, scale, last)], axis=1)
+    q = best_rows(np.concatenate([candidates, nearest], axis=1), error)
+    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
 def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Array:
@@ -50,41 +53,51 @@ def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Arr
     return np.concatenate([grid, np.maximum(largest / greatest, first)[:, None]], axis=1)
 
 
-def compensated(weight: Array, scale: Array, moment: Array, greatest: int) -> Array:
-    """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S).
+def compensated(
+    weight: Array, scale: Array, moment: Moment, greatest: int, free: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the integers (K, S, n) of each row (K, n) at each of its scales (K, S), and their E (K, S).
 
     Taps are rounded one by one, the tap with the largest inputs first. The later taps compensate each error.
+    Taps that some row must leave at 0, by the mask `free`, come before all others: so the taps of all rows
+    compensate what they get beside 0.
     """
-    order = np.argsort(-np.diag(moment), kind="stable")
-    factor = _inverse_factor(moment[np.ix_(order, order)])
-    # Taps come first, so that one tap of all rows and scales lies together in memory.
-    left = np.repeat(weight[:, order].T, scale.shape[1], axis=1)
-    steps, q = scale.ravel(), np.zeros(left.shape)
-    taps = len(left)
-    for start in range(0, taps, BLOCK):
-        end = min(start + BLOCK, taps)
+    free = np.ones(weight.shape, bool) if free is None else free
+    order, factor = moment.inverse_factor(free.all(axis=0))
+    scales, (rows, taps) = scale.shape[1], weight.shape
+    integers, error = np.empty((rows, scales, taps), np.int64), np.empty(scale.shape)
+    together = max(TOGETHER // (taps * scales), 1)
+    for first in range(0, rows, together):
+        some = slice(first, first + together)
+        # Taps come first, so that one tap of all rows and scales lies together in memory.
+        left, may = (np.repeat(values[some, order].T, scales, axis=1) for values in (weight, free))
+        q, squares = _rounded_in_turn(left, may, scale[some].ravel(), factor, greatest)
+        integers[some][..., order] = q.T.reshape(-1, scales, taps)
+        error[some] = squares.reshape(-1, scales)
+    return integers, error
+
+
+def _rounded_in_turn(
+    left: Array, may: Array, steps: Array, factor: Array, greatest: int
+) -> tuple[Array, Array]:
+    """Return the integers (n, R) of columns `left` (n, R), which are overwritten, and their E (R,).
+
+    `may` (n, R) is a mask of the integers that may differ from 0, and `steps` (R,) are the scales.
+    """
+    q, error = np.zeros(left.shape), np.zeros(len(steps))
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
         errors = np.empty((end - start, len(steps)))
         for tap in range(start, end):
             np.clip(np.rint(left[tap] / steps), -greatest, greatest, out=q[tap])
+            q[tap] *= may[tap]
             errors[tap - start] = (left[tap] - steps * q[tap]) / factor[tap, tap]
             left[tap + 1 : end] -= factor[tap, tap + 1 : end, None] * errors[tap - start]
         left[end:] -= factor[start:end, end:].T @ errors
-    restored = np.empty((len(steps), taps), np.int64)
-    restored[:, order] = q.T
-    return restored.reshape(*scale.shape, taps)
+        error += np.square(errors).sum(axis=0)
+    return q, error
 
 
-def _inverse_factor(moment: Array) -> Array:
-    """Return the upper triangular U with UᵀU the inverse of H (n, n)."""
-    # With rows and columns in reverse order, the lower factor of H becomes an upper one, R with RRᵀ = H.
-    upper = scipy.linalg.cholesky(moment[::-1, ::-1], lower=True)[::-1, ::-1]
-    inverse: Array = scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
-    return inverse
-
-
-def best_rows(weight: Array, candidates: Array, scale: Array, moment: Array) -> Array:
-    """Return for each row (K, n) the candidate (K, S, n), with scales (K, S), of least error."""
-    filters, tried, taps = candidates.shape
-    rows = np.repeat(weight, tried, axis=0)
-    error = output_error(rows, candidates.reshape(-1, taps), scale.ravel(), moment).reshape(filters, tried)
-    return candidates[np.arange(filters), error.argmin(axis=1)]
+def best_rows(candidates: Array, error: Array) -> Array:
+    """Return for each row the candidate (K, S, n) of least `error` (K, S)."""
+    return candidates[np.arange(len(error)), error.argmin(axis=1)]

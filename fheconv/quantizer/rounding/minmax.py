@@ -3,16 +3,17 @@
 import numpy as np
 
 from fheconv.basics.arrays import Array
-from fheconv.quantizer.rounding.base import IntegerWeight, exact, greatest_integer
+from fheconv.quantizer.rounding.base import IntegerWeight, Moment, exact, greatest_integer
 
 
 def round_minmax(
     weight: Array,
     bits: int,
-    moment: Array | None = None,
+    moment: Array | Moment | None = None,
     ranges: Array | None = None,
     budget: int | None = None,
     finest: Array | None = None,
+    free: Array | None = None,
 ) -> IntegerWeight:
     """Return the integers of `bits` bits nearest to float weights (K, …), with the scale max|w| / greatest.
 
