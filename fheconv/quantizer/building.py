@@ -98,11 +98,11 @@ class Building:
         Concrete gives what a layer reads the width of its windows. Before a maximum is looked up, this is
         undone by a multiplication. So its noise counts as if the lookup had that width.
         """
-        noises = self._noises
-        entering = []
-        for number, other in enumerate(self.source.layers):
-            if isinstance(other, Maximum) and {other.source, number + 1} & {*layer.sources}:
-                entering.append(2 * noises[other.source] + len(other.index) - 2)
+        entering = [
+            2 * self._noises[other.source] + len(other.index) - 2
+            for number, other in enumerate(self.source.layers)
+            if isinstance(other, Maximum) and {other.source, number + 1} & {*layer.sources}
+        ]
         return int(FREE_BITS - np.log2(max(entering)) / 2) if entering else WIDEST
 
     @property

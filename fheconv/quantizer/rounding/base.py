@@ -93,9 +93,10 @@ class Moment:
             self._factors[last.tobytes()] = order, scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
         return self._factors[last.tobytes()]
 
-    def errors(self, weight: Array, q: Array, scale: Array, last: Array | None = None) -> Array:
+    def errors(self, weight: Array, q: Array, scale: Array) -> Array:
         """Return E (K, S) of integers (K, S, n) at scales (K, S), for weights (K, n)."""
-        order, factor = self.inverse_factor(last)
+        # E does not depend on the order, so any factor will do.
+        order, factor = next(iter(self._factors.values()), None) or self.inverse_factor()
         off: Array = (weight[:, None] - scale[:, :, None] * q).reshape(-1, len(order))[:, order].T
         squares = np.square(scipy.linalg.solve_triangular(factor, off, trans="T", overwrite_b=True))
         return squares.sum(axis=0).reshape(scale.shape)

@@ -32,11 +32,11 @@ def round_gptq(
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
-    scale, last = scale_grid(weight, greatest, finest), None if free is None else free.all(axis=0)
+    scale = scale_grid(weight, greatest, finest)
     # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
     candidates, error = compensated(weight, scale, h, greatest, free)
-    error = np.concatenate([error, h.errors(weight, nearest, scale, last)], axis=1)
+    error = np.concatenate([error, h.errors(weight, nearest, scale)], axis=1)
     q = best_rows(np.concatenate([candidates, nearest], axis=1), error)
     return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
