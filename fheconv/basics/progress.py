@@ -28,15 +28,11 @@ def status(message: str) -> AbstractContextManager[Any]:
 
 def track(items: Sequence[T], message: str) -> Iterable[T]:
     """Yield `items` and show a bar on standard error until they end. Without a terminal, log lines."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        done = 0
-        with _logged(message, lambda: f"{done} of {len(items)}, "):
-            for done, item in enumerate(items):  # noqa: B007
-                yield item
-        return
-    with Progress(SpinnerColumn(), *Progress.get_default_columns(), console=console, transient=True) as bar:
-        yield from bar.track(items, description=message)
+    with counting(message) as counter:
+        counter.expect(len(items))
+        for item in items:
+            yield item
+            counter.finish()
 
 
 def track_bytes(chunks: Sequence[bytes], message: str) -> Iterator[bytes]:
@@ -65,7 +61,7 @@ def track_bytes(chunks: Sequence[bytes], message: str) -> Iterator[bytes]:
 class Counter:
     """Counts what is done of what there is to do, where both grow. `show` is called at each change."""
 
-    def __init__(self, show: Callable[["Counter"], object]) -> None:
+    def __init__(self, show: Callable[["Counter"], object] = lambda _: None) -> None:
         self.total = self.done = 0
         self._show = show
 
@@ -85,7 +81,7 @@ def counting(message: str) -> Iterator[Counter]:
     """Show a bar on standard error while the block runs, of what it counts. Without a terminal, log lines."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        counter = Counter(show=lambda _: None)
+        counter = Counter()
         with _logged(message, lambda: f"{counter.done} of {counter.total}, "):
             yield counter
         return

@@ -117,7 +117,7 @@ def stream(
     `ArtifactError`, before anything is sent, for files, keys and ciphertexts that do not belong together,
     `ExecutionError` if a circuit fails on a worker, or if too many workers die of it.
     """
-    return _started(server, keys, ciphertexts, client, Counter(show=lambda _: None))
+    return _started(server, keys, ciphertexts, client, Counter())
 
 
 def _started(

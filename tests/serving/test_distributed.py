@@ -30,7 +30,7 @@ import sys
 sys.modules["dask"] = None
 import fheconv
 try:
-    from fheconv.serving import distributed, jobs
+    from fheconv.serving import distributed
 except fheconv.MissingExtraError as error:
     print(error)
 """
