@@ -85,7 +85,11 @@ def held_out(split: int | None) -> tuple[Tensor, Tensor]:
 
 def evaluate(model: nn.Module, split: int | None = None) -> float:
     """Fraction of `held_out(split)` that `model`, put into evaluation mode, classifies rightly."""
-    images, labels = held_out(split)
+    return accuracy(model, *held_out(split))
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Fraction of `images` that `model`, put into evaluation mode, classifies rightly."""
     with torch.inference_mode():
         right = model.eval()(images).argmax(1) == labels
     return int(right.sum()) / len(right)

@@ -196,13 +196,6 @@ def taught(name: str, teacher: nn.Module, split: Parts) -> nn.Sequential:
     return school.best_student()
 
 
-def accuracy(model: nn.Module, part: Part) -> float:
-    """Fraction of the images that `model`, put into evaluation mode, classifies rightly."""
-    with torch.inference_mode():
-        right = model.eval()(part.images).argmax(1) == part.labels
-    return int(right.sum()) / len(right)
-
-
 def architecture(model: nn.Sequential) -> list[digits.Entry]:
     """Describe the layers in the order in which they are applied."""
     options = {
@@ -227,7 +220,7 @@ def card(model: nn.Sequential, name: str, path: Path, split: int) -> digits.Entr
     accuracies = {}
     for part, key in (("test", "accuracy"), ("validation", "validation_accuracy")):
         held_out: Part = getattr(parts(split), part)
-        right = accuracy(model, held_out)
+        right = digits.accuracy(model, *held_out)
         accuracies[key] = {
             "value": round(right, 4),
             "right_answers": round(right * len(held_out.labels)),
@@ -271,9 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MissingPackageError as error:
         raise SystemExit(str(error)) from error
     model = train(options.model, options.split)
-    print(f"trained now: {accuracy(model, held_out):.2%} of the test images, ", end="")
+    print(f"trained now: {digits.accuracy(model, *held_out):.2%} of the test images, ", end="")
     if digits.weights(f"{options.model}-mnist", options.split).exists():
-        print(f"shipped: {accuracy(shipped(options.model, options.split), held_out):.2%}")
+        print(f"shipped: {digits.accuracy(shipped(options.model, options.split), *held_out):.2%}")
     else:
         print("none are shipped")
     if options.output is not None:

@@ -336,7 +336,7 @@ class TestMnist:
         check_card(output)
         model = train_mnist.MODELS[name]()
         model.load_state_dict(load_file(output))
-        accuracies = [train_mnist.accuracy(one, part) for one in (model, train_mnist.shipped(name, 1))]
+        accuracies = [digits.accuracy(one, *part) for one in (model, train_mnist.shipped(name, 1))]
         printed = "trained now: {:.2%} of the test images, shipped: {:.2%}".format(*accuracies)
         assert printed in capsys.readouterr().out
 

@@ -32,7 +32,7 @@ from concrete_ml import Ours, Theirs, measure, positive, ratios, table
 from concrete_ml_peer import RELEASE, Images, Peer, PeerError, add_environment, add_settings, peer_python
 from fheconv.basics.samples import Samples
 from fheconv.training.controls import control
-from students import LINEAR, Figures, add_and_say, right_in_float
+from students import LINEAR, Figures, add_and_say
 from students import measure as figures_of
 from students import table as table_of_rows
 from train_mnist import TEACHER, shipped
@@ -103,7 +103,7 @@ def encrypted(arguments: argparse.Namespace, console: Console) -> None:
             f"Concrete ML: n_bits={settings[0]}, {settings[1]} rounding bits, p_error={settings[2]}"
         )
         sides = {f"Concrete ML {RELEASE}": theirs.figures, **sides}
-    console.print(f"{name}, split {split}: {right_in_float(model, parts.test):.1%} right in float")
+    console.print(f"{name}, split {split}: {digits.accuracy(model, *parts.test):.1%} right in float")
     console.print(f"fheconv: {QUANTIZE}, p_error={COMPILE.p_error}")
     console.print(table(sides, arguments.encrypted, data, tuned=False))
     if arguments.alone:
@@ -145,7 +145,7 @@ def main() -> None:
                 for split in arguments.splits
             ]
             right = [
-                right_in_float(shipped(TEACHER, split), train_mnist.parts(split).test)
+                digits.accuracy(shipped(TEACHER, split), *train_mnist.parts(split).test)
                 for split in arguments.splits
             ]
             console.print(table_of_rows(found, right, "LeNet-5 on MNIST"))

@@ -19,7 +19,6 @@ from time import perf_counter
 from types import ModuleType
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -120,11 +119,6 @@ def circuit(model: nn.Module, problem: Problem, epochs: int, *, linear: bool) ->
     return fheconv.compile(network, fheconv.CompileConfig(p_error=P_ERROR))
 
 
-def right_in_float(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
-    with torch.inference_mode():
-        return float((model.eval()(part[0]).argmax(1) == part[1]).double().mean())
-
-
 def measure(
     model: nn.Module,
     made: fheconv.FheCircuit | fheconv.Cascade,
@@ -140,7 +134,7 @@ def measure(
     else:
         cost, keys = made.cost, made.cost.key_bytes
     return Figures(
-        floats=right_in_float(model, part),
+        floats=digits.accuracy(model, *part),
         clear=made.score(*part),
         simulated=float(np.mean([made.score(*some, fhe="simulate") for _ in range(simulations)])),
         lookups=cost.lookups,
@@ -213,7 +207,7 @@ def main() -> None:
     for split in arguments.splits:
         problem = PROBLEMS[arguments.problem](split)
         found.append(rows(problem, arguments))
-        right.append(right_in_float(problem.teacher, problem.test))
+        right.append(digits.accuracy(problem.teacher, *problem.test))
     Console(width=200).print(table(found, right, TITLES[arguments.problem]))
     print(f"It took {(perf_counter() - started) / 60:.0f} minutes.")
 
