@@ -29,10 +29,11 @@ IMAGES, RESULTS, BESIDES = 1.0, 10.3, 80e6
 class TiledForecast(Report):
     """The cost of one image that runs tile by tile, before compiling. Made by `QuantizedNetwork.forecast`.
 
-    `tile` is the forecast of a tile alone in its ciphertext. But `lanes` tiles share one. `seconds` are those
-    of running all ciphertexts one after the other on two usual cores, and `owner_seconds` those of encrypting
-    and decrypting. `memory` is what one ciphertext takes, in the program and in the native library's process
-    together, if one program encrypts, runs and decrypts. Both take some 0.4 GB for themselves.
+    `tile` is the forecast of a tile alone in its ciphertext. But `lanes` tiles share one, so that there
+    are fewer `ciphertexts`. `seconds` are those of running them one after the other on two usual cores, and
+    `owner_seconds` those of encrypting and decrypting. `memory` is what one ciphertext takes, in the program
+    and in the native library's process together, if one program encrypts, runs and decrypts. Both take some
+    0.4 GB for themselves.
 
     Example:
         >>> import numpy as np
@@ -45,6 +46,7 @@ class TiledForecast(Report):
     tile: Forecast
     tiles: int
     lanes: int
+    ciphertexts: int
     seconds: float
     owner_seconds: float
     memory: float
@@ -55,19 +57,14 @@ class TiledForecast(Report):
         return self.tile.possible
 
     @property
-    def ciphertexts(self) -> int:
-        """The number of ciphertexts in which the image is encrypted."""
-        return -(-self.tiles // self.lanes)
-
-    @property
     def complexity(self) -> float:
         """The complexity of all tiles, each in a ciphertext of its own."""
         return self.tiles * self.tile.complexity
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, ready for JSON. Infinite costs are None."""
-        totals = {"ciphertexts": self.ciphertexts, "complexity": self.complexity}
-        costs = {name: None if cost == math.inf else cost for name, cost in (asdict(self) | totals).items()}
+        values = {**asdict(self), "complexity": self.complexity}
+        costs = {name: None if cost == math.inf else cost for name, cost in values.items()}
         return {**costs, "tile": self.tile.to_dict()}
 
     def __rich__(self) -> RenderableType:
@@ -105,6 +102,7 @@ def forecast_tiled(
         tile=alone,
         tiles=tiles,
         lanes=lanes,
+        ciphertexts=ciphertexts,
         seconds=ciphertexts * linear_seconds(multiply_adds, dimension, image + result),
         owner_seconds=ciphertexts * owner_seconds(image, result),
         memory=IMAGES * image + RESULTS * result + BESIDES,

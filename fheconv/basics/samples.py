@@ -127,11 +127,19 @@ def with_classes(x: Data, y: ArrayLike | None, axes: int) -> tuple[Array, ArrayL
 def share_right(outputs: Array, classes: ArrayLike) -> float:
     """Return the share of outputs (n, classes) whose highest score is at the right one of `classes` (n,).
 
-    Raises `InvalidArgumentError` for other shapes, for classes without a score, and for no images.
+    Raises `InvalidArgumentError` like `which_right`.
 
     Example:
         >>> share_right(np.array([[0.1, 0.9], [0.8, 0.2]]), [1, 1])
         0.5
+    """
+    return float(which_right(outputs, classes).mean())
+
+
+def which_right(outputs: Array, classes: ArrayLike) -> Array:
+    """Return a mask (n,) of outputs (n, classes) whose highest score is at the right one of `classes` (n,).
+
+    Raises `InvalidArgumentError` for other shapes, for classes without a score, and for no images.
     """
     right = as_array(classes, "y")
     if outputs.ndim != 2 or right.shape != (len(outputs),) or right.dtype.kind not in "iu" or not len(right):
@@ -144,7 +152,8 @@ def share_right(outputs: Array, classes: ArrayLike) -> float:
             f"y has classes from {right.min()} to {right.max()}, and the network has scores of classes 0 to "
             f"{outputs.shape[1] - 1}; number the classes as in training."
         )
-    return float((outputs.argmax(axis=1) == right).mean())
+    found: Array = outputs.argmax(axis=1) == right
+    return found
 
 
 def _is_array(value: Any) -> bool:

@@ -7,12 +7,12 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from fheconv.basics.arrays import Array, ArrayLike, Shape, as_array
+from fheconv.basics.arrays import Array, ArrayLike, Shape
 from fheconv.basics.checks import check_number
 from fheconv.basics.errors import InvalidArgumentError
 from fheconv.basics.keywords import answers_keywords
 from fheconv.basics.report import Brief, Report
-from fheconv.basics.samples import Data, images_of, share_right, with_classes
+from fheconv.basics.samples import Data, images_of, share_right, which_right, with_classes
 from fheconv.circuits.circuit import Fhe, FheCircuit
 from fheconv.circuits.client import Client
 from fheconv.circuits.cost import Cost, seconds_or_estimate
@@ -135,9 +135,7 @@ class Cascade(Brief):
         cascade = cls(first, second, margin=0.0)
         images, classes = with_classes(validation, classes, len(_shapes(first)[0]))
         one, other = first.predict(images, fhe), second.predict(images, fhe)
-        share_right(other, classes)  # checks the classes
-        right = as_array(classes, "classes")
-        lost = (other.argmax(axis=1) == right) & (one.argmax(axis=1) != right)
+        lost = which_right(other, classes) & ~which_right(one, classes)
         if lost.any():  # just above its margin, the second circuit is asked about an image, too
             cascade.margin = float(np.nextafter(margins_of(one)[lost].max(), np.inf))
         return cascade

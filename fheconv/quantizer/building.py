@@ -92,6 +92,10 @@ class Building:
             return max(self._quiet_beside_maxima(layer), kept + 2)
         return limit
 
+    def _widest(self, layer: Layer) -> int:
+        """Return the greatest width of a layer's windows."""
+        return self.width_limit(layer) or WIDEST
+
     def _quiet_beside_maxima(self, layer: Layer) -> int:
         """Return the greatest width of a layer's windows, at which maxima of what it reads cost no more.
 
@@ -131,9 +135,8 @@ class Building:
         given = self.config.of_layer("accumulator_bits", layer.name)
         if kept is None or given is not None:
             return [Aim(spans * HEADROOM / budget.steps, budget.steps)]
-        widest = self.width_limit(layer) or WIDEST
         quiet = quiet_steps(fitted.rows, self.source.shapes, self._noise(layer), kept)
-        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, widest)
+        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, self._widest(layer))
 
     @property
     def _windows_lie_freely(self) -> bool:
@@ -315,7 +318,7 @@ class Building:
             placing = Placing(
                 rounding_bits=budget.rounding_bits,
                 gains=self._quiet_gains(draft, budget.rounding_bits),
-                widest=self.width_limit(layer) or WIDEST,
+                widest=self._widest(layer),
             )
             if self._windows_lie_freely:
                 sums = Sums.of(

@@ -127,6 +127,10 @@ class Rows:
             ]
         )
 
+    def stacked(self, numbers: Sequence[int]) -> Array:
+        """Return the float weights (K, m) of some rows that have as many, in the unit of the first term."""
+        return np.stack([self.weights(self.rows[number]) for number in numbers])
+
     def inputs(self, row: Row) -> Inputs:
         """Return what each filter of a row reads."""
         kernels = ((p, c, self.parts[p].kernel) for p, c in row)

@@ -95,8 +95,7 @@ def trained_weights(
     for numbers in rows.alike():
         first = rows.rows[numbers[0]]
         ends = np.cumsum([rows.parts[part].kernel.weight[channel].size for part, channel in first])[:-1]
-        stacked = np.stack([rows.weights(rows.rows[number]) for number in numbers])
-        grids = [grid(block) for block in np.split(stacked, ends, axis=1)]
+        grids = [grid(block) for block in np.split(rows.stacked(numbers), ends, axis=1)]
         ranges = [int(found[0]) for found in np.split(rows.ranges(rows.inputs(first)), ends)]
         for at, number in enumerate(numbers):
             filters = []

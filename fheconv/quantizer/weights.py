@@ -38,9 +38,8 @@ def round_nearest(
         return rows.assemble(np.split(together.values[0], ends), scale, together.range)
     results = []
     for numbers in rows.alike():
-        stacked = np.stack([rows.weights(rows.rows[number]) for number in numbers])
         ranges = rows.ranges(rows.inputs(rows.rows[numbers[0]]))
-        results.append((numbers, method(stacked, bits, None, ranges, None)))
+        results.append((numbers, method(rows.stacked(numbers), bits, None, ranges, None)))
     return _assembled(rows, results)
 
 
@@ -165,7 +164,7 @@ class FittedWeights:
 
 def _fitted(rows: Rows, batch: Batch, moments: Moments) -> _Fitted:
     """Fit the rows of a batch."""
-    weights = np.stack([rows.weights(rows.rows[number]) for number in batch.numbers])
+    weights = rows.stacked(batch.numbers)
     # Dividing by the greatest weight keeps the squares from overflowing.
     size = np.abs(weights).max(axis=1).astype(np.float64)
     weights = np.divide(weights, size[:, None], out=np.zeros(weights.shape), where=size[:, None] > 0)

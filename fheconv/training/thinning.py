@@ -97,7 +97,7 @@ def fitted(now: Thinned, images: Array) -> Network:
                 if not batch.joint and (read & ~once).any():
                     continue  # what linear channels add is known, but not how it covaries with the rest
                 free, held = batch.over_inputs(read), np.stack([weights[n] for n in numbers])
-                then = batch.over_inputs(np.stack([before.weights(before.rows[n]) for n in numbers]))
+                then = batch.over_inputs(before.stacked(numbers))
                 some = free.any(axis=0)
                 moment = rows.covariance(batch, delivered, delivered)[np.ix_(some, some)]
                 target = rows.covariance(batch, delivered, wanted)[some] @ then.T

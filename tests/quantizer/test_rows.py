@@ -12,7 +12,7 @@ from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import RIDGE, least_squares
 from fheconv.quantizer.rounding.accumulator import round_accumulator
 from fheconv.quantizer.rounding.base import Moment
-from fheconv.quantizer.rounding.gptq import compensated, scale_grid
+from fheconv.quantizer.rounding.gptq import SCALES, compensated, scale_grid
 from fheconv.quantizer.rows import Rows
 from tests.support.nets import quantize
 
@@ -46,7 +46,7 @@ def test_gptq_rounds_each_row_as_if_it_were_alone(problem, bits):
     weights, moment, free, _ = problem
     greatest = 2 ** (bits - 1) - 1
     moment = moment + np.diag(np.where(free.all(axis=0), 1e-3, 1.0)) * np.trace(moment)
-    scale = scale_grid(weights, greatest)
+    scale = scale_grid(weights, greatest, SCALES)
     h = Moment(moment, len(moment))
     together, error = compensated(weights, scale, h, greatest, free)
     np.testing.assert_allclose(error, h.errors(weights, together, scale), rtol=1e-6)

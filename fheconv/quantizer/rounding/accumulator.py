@@ -5,16 +5,25 @@ bits therefore gives the budget Σ|q_i|·r_i ≤ 2^P − 1. This is the L1 bound
 without the sign bit.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from fheconv.basics.arrays import Array
 from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
-from fheconv.quantizer.rounding.gptq import best_rows, compensated, round_gptq, scale_grid
+from fheconv.quantizer.rounding.gptq import (
+    MOST_PRODUCTS,
+    SCALES,
+    best_rows,
+    compensated,
+    least_error,
+    scale_grid,
+)
 
 # The number of rounds in which integers and scale are adapted to each other.
 ROUNDS = 3
+# Within a budget, so many scales are tried at least: errors before decrements do not tell which is best.
+FEWEST_SCALES = 12
 # Each of this many steps is tried together with any other step.
 PARTNERS = 16
 # Rows are improved together up to about this many taps.
@@ -40,15 +49,17 @@ def round_accumulator(
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
     if budget is None:
-        start = round_gptq(weight, bits, h, finest=finest, free=free).values
+        start = least_error(weight, greatest, h, finest, free)
     else:
         # At finer scales, the integers would exceed the budget and be decremented again.
-        scale = scale_grid(weight, greatest, finest=np.abs(weight) @ ranges / max(4 * budget, 1))
+        least = np.abs(weight) @ ranges / max(4 * budget, 1)
+        count = int(np.clip(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES, SCALES))
+        scale = scale_grid(weight, greatest, count, least)
         candidates, _ = compensated(weight, scale, h, greatest, free)
         _decrement(candidates, weight, scale, h.values, ranges, budget)
         start = best_rows(candidates, h.errors(weight, candidates, scale))
-    limits = np.full(weight.shape, greatest) if free is None else greatest * free
-    q = _descended(weight, start, h.values, ranges, limits, budget)
+    sizes = np.full(weight.shape, greatest) if free is None else greatest * free
+    q = _descended(weight, start, h.values, _Limits(sizes, ranges, budget))
     return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
@@ -74,100 +85,119 @@ def _decrement(
         over, pull, s = over[still], pull[still], s[still]
 
 
-def _descended(
-    weight: Array, start: Array, moment: Array, ranges: Array, limits: Array, budget: int | None
-) -> Array:
-    """Return rows (K, n), improved while steps of one or two taps reduce the error within the budget.
+class _Limits(NamedTuple):
+    """Says what rows of integers q must keep to: |q| ≤ `sizes` (K, n), and Σ|q|·`ranges` ≤ `budget`."""
 
-    No integer may exceed those of `limits` (K, n) in size.
-    """
-    descent = _Descent(weight, start, moment, ranges, limits, budget)
-    rows = np.arange(len(start))
+    sizes: Array
+    ranges: Array
+    budget: int | None
+
+    def of(self, rows: Array) -> "_Limits":
+        """Return the limits of some rows."""
+        return self._replace(sizes=self.sizes[rows])
+
+
+def _descended(weight: Array, start: Array, moment: Array, limits: _Limits) -> Array:
+    """Return rows (K, n), improved while steps of one or two taps reduce the error within the limits."""
+    q, wanted = start.copy(), weight @ moment
+    tolerance = 1e-9 * np.maximum(np.einsum("kn,kn->k", wanted, weight), TINY)
+    together = max(TOGETHER // q.shape[1], 1)
+    rows = np.arange(len(q))
     for _ in range(ROUNDS):
-        if not len(rows):
+        if not len(rows):  # the scale of a row that has not moved stays
             break
-        rows = descent.moved(rows)  # the scale of a row that has not moved stays
-    return descent.q
+        held = q[rows] @ moment
+        fit, gain = (np.einsum("kn,kn->k", some, q[rows]) for some in (held, wanted[rows]))
+        scale = np.divide(gain, fit, out=np.zeros(len(rows)), where=fit > 0)
+        slope = 2 * scale[:, None] * (wanted[rows] - scale[:, None] * held)
+        moving = []
+        for piece in np.split(np.arange(len(rows)), range(together, len(rows), together)):
+            piece = piece[scale[piece] > 0]
+            some = rows[piece]
+            descent = _Descent(q[some], slope[piece], scale[piece], moment, limits.of(some), tolerance[some])
+            moving.append(some[descent.run()])
+            q[some] = descent.q
+        rows = np.concatenate(moving)
+    return q
 
 
 class _Descent:
-    """Improves rows of integers `q` (K, n), many together: numpy's calls would cost more than the numbers."""
+    """Moves taps of rows of integers `q` (R, n) at fixed scales, while that reduces their errors.
+
+    It moves many rows together, because numpy's calls would cost more than the numbers. A step up of a tap
+    adds its curve to the error, less its slope.
+    """
 
     def __init__(
-        self, weight: Array, start: Array, moment: Array, ranges: Array, limits: Array, budget: int | None
+        self, q: Array, slope: Array, scale: Array, moment: Array, limits: _Limits, tolerance: Array
     ) -> None:
-        self.q = start.copy()
-        self._wanted, self._held = weight @ moment, start @ moment  # w·H, and q·H, which follows q
-        self._moment, self._ranges, self._limits, self._budget = moment, ranges, limits, budget
-        self._tolerance = 1e-9 * np.maximum(np.einsum("kn,kn->k", self._wanted, weight), TINY)
+        self.q = q.astype(np.float64)
+        self._slope, self._square, self._moment = slope, np.square(scale)[:, None], moment
+        self._curve = self._square * np.diag(moment)
+        self._limits, self._tolerance = limits, tolerance
 
-    def moved(self, rows: Array) -> Array:
-        """Improve some rows, at the best scale of each. Return those that have changed."""
-        fit = np.einsum("kn,kn->k", self._held[rows], self.q[rows])
-        wanted = np.einsum("kn,kn->k", self._wanted[rows], self.q[rows])
-        scale = np.divide(wanted, fit, out=np.zeros(len(rows)), where=fit > 0)
-        rows, scale = rows[scale > 0], scale[scale > 0]
-        changed = np.zeros(len(self.q), bool)
-        together = max(TOGETHER // self.q.shape[1], 1)
-        for first in range(0, len(rows), together):
-            some, s = rows[first : first + together], scale[first : first + together]
-            for _ in range(20 * self.q.shape[1]):
-                moving = self._step(some, s)
-                some, s = some[moving], s[moving]
-                if not len(some):
-                    break
-                changed[some] = True
-        return np.flatnonzero(changed)
+    def run(self) -> Array:
+        """Move taps to the end. Return a mask (R,) of the rows that have moved."""
+        moved = np.zeros(len(self.q), bool)
+        rows = np.arange(len(self.q))
+        for _ in range(20 * self.q.shape[1]):
+            if not len(rows):
+                break
+            rows = rows[self._step(rows)]
+            moved[rows] = True
+        return moved
 
-    def _step(self, rows: Array, scale: Array) -> Array:
+    def _step(self, rows: Array) -> Array:
         """Move one tap of each row (R,), or two. Return which rows have moved."""
-        s, q, limits = scale[:, None], self.q[rows], self._limits[rows]
-        pull, curve = 2 * s * (self._wanted[rows] - s * self._held[rows]), s**2 * np.diag(self._moment)
-        harm = np.concatenate([curve - pull, curve + pull], axis=1)  # of a step up, and of a step down
-        harm[np.concatenate([q >= limits, q <= -limits], axis=1)] = np.inf
-        single = harm
-        prices: Sequence[tuple[Array, float] | None] = [None] * len(rows)
-        if self._budget is not None:
-            price = np.concatenate([np.where(q >= 0, 1, -1), np.where(q <= 0, 1, -1)], axis=1)
-            price *= np.tile(self._ranges, 2)
-            left = self._budget - np.abs(q) @ self._ranges
-            single = np.where(price <= left[:, None], harm, np.inf)
-            prices = list(zip(price, left, strict=True))
-        best = single.argmin(axis=1)
-        moving = single[np.arange(len(rows)), best] <= -self._tolerance[rows]
-        self._move(rows[moving], best[moving])
-        for at in np.flatnonzero(~moving):
-            pair = _exchange(harm[at], scale[at], self._moment, self._tolerance[rows[at]], prices[at])
-            moving[at] = pair is not None
-            for step in pair or ():
-                self._move(rows[[at]], np.array([step]))
+        of = slice(None) if len(rows) == len(self.q) else rows
+        slope, limits = self._slope[of], self._limits
+        # Only a step that follows the slope can reduce the error.
+        direction = np.copysign(1.0, slope)
+        harm = self._curve[of] - np.abs(slope)
+        outwards = self.q[of] * direction
+        harm[outwards >= limits.sizes[of]] = np.inf
+        if limits.budget is not None:
+            price = np.where(outwards >= 0, limits.ranges, -limits.ranges)
+            harm[price > self._left(rows)[:, None]] = np.inf
+        at, tap = np.arange(len(rows)), harm.argmin(axis=1)
+        moving = harm[at, tap] <= -self._tolerance[of]
+        self._move(rows[moving], tap[moving], direction[at, tap][moving])
+        for one in np.flatnonzero(~moving):
+            moving[one] = self._exchange(rows[one])
         return moving
 
-    def _move(self, rows: Array, steps: Array) -> None:
-        """Make one step (R,) of each row: n steps go up, then n down."""
-        direction, tap = np.where(steps < self.q.shape[1], 1, -1), steps % self.q.shape[1]
-        self.q[rows, tap] += direction
-        self._held[rows] += direction[:, None] * self._moment[tap]
+    def _left(self, rows: Array | int) -> Array:
+        """Return what is left of the budget of some rows."""
+        left: Array = self._limits.budget - np.abs(self.q[rows]) @ self._limits.ranges
+        return left
 
+    def _move(self, rows: Array, taps: Array, direction: Array) -> None:
+        """Move one tap (R,) of each row, up or down by `direction` (R,)."""
+        self.q[rows, taps] += direction
+        self._slope[rows] -= (2 * self._square[rows] * direction[:, None]) * self._moment[taps]
 
-def _exchange(
-    harm: Array, s: float, moment: Array, tolerance: float, prices: tuple[Array, float] | None
-) -> tuple[int, int] | None:
-    """Return a pair of steps of two taps that reduces the error within the budget, None if there is none.
+    def _exchange(self, row: int) -> bool:
+        """Move two taps of a row, if that reduces its error. Return whether it does.
 
-    It is the best pair of which one step is among the `PARTNERS` that add the least error. `harm` (2·n,) is
-    the error that each step adds, up or down. If there is a budget, `prices` are those of the steps, and what
-    is left of it.
-    """
-    taps = len(moment)
-    first = np.argpartition(harm, PARTNERS)[:PARTNERS] if len(harm) > PARTNERS else np.arange(len(harm))
-    tap = first % taps
-    cross = np.where(first < taps, 2 * s**2, -2 * s**2)[:, None] * moment[tap]
-    both = harm[first, None] + harm + np.concatenate([cross, -cross], axis=1)
-    own = np.arange(len(first))
-    both[own, tap] = both[own, tap + taps] = np.inf
-    if prices is not None:
-        price, left = prices
-        both[price[first, None] + price > left] = np.inf
-    one, other = np.unravel_index(int(both.argmin()), both.shape)
-    return None if both[one, other] > -tolerance else (int(first[one]), int(other))
+        It is the best pair of steps of which one is among the `PARTNERS` that add the least error.
+        """
+        q, slope, curve, sizes = self.q[row], self._slope[row], self._curve[row], self._limits.sizes[row]
+        taps = len(q)
+        harm = np.concatenate([curve - slope, curve + slope])  # of a step up, and of a step down
+        harm[np.concatenate([q >= sizes, q <= -sizes])] = np.inf
+        first = np.argpartition(harm, PARTNERS)[:PARTNERS] if len(harm) > PARTNERS else np.arange(len(harm))
+        tap = first % taps
+        cross = np.where(first < taps, 2, -2)[:, None] * self._square[row] * self._moment[tap]
+        both = harm[first, None] + harm + np.concatenate([cross, -cross], axis=1)
+        own = np.arange(len(first))
+        both[own, tap] = both[own, tap + taps] = np.inf
+        if self._limits.budget is not None:
+            price = np.concatenate([np.where(q >= 0, 1, -1), np.where(q <= 0, 1, -1)])
+            price *= np.tile(self._limits.ranges, 2)
+            both[price[first, None] + price > self._left(row)] = np.inf
+        one, other = np.unravel_index(int(both.argmin()), both.shape)
+        if both[one, other] > -self._tolerance[row]:
+            return False
+        for step in (int(first[one]), int(other)):
+            self._move(np.array([row]), np.array([step % taps]), np.array([1.0 if step < taps else -1.0]))
+        return True

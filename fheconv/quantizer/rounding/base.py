@@ -90,7 +90,7 @@ class Moment:
             # With rows and columns in reverse order, the lower factor of H becomes an upper one, R with
             # RRᵀ = H.
             upper = scipy.linalg.cholesky(h[::-1, ::-1], lower=True)[::-1, ::-1]
-            self._factors[last.tobytes()] = order, scipy.linalg.solve_triangular(upper, np.eye(len(upper)))
+            self._factors[last.tobytes()] = order, scipy.linalg.lapack.dtrtri(upper)[0]
         return self._factors[last.tobytes()]
 
     def errors(self, weight: Array, q: Array, scale: Array) -> Array:

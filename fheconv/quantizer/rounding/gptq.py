@@ -5,10 +5,11 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 
-# The number of scales that are tried. At the finest, a quarter of the greatest weight becomes the greatest
-# integer; at the coarsest, the greatest weight becomes little more than a half. Filters of many taps try
-# fewer: the product of scales and taps is limited.
-SCALES, FEWEST_SCALES, MOST_PRODUCTS = 40, 12, 12_000
+# The number of scales in a grid. At the finest, a quarter of the greatest weight becomes the greatest
+# integer; at the coarsest, the greatest weight becomes little more than a half.
+SCALES = 40
+# For filters of many taps, fewer scales are tried: the product of scales and taps is limited.
+MOST_PRODUCTS, FEWEST_SCALES = 12_000, 4
 # The errors of this many taps are compensated in the other taps together, because matrix products are fast.
 BLOCK = 64
 # Rows are rounded together up to about this many products of scales and taps, so that they stay in the cache.
@@ -26,31 +27,57 @@ def round_gptq(
 ) -> IntegerWeight:
     """Return integers of `bits` bits and scales of small output error.
 
-    This is a `Rounding` without a budget. It tries a grid of scales, each with the integers of GPTQ and with
+    This is a `Rounding` without a budget. It tries scales of a grid, each with the integers of GPTQ and with
     the nearest integers. It takes the best, and then the best scale for its integers. One bit means {−1, 0,
     1}.
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
-    scale = scale_grid(weight, greatest, finest)
-    # The nearest integers are tried too, because the later taps cannot always compensate the errors of GPTQ.
-    nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest).astype(np.int64)
-    candidates, error = compensated(weight, scale, h, greatest, free)
-    error = np.concatenate([error, h.errors(weight, nearest, scale)], axis=1)
-    q = best_rows(np.concatenate([candidates, nearest], axis=1), error)
+    q = least_error(weight, greatest, h, finest, free)
     return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
 
 
-def scale_grid(weight: Array, greatest: int, finest: Array | None = None) -> Array:
-    """Return scales (K, S) to try for rows (K, n), none below `finest` (K,)."""
+def least_error(
+    weight: Array, greatest: int, moment: Moment, finest: Array | None, free: Array | None
+) -> Array:
+    """Return the integers (K, n) of least E that GPTQ finds for some scale, or the nearest integers.
+
+    The latter are tried too, because the later taps cannot always compensate the errors of GPTQ.
+    """
+    scale = _promising(weight, scale_grid(weight, greatest, SCALES, finest), moment, greatest, free)
+    q, error = compensated(weight, scale, moment, greatest, free)
+    nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest)
+    other = moment.errors(weight, nearest, scale)
+    better = other.min(axis=1) < error.min(axis=1)
+    return np.where(better[:, None], best_rows(nearest, other).astype(np.int64), best_rows(q, error))
+
+
+def scale_grid(weight: Array, greatest: int, count: int, finest: Array | None = None) -> Array:
+    """Return `count` scales and one more (K, S) for rows (K, n), none below `finest` (K,)."""
     largest = np.abs(weight).max(axis=1)
     largest = np.where(largest > 0, largest, 1.0)
     first = 0.25 * largest / greatest
     if finest is not None:
         first = np.clip(finest, first, largest)
-    count = int(np.clip(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES, SCALES))
     grid = np.geomspace(first, 1.6 * largest, count, axis=1)
     return np.concatenate([grid, np.maximum(largest / greatest, first)[:, None]], axis=1)
+
+
+def _promising(weight: Array, scale: Array, moment: Moment, greatest: int, free: Array | None) -> Array:
+    """Return those of the scales (K, S) that promise the least E, fewer for rows (K, n) of many taps.
+
+    GPTQ compensates what later taps have in common with a tap. So its E is near that of the nearest integers,
+    if each tap has only the variance that later taps do not explain.
+    """
+    most = max(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES)
+    if most >= scale.shape[1]:
+        return scale
+    order, factor = moment.inverse_factor(None if free is None else free.all(axis=0))
+    ordered, error = weight[:, order], np.empty(scale.shape)
+    for number, one in enumerate(scale.T[:, :, None]):
+        off = ordered - one * np.rint(ordered / one).clip(-greatest, greatest)
+        error[:, number] = np.square(off / np.diag(factor)).sum(axis=1)
+    return np.take_along_axis(scale, error.argsort(axis=1)[:, :most], axis=1)
 
 
 def compensated(
