@@ -29,7 +29,7 @@ from fheconv.networks.floats import Conv, Layer
 from fheconv.networks.integers import IntegerNetwork
 from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.allocation import allocate
-from fheconv.quantizer.layerwise import quantize_network
+from fheconv.quantizer.sparing import quantize_sparingly
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -185,7 +185,7 @@ def quantized(
 
     def with_numbers(config: QuantConfig) -> QuantizedNetwork:
         chosen = allocate(network, images, calibrated, config).config if config.is_auto else config
-        return QuantizedNetwork.of(quantize_network(network, images, calibrated, chosen))
+        return QuantizedNetwork.of(quantize_sparingly(network, images, calibrated, chosen))
 
     try:
         return with_numbers(config)

@@ -33,7 +33,9 @@ class QuantConfig:
         weights or gains are then so large that their noise makes lookups dearer.
     rounding_bits: 2 to 8. The width to which an accumulator is rounded before its lookup. The rounding is
         approximate and makes the lookup cheaper. None: no rounding. (One bit is too few: rounding needs a
-        free step at both ends.)
+        free step at both ends.) Where 3 bits or fewer are kept, or activations have as few, with
+        overflow="defined", `quantize` also tries a bit less of weights and of activations. It takes these
+        numbers unless the given ones reduce the error of the results by 1 %.
     overflow: "proved": the window of each lookup holds the accumulators of the worst image. "defined": it
         holds what calibration reaches, so that its steps are finer. Outside, its table repeats mirrored, in
         the circuit and in the clear integers, for every image: the least activation becomes the greatest. So

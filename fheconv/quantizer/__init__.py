@@ -1,6 +1,7 @@
 """Turns a network in floats, and calibration images, into one in integers.
 
 layerwise: the entry: layer after layer.
+sparing: a bit less of weights or activations, where that is as good.
 allocation: chooses the widths that are "auto".
 components: groups what has to share a scale.
 factors: sizes of the two factors of a product.

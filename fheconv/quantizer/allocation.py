@@ -22,6 +22,7 @@ from fheconv.basics.progress import status
 from fheconv.networks.floats import Layer, Network
 from fheconv.networks.quantization import CalibratedInput
 from fheconv.quantizer.layerwise import quantize_network
+from fheconv.quantizer.sparing import results_error
 
 # The ladder of levels: how many integers an activation or an image value can be. Each is about √2 times the
 # one before, which costs half a bit of an accumulator. With finer steps the search gets stuck, and takes
@@ -76,9 +77,8 @@ class Trial:
         Raises like `fheconv.quantize`.
         """
         quantized = quantize_network(self.network, self.images, self.calibrated, config)
-        sums = quantized.accumulate(quantized.input.integers(self.held_out)) * quantized.last.scale
-        variance = self.expected.var(axis=0).mean()
-        return float(np.square(sums - self.expected).mean() / (variance or 1.0))
+        variance = float(self.expected.var(axis=0).mean())
+        return results_error(quantized, self.held_out, self.expected) / (variance or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

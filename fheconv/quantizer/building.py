@@ -136,7 +136,8 @@ class Building:
         if kept is None or given is not None:
             return [Aim(spans * HEADROOM / budget.steps, budget.steps)]
         quiet = quiet_steps(fitted.rows, self.source.shapes, self._noise(layer), kept)
-        return aims(spans, quiet, fitted.usual_steps(bits), fitted.variance(), kept, self._widest(layer))
+        usual, variance = fitted.usual_steps(bits), fitted.variance()
+        return aims(spans, quiet, usual, variance, kept, self._widest(layer), fitted.taps)
 
     @property
     def _windows_lie_freely(self) -> bool:

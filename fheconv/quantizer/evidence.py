@@ -7,6 +7,8 @@ prior (Gelman et al., Bayesian Data Analysis, section 3.6): it shrinks the covar
 of many stays as it is. Means need fewer images: `PRIOR_IMAGES` are enough.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.linalg
 
@@ -106,15 +108,32 @@ def trust_in_mean(images: float) -> float:
     return min(images / PRIOR_IMAGES, 1.0)
 
 
-def mixed_covariance(moment: Array, variance: Array, apart: Array, share: Array) -> Array:
-    """Return the covariance (n, n) of a mixture: `share` (n,) of the calibration images, the rest uniform.
+class Mixture(NamedTuple):
+    """Describes a mixture of inputs: `share` (n,) of the calibration images, the rest uniform.
 
-    `moment` (n, n) is the covariance on the calibration images, `variance` (n,) that of uniform inputs.
-    `apart` (n,) is the difference of their means, times √(1 − share), where the means are mixed alike.
+    `variance` (n,) is that of the uniform inputs. `apart` (n,) is the difference of the means, times
+    √(1 − share), where the means are mixed alike.
     """
-    root = np.sqrt(share)
-    mixed: Array = (moment + np.outer(apart, apart)) * np.outer(root, root) + np.diag((1 - share) * variance)
-    return mixed
+
+    variance: Array
+    apart: Array
+    share: Array
+
+    def covariance(self, moment: Array) -> Array:
+        """Return the covariance (n, n) of the mixture, from that on the calibration images."""
+        root, rest = np.sqrt(self.share), (1 - self.share) * self.variance
+        mixed: Array = (moment + np.outer(self.apart, self.apart)) * np.outer(root, root) + np.diag(rest)
+        return mixed
+
+    def with_sums(self, target: Array, weights: Array) -> Array:
+        """Return the covariance (n, K) of the mixture with sums that weights (K, n) make of it.
+
+        `target` (n, K) is that on the calibration images, with sums of the weights times √share.
+        """
+        root, rest = np.sqrt(self.share), (1 - self.share) * self.variance
+        sums = target + np.outer(self.apart, (weights * root) @ self.apart)
+        mixed: Array = root[:, None] * sums + rest[:, None] * weights.T
+        return mixed
 
 
 def least_squares(moment: Array, target: Array, weights: Array, free: Array) -> Array:

@@ -7,9 +7,9 @@ import numpy as np
 from fheconv.basics.arrays import Array, Shape
 from fheconv.networks.quantization import Quantization
 from fheconv.quantizer.evidence import (
+    Mixture,
     evidence,
     middle,
-    mixed_covariance,
     trust,
     trust_in_mean,
     uniform_variance,
@@ -50,28 +50,24 @@ class Moments:
             for windows, centre, share in zip(self._delivered, middles, known, strict=True)
         ]
 
-    def of_batch(self, batch: Batch, read: Array) -> tuple[Array, Array]:
-        """Return two covariances (n, n): of quantized inputs, and of these with the float inputs.
+    def of_batch(self, batch: Batch, weights: Array, free: Array) -> tuple[Array, Array]:
+        """Return two covariances of quantized inputs: with each other (n, n), and with the float sums (n, K).
 
-        `read` (K, N) is a mask of the inputs of each row whose weights are fitted. Only the n inputs that
-        some row reads count.
+        `weights` (K, N) are the float weights of the batch's inputs, and `free` (K, N) is a mask of those
+        that are fitted. Only the n inputs that some row reads count.
         """
-        taps, columns = int(read.sum(axis=1).max()), read.any(axis=0)
+        taps, columns = int(free.sum(axis=1).max()), free.any(axis=0)
         shares = [
             np.full(variance.shape, trust(images, taps / positions))
             for variance, images, positions in zip(
                 self._variances, self.evidence, self._positions, strict=True
             )
         ]
+        rows = self._rows
         variance, apart, share = (
-            self._rows.of_inputs(batch.inputs, values)[columns]
-            for values in (self._variances, self._apart, shares)
+            rows.of_inputs(batch.inputs, values) for values in (self._variances, self._apart, shares)
         )
-        both = np.ix_(columns, columns)
-        moment, cross = (
-            mixed_covariance(
-                self._rows.covariance(batch, self._delivered, other)[both], variance, apart, share
-            )
-            for other in (self._delivered, self._meant)
-        )
-        return moment, cross
+        moment = rows.covariance(batch, self._delivered)[np.ix_(columns, columns)]
+        target = rows.covariance_with_sums(batch, self._delivered, self._meant, weights * np.sqrt(share))
+        mixture = Mixture(variance[columns], apart[columns], share[columns])
+        return mixture.covariance(moment), mixture.with_sums(target[columns], weights[:, columns])

@@ -203,12 +203,26 @@ class Rows:
         """Return whether all weights of a row meet in the same windows, so that their inputs covary."""
         return all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row)
 
-    def covariance(self, batch: Batch, a: Sequence[Array], b: Sequence[Array]) -> Array:
-        """Return the covariance (n, n) of the inputs of a batch, in the `windows` `a` and `b`."""
-        blocks = [[windows[p][group] for p, group in batch.inputs] for windows in (a, b)]
-        if batch.joint:
-            blocks = [[np.concatenate(parts, axis=1)] for parts in blocks]
-        return scipy.linalg.block_diag(*(_covariance(x, y) for x, y in zip(*blocks, strict=True)))
+    def covariance(self, batch: Batch, windows: Sequence[Array]) -> Array:
+        """Return the covariance (n, n) of the inputs of a batch, in its `windows`."""
+        blocks = (x.T @ x / len(x) for x in _centred(batch, windows))
+        return scipy.linalg.block_diag(*blocks)
+
+    def covariance_with_sums(
+        self, batch: Batch, windows: Sequence[Array], meant: Sequence[Array], weights: Array
+    ) -> Array:
+        """Return the covariance (n, K) of the inputs of a batch with the sums that weights (K, n) make.
+
+        The inputs are in `windows`, and the sums are made of the inputs in `meant`.
+        """
+        pairs = [*zip(_centred(batch, windows), _centred(batch, meant), strict=True)]
+        ends = np.cumsum([x.shape[1] for x, _ in pairs])[:-1]
+        return np.concatenate(
+            [
+                x.T @ (y @ own.T) / len(x)
+                for (x, y), own in zip(pairs, np.split(weights, ends, axis=1), strict=True)
+            ]
+        )
 
     def of_inputs(self, inputs: Inputs, values: Sequence[Array]) -> Array:
         """Return the values (n,) of some inputs, from those (groups, taps) of each term."""
@@ -308,6 +322,12 @@ def _flat(weight: Array) -> Array:
     return np.moveaxis(weight, 0, -1).ravel()
 
 
-def _covariance(x: Array, y: Array) -> Array:
-    # The mean is subtracted, because the bias corrects the mean error.
-    return (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / len(x)
+def _centred(batch: Batch, windows: Sequence[Array]) -> list[Array]:
+    """Return the inputs of a batch that covary (windows, taps), without their means.
+
+    The bias corrects the mean error.
+    """
+    blocks = [windows[p][group] for p, group in batch.inputs]
+    if batch.joint:
+        blocks = [np.concatenate(blocks, axis=1)]
+    return [x - x.mean(axis=0) for x in blocks]

@@ -20,6 +20,8 @@ CLIPPED = 0.8
 LEFT = 0.3
 # So many of the best widths are tried, if the expected error of each is at most so many times the least.
 MOST_TRIED, MUCH_WORSE = 2, 2.0
+# Before sums of more taps, only the best is tried, because rounding so many weights takes long.
+MANY_TAPS = 1000
 
 
 class Aim(NamedTuple):
@@ -36,12 +38,13 @@ def aims(
     variance: Array,
     rounding_bits: int,
     widest: int,
+    taps: int,
 ) -> list[Aim]:
     """Return what to try before lookups that keep `rounding_bits` of at most `widest` bits, the best first.
 
     All arrays are (C,). `spans` are the real spans of the windows, `quiet` the finest steps whose noise costs
     nothing, and `usual` the steps at which weights have their greatest integers. With steps of size s, the
-    sums err by s²/12 times `variance`.
+    sums err by s²/12 times `variance`. Filters have up to so many `taps`.
     """
     found, tiny = [], float(np.finfo(np.float64).tiny)
     for bits in range(rounding_bits + 2, widest + 1):
@@ -54,4 +57,5 @@ def aims(
             error = float((columns**2 + LEFT * variance * steps**2).sum())
         found.append((error, Aim(finest, most)))
     found.sort(key=lambda one: one[0])
-    return [aim for error, aim in found[:MOST_TRIED] if error <= MUCH_WORSE * found[0][0]]
+    most = MOST_TRIED if taps <= MANY_TAPS else 1
+    return [aim for error, aim in found[:most] if error <= MUCH_WORSE * found[0][0]]

@@ -131,6 +131,11 @@ class FittedWeights:
             results.append((numbers, IntegerWeight(fitted.batch.of_weights(values), scales, found[0][2])))
         return _assembled(rows, results)._replace(evidence=self._evidence)
 
+    @property
+    def taps(self) -> int:
+        """The greatest number of weights that are fitted together."""
+        return max(len(fitted.variances) for fitted in self._fitted)
+
     def usual_steps(self, bits: int) -> Array:
         """Return the real steps (C,) at which the greatest weights become the greatest integer of `bits`."""
         greatest = [np.abs(fitted.weights).max(axis=1) * fitted.size for fitted in self._fitted]
@@ -171,12 +176,12 @@ def _fitted(rows: Rows, batch: Batch, moments: Moments) -> _Fitted:
     # Pruned weights stay zero, because another value there would need more lookups. So do filters of zeros.
     masks = np.stack([rows.read(rows.rows[number]) for number in batch.numbers])
     free = batch.over_inputs(masks | (not weights.any()))
-    moment, cross = moments.of_batch(batch, free)
-    read = free.any(axis=0)
-    weights, free = batch.over_inputs(weights)[:, read], free[:, read]
+    weights, read = batch.over_inputs(weights), free.any(axis=0)
+    moment, target = moments.of_batch(batch, weights, free)
+    weights, free = weights[:, read], free[:, read]
     return _Fitted(
         batch=batch,
-        weights=least_squares(moment, cross @ weights.T, weights, free),
+        weights=least_squares(moment, target, weights, free),
         free=free,
         size=size,
         read=read,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fheconv
+import train_rescnn_digits
 import train_tinycnn_digits
 from digits import SPLITS, validation_split
 
@@ -33,10 +34,11 @@ def error(module, images, calibrating, widths):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_setting_of_a_trained_network_is_worse_than_one_with_fewer_bits(split):
-    module = train_tinycnn_digits.shipped(split)
+@pytest.mark.parametrize("model", [train_tinycnn_digits, train_rescnn_digits])
+def test_no_setting_of_a_trained_network_is_worse_than_one_with_fewer_bits(model, split):
+    module = model.shipped(split)
     images = validation_split(split).train_images[:700]
-    tried = list(product((4, 5, 6), (3, 5), (3, 5)))
+    tried = list(product((4, 5, 6), (3, 4, 5), (3, 5)))
     errors = {widths: error(module, images, 200, widths) for widths in tried}
     worse = [
         (few, more, errors[more] / errors[few])

@@ -46,6 +46,8 @@ def least_error(
     """
     scale = _promising(weight, scale_grid(weight, greatest, SCALES, finest), moment, greatest, free)
     q, error = compensated(weight, scale, moment, greatest, free)
+    if scale.shape[1] <= SCALES:  # the taps are so many that they can
+        scale = scale[:, :1]
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest)
     other = moment.errors(weight, nearest, scale)
     better = other.min(axis=1) < error.min(axis=1)
@@ -73,10 +75,11 @@ def _promising(weight: Array, scale: Array, moment: Moment, greatest: int, free:
     if most >= scale.shape[1]:
         return scale
     order, factor = moment.inverse_factor(None if free is None else free.all(axis=0))
-    ordered, error = weight[:, order], np.empty(scale.shape)
+    ordered, unexplained = weight[:, order], 1 / np.square(np.diag(factor))
+    error = np.empty(scale.shape)
     for number, one in enumerate(scale.T[:, :, None]):
         off = ordered - one * np.rint(ordered / one).clip(-greatest, greatest)
-        error[:, number] = np.square(off / np.diag(factor)).sum(axis=1)
+        error[:, number] = np.square(off) @ unexplained
     return np.take_along_axis(scale, error.argsort(axis=1)[:, :most], axis=1)
 
 
