@@ -7,7 +7,7 @@ block of a wide one becomes wider. And it gives a block one key, that of lookups
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -187,9 +187,14 @@ def _growth(term: Term, engine: str, network: IntegerNetwork) -> float:
 
     Concrete's analysis of noise starts the sums of a convolution with the variance of an input, not with 0.
     """
+    shape = network.shapes[term.source]
+    if "matrix" in engine and (kernel := term.convolution) is not None:
+        # One channel of ones meets the squares of all channels' weights, except where there is padding.
+        squares = np.square(kernel.weight.astype(np.float64)).sum(axis=1, keepdims=True)
+        every = replace(kernel, weight=squares, geometry=replace(kernel.geometry, groups=1))
+        return float(every.apply(np.ones((1, 1, *shape[1:])), 0).max())
     if "matrix" in engine:
-        matrix = term.matrix(network.shapes[term.source]).astype(np.float64)
-        return float(matrix.power(2).sum(axis=0).max())
+        return float(term.matrix(shape).astype(np.float64).power(2).sum(axis=0).max())
     kernels = [step.weight.astype(np.float64) for step in term.steps if isinstance(step, Kernel)]
     return math.prod(1 + float((w**2).reshape(len(w), -1).sum(axis=1).max()) for w in kernels)
 
