@@ -219,6 +219,8 @@ def _torch(x: Array, weight: Array, geometry: ConvGeometry) -> Array:
 
     functions = torch.conv1d, torch.conv2d, torch.conv3d
     x, weight = expand(x, geometry), np.ascontiguousarray(weight)
+    if x.dtype != np.float32:  # channels may come last in memory only where torch has a library for it
+        x = np.ascontiguousarray(x)
     # torch takes no steps backwards, and nothing that is read-only.
     x, weight = (one if one.flags.writeable and min(one.strides) >= 0 else one.copy() for one in (x, weight))
     y = functions[x.ndim - 3](

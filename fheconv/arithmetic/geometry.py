@@ -10,6 +10,7 @@ padding crops. XLA's `ConvGeneralDilated` has the same form. `grid` tabulates th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -120,12 +121,12 @@ class ConvGeometry:
             input_dilation=stride,
         )
 
-    @property
+    @cached_property
     def extent(self) -> tuple[int, ...]:
         """Return the kernel's size with its dilation, (k − 1)·dilation + 1 an axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
 
-    @property
+    @cached_property
     def expands(self) -> bool:
         """Return whether the expanded input differs from the input."""
         return any(map(any, self.padding)) or any(step > 1 for step in self.input_dilation)
@@ -330,6 +331,8 @@ def per_axis(value: Any, axes: int, name: str, least: int) -> tuple[int, ...]:
 
     `value` is one integer, or one for each axis. Raises `InvalidArgumentError` with `name` otherwise.
     """
+    if type(value) is int and value >= least:  # mostly; small convolutions take little longer than the checks
+        return (value,) * axes
     several = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
     values = tuple(value) if several else (value,) * axes
     whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values)
