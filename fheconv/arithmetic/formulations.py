@@ -210,7 +210,6 @@ def conv_transpose(
 # torch has convolutions of one to so many axes.
 TORCH_AXES = 3
 
-
 # The formulations. They take x (N, C, *S) and weight (K, C/groups, *k) in one working dtype.
 
 

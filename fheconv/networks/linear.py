@@ -74,13 +74,12 @@ class Kernel:
         geometry, groups = self.geometry, self.geometry.groups
         # Products of numbers are much faster than those of booleans, if rows lie together in memory.
         by_group = wanted.reshape(groups, len(wanted) // groups, -1).astype(np.float32)
-        used = (self.weight != 0).reshape(groups, -1, self.weight.shape[1], math.prod(geometry.kernel))
+        used = self.weight.reshape(groups, -1, self.weight.shape[1], math.prod(geometry.kernel)) != 0
         by_tap = used.transpose(3, 0, 2, 1).astype(np.float32, order="C")
         expanded = np.zeros((shape[0], *geometry.expanded_size(shape[1:])), bool)
         for tap, weights in zip(np.ndindex(*geometry.kernel), by_tap, strict=True):
             window = tap_slices(tap, wanted.shape[1:], geometry.stride, geometry.dilation)
-            read = weights @ by_group > 0
-            expanded[(slice(None), *window)] |= read.reshape(shape[0], *wanted.shape[1:])
+            expanded[(slice(None), *window)] |= (weights @ by_group > 0).reshape(-1, *wanted.shape[1:])
         for axis, size in enumerate(shape[1:]):
             grid = geometry.grid(axis, size)
             moved = np.moveaxis(expanded, 1 + axis, 0)

@@ -7,7 +7,7 @@ from torch import nn
 
 import fheconv
 from fheconv.networks.quantization import Quantization
-from fheconv.quantizer.evidence import PRIOR_IMAGES, beside_others, independent_images, mixed_covariance
+from fheconv.quantizer.evidence import PRIOR_IMAGES, Mixture, beside_others, independent_images
 
 SHAPE = (1, 8, 8)
 OTHERS = np.random.default_rng(7).uniform(0, 1, (200, *SHAPE))
@@ -91,7 +91,11 @@ def test_the_covariance_is_that_of_a_mixture():
     seen, uniform = rng.normal(2, 1, (300, 3)) @ rng.normal(size=(3, 3)), rng.uniform(0, 1, (100, 3))
     moment, other = np.cov(seen.T, bias=True), np.cov(uniform.T, bias=True)
     apart = seen.mean(axis=0) - uniform.mean(axis=0)
-    mixed = mixed_covariance(moment, np.diag(other), apart * np.sqrt(0.25), np.full(3, 0.75))
+    mixture = Mixture(np.diag(other), apart * np.sqrt(0.25), np.full(3, 0.75))
+    mixed = mixture.covariance(moment)
+    weights = rng.normal(size=(2, 3))
+    with_sums = mixture.with_sums(moment @ (weights * np.sqrt(0.75)).T, weights)
+    np.testing.assert_allclose(with_sums, mixed @ weights.T, rtol=1e-12)
     mixed += 0.25 * (other - np.diag(np.diag(other)))  # draws of the uniform inputs correlate a little
     np.testing.assert_allclose(mixed, np.cov(np.concatenate([seen, uniform]).T, bias=True), rtol=1e-12)
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fheconv.quantizer.rounding.gptq import SCALES, round_gptq
+from fheconv.quantizer.rounding.base import Moment
+from fheconv.quantizer.rounding.gptq import SCALES, compensated, round_gptq, scale_grid
 from fheconv.quantizer.rounding.minmax import round_minmax
 from tests.support.problems import damped, errors, nothing, problems
 
@@ -41,6 +42,18 @@ def test_no_worse_than_plain_rounding_at_the_best_of_the_scales(problem):
             off = w - scales[:, None] * np.clip(np.rint(w / scales[:, None]), -greatest, greatest)
             best = np.einsum("kn,nm,km->k", off, h, off).min()
             assert ours <= best * (1 + 1e-6) + 1e-12 * (w**2).sum() * np.trace(h)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_of_many_taps_a_few_promising_scales_do_nearly_as_well_as_all(bits):
+    rng = np.random.default_rng(bits)
+    taps, greatest = 700, 2 ** (bits - 1) - 1
+    inputs = np.abs(rng.normal(size=(400, 200)) @ rng.normal(size=(200, taps))) * rng.gamma(1, 1, taps)
+    weight, moment = rng.laplace(size=(6, taps)), Moment(np.cov(inputs.T), taps)
+    ours = round_gptq(weight, bits, moment)
+    found = moment.errors(weight, ours.values[:, None], ours.scale[:, None])[:, 0]
+    _, all_errors = compensated(weight, scale_grid(weight, greatest, SCALES), moment, greatest)
+    assert found.mean() <= 1.03 * all_errors.min(axis=1).mean()
 
 
 @given(problems())

@@ -109,3 +109,11 @@ def test_filters_with_a_skip_are_one_batch_if_most_of_their_inputs_are_the_same(
             rows.parts[0].unit * batch.over_inputs(weights) @ read.T, sums[batch.numbers], atol=1e-9
         )
         np.testing.assert_array_equal(batch.of_weights(batch.over_inputs(weights)), weights)
+        np.testing.assert_array_equal(rows.stacked(batch.numbers), weights)
+        covariance = rows.covariance(batch, windows)
+        np.testing.assert_allclose(covariance, np.cov(read.T, bias=True), atol=1e-12)
+        np.testing.assert_allclose(
+            rows.covariance_with_sums(batch, windows, windows, batch.over_inputs(weights)),
+            covariance @ batch.over_inputs(weights).T,
+            atol=1e-9,
+        )
