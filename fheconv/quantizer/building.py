@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from fheconv.basics.arrays import Array, frozen
-from fheconv.basics.config import QuantConfig
+from fheconv.basics.config import ROUNDED_AWAY, QuantConfig
 from fheconv.basics.errors import AccumulatorOverflowError
 from fheconv.networks.bounds import FREE_BITS
 from fheconv.networks.floats import Layer, Maximum, Network
@@ -84,12 +84,13 @@ class Building:
     def width_limit(self, layer: Layer) -> int | None:
         """Return the width that a layer's accumulators must not exceed, None for any.
 
-        Windows that are not proved have one even if none was asked for, at which lookups are cheap.
+        Windows that are not proved have one even if none was asked for, at which lookups are cheap. But with
+        less than `ROUNDED_AWAY` bits to round away, weights would be too coarse for what lookups tell apart.
         """
         limit = self.config.accumulator_bits_of(layer.name, looks_up=layer.activation is not None)
         kept = self.rounding_bits(layer)
         if limit is None and kept is not None and self._windows_are_chosen:
-            return max(self._quiet_beside_maxima(layer), kept + 2)
+            return max(self._quiet_beside_maxima(layer), kept + ROUNDED_AWAY)
         return limit
 
     def _widest(self, layer: Layer) -> int:
