@@ -187,8 +187,8 @@ def _growth(term: Term, engine: str, network: IntegerNetwork) -> float:
 
     Concrete's analysis of noise starts the sums of a convolution with the variance of an input, not with 0.
     """
-    shape = network.shapes[term.source]
-    if "matrix" in engine and (kernel := term.convolution) is not None:
+    shape, kernel = network.shapes[term.source], term.convolution
+    if "matrix" in engine and kernel is not None and kernel.geometry.padding_mode == "zeros":
         # One channel of ones meets the squares of all channels' weights, except where there is padding.
         squares = np.square(kernel.weight.astype(np.float64)).sum(axis=1, keepdims=True)
         every = replace(kernel, weight=squares, geometry=replace(kernel.geometry, groups=1))
