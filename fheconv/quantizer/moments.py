@@ -67,7 +67,7 @@ class Moments:
         variance, apart, share = (
             rows.of_inputs(batch.inputs, values) for values in (self._variances, self._apart, shares)
         )
-        moment = rows.covariance(batch, self._delivered)[np.ix_(columns, columns)]
-        target = rows.covariance_with_sums(batch, self._delivered, self._meant, weights * np.sqrt(share))
+        seen = rows.covariances(batch, self._delivered, self._meant, weights * np.sqrt(share))
+        moment, target = seen[0][np.ix_(columns, columns)], seen[1][columns]
         mixture = Mixture(variance[columns], apart[columns], share[columns])
-        return mixture.covariance(moment), mixture.with_sums(target[columns], weights[:, columns])
+        return mixture.covariance(moment), mixture.with_sums(target, weights[:, columns])

@@ -203,26 +203,19 @@ class Rows:
         """Return whether all weights of a row meet in the same windows, so that their inputs covary."""
         return all(self.parts[p].aligned for p, _ in row) and len({p for p, _ in row}) == len(row)
 
-    def covariance(self, batch: Batch, windows: Sequence[Array]) -> Array:
-        """Return the covariance (n, n) of the inputs of a batch, in its `windows`."""
-        blocks = (x.T @ x / len(x) for x in _centred(batch, windows))
-        return scipy.linalg.block_diag(*blocks)
-
-    def covariance_with_sums(
+    def covariances(
         self, batch: Batch, windows: Sequence[Array], meant: Sequence[Array], weights: Array
-    ) -> Array:
-        """Return the covariance (n, K) of the inputs of a batch with the sums that weights (K, n) make.
+    ) -> tuple[Array, Array]:
+        """Return the covariance (n, n) of the inputs of a batch, and theirs with float sums (n, K).
 
-        The inputs are in `windows`, and the sums are made of the inputs in `meant`.
+        The inputs are in `windows`. The sums are those of `weights` (K, n) times the inputs in `meant`.
         """
-        pairs = [*zip(_centred(batch, windows), _centred(batch, meant), strict=True)]
-        ends = np.cumsum([x.shape[1] for x, _ in pairs])[:-1]
-        return np.concatenate(
-            [
-                x.T @ (y @ own.T) / len(x)
-                for (x, y), own in zip(pairs, np.split(weights, ends, axis=1), strict=True)
-            ]
-        )
+        blocks = _centred(batch, windows)
+        ends = np.cumsum([x.shape[1] for x in blocks])[:-1]
+        own = np.split(weights, ends, axis=1)
+        sums = (y @ w.T for y, w in zip(_centred(batch, meant), own, strict=True))
+        with_sums = [x.T @ total / len(x) for x, total in zip(blocks, sums, strict=True)]
+        return scipy.linalg.block_diag(*(x.T @ x / len(x) for x in blocks)), np.concatenate(with_sums)
 
     def of_inputs(self, inputs: Inputs, values: Sequence[Array]) -> Array:
         """Return the values (n,) of some inputs, from those (groups, taps) of each term."""

@@ -99,8 +99,8 @@ def fitted(now: Thinned, images: Array) -> Network:
                 free, held = batch.over_inputs(read), np.stack([weights[n] for n in numbers])
                 then = batch.over_inputs(before.stacked(numbers))
                 some = free.any(axis=0)
-                moment = rows.covariance(batch, delivered)[np.ix_(some, some)]
-                target = rows.covariance_with_sums(batch, delivered, wanted, then)[some]
+                moment, target = rows.covariances(batch, delivered, wanted, then)
+                moment, target = moment[np.ix_(some, some)], target[some]
                 fitted_rows = batch.over_inputs(held)
                 fitted_rows[:, some] = least_squares(moment, target, fitted_rows[:, some], free[:, some])
                 for n, values in zip(numbers, batch.of_weights(fitted_rows), strict=True):

@@ -110,10 +110,6 @@ def test_filters_with_a_skip_are_one_batch_if_most_of_their_inputs_are_the_same(
         )
         np.testing.assert_array_equal(batch.of_weights(batch.over_inputs(weights)), weights)
         np.testing.assert_array_equal(rows.stacked(batch.numbers), weights)
-        covariance = rows.covariance(batch, windows)
+        covariance, with_sums = rows.covariances(batch, windows, windows, batch.over_inputs(weights))
         np.testing.assert_allclose(covariance, np.cov(read.T, bias=True), atol=1e-12)
-        np.testing.assert_allclose(
-            rows.covariance_with_sums(batch, windows, windows, batch.over_inputs(weights)),
-            covariance @ batch.over_inputs(weights).T,
-            atol=1e-9,
-        )
+        np.testing.assert_allclose(with_sums, covariance @ batch.over_inputs(weights).T, atol=1e-9)

@@ -12,11 +12,11 @@ import numpy as np
 from fheconv.basics.arrays import Array
 from fheconv.quantizer.rounding.base import IntegerWeight, Moment, best_scales, greatest_integer
 from fheconv.quantizer.rounding.gptq import (
-    MOST_PRODUCTS,
     SCALES,
+    affordable_scales,
+    best_integers,
     best_rows,
     compensated,
-    least_error,
     scale_grid,
 )
 
@@ -49,18 +49,18 @@ def round_accumulator(
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
     if budget is None:
-        start = least_error(weight, greatest, h, finest, free)
+        start = best_integers(weight, greatest, h, finest, free)
     else:
         # At finer scales, the integers would exceed the budget and be decremented again.
         least = np.abs(weight) @ ranges / max(4 * budget, 1)
-        count = int(np.clip(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES, SCALES))
+        count = min(affordable_scales(weight.shape[1], FEWEST_SCALES), SCALES)
         scale = scale_grid(weight, greatest, count, least)
         candidates, _ = compensated(weight, scale, h, greatest, free)
         _decrement(candidates, weight, scale, h.values, ranges, budget)
         start = best_rows(candidates, h.errors(weight, candidates, scale))
     sizes = np.full(weight.shape, greatest) if free is None else greatest * free
     q = _descended(weight, start, h.values, _Limits(sizes, ranges, budget))
-    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
+    return IntegerWeight(q, best_scales(weight, q, q @ h.values), (-greatest, greatest))
 
 
 def _decrement(
@@ -107,8 +107,7 @@ def _descended(weight: Array, start: Array, moment: Array, limits: _Limits) -> A
         if not len(rows):  # the scale of a row that has not moved stays
             break
         held = q[rows] @ moment
-        fit, gain = (np.einsum("kn,kn->k", some, q[rows]) for some in (held, wanted[rows]))
-        scale = np.divide(gain, fit, out=np.zeros(len(rows)), where=fit > 0)
+        scale = best_scales(weight[rows], q[rows], held)
         slope = 2 * scale[:, None] * (wanted[rows] - scale[:, None] * held)
         moving = []
         for piece in np.split(np.arange(len(rows)), range(together, len(rows), together)):
@@ -150,21 +149,28 @@ class _Descent:
     def _step(self, rows: Array) -> Array:
         """Move one tap of each row (R,), or two. Return which rows have moved."""
         of = slice(None) if len(rows) == len(self.q) else rows
-        slope, limits = self._slope[of], self._limits
         # Only a step that follows the slope can reduce the error.
-        direction = np.copysign(1.0, slope)
-        harm = self._curve[of] - np.abs(slope)
-        outwards = self.q[of] * direction
-        harm[outwards >= limits.sizes[of]] = np.inf
-        if limits.budget is not None:
-            price = np.where(outwards >= 0, limits.ranges, -limits.ranges)
-            harm[price > self._left(rows)[:, None]] = np.inf
+        direction = np.copysign(1.0, self._slope[of])
+        harm = self._harm(of, direction)
+        if self._limits.budget is not None:
+            harm[self._price(of, direction) > self._left(rows)[:, None]] = np.inf
         at, tap = np.arange(len(rows)), harm.argmin(axis=1)
         moving = harm[at, tap] <= -self._tolerance[of]
         self._move(rows[moving], tap[moving], direction[at, tap][moving])
         for one in np.flatnonzero(~moving):
             moving[one] = self._exchange(rows[one])
         return moving
+
+    def _harm(self, rows: Array | int | slice, direction: Array) -> Array:
+        """Return what a step of each tap, up or down by `direction`, adds to the errors of some rows."""
+        harm: Array = self._curve[rows] - direction * self._slope[rows]
+        harm[self.q[rows] * direction >= self._limits.sizes[rows]] = np.inf
+        return harm
+
+    def _price(self, rows: Array | int | slice, direction: Array) -> Array:
+        """Return what a step of each tap, up or down by `direction`, takes of the budget of some rows."""
+        ranges = self._limits.ranges
+        return np.where(self.q[rows] * direction >= 0, ranges, -ranges)
 
     def _left(self, rows: Array | int) -> Array:
         """Return what is left of the budget of some rows."""
@@ -181,10 +187,8 @@ class _Descent:
 
         It is the best pair of steps of which one is among the `PARTNERS` that add the least error.
         """
-        q, slope, curve, sizes = self.q[row], self._slope[row], self._curve[row], self._limits.sizes[row]
-        taps = len(q)
-        harm = np.concatenate([curve - slope, curve + slope])  # of a step up, and of a step down
-        harm[np.concatenate([q >= sizes, q <= -sizes])] = np.inf
+        up_and_down, taps = np.array([[1.0], [-1.0]]), self.q.shape[1]
+        harm = self._harm(row, up_and_down).ravel()
         first = np.argpartition(harm, PARTNERS)[:PARTNERS] if len(harm) > PARTNERS else np.arange(len(harm))
         tap = first % taps
         cross = np.where(first < taps, 2, -2)[:, None] * self._square[row] * self._moment[tap]
@@ -192,8 +196,7 @@ class _Descent:
         own = np.arange(len(first))
         both[own, tap] = both[own, tap + taps] = np.inf
         if self._limits.budget is not None:
-            price = np.concatenate([np.where(q >= 0, 1, -1), np.where(q <= 0, 1, -1)])
-            price *= np.tile(self._limits.ranges, 2)
+            price = self._price(row, up_and_down).ravel()
             both[price[first, None] + price > self._left(row)] = np.inf
         one, other = np.unravel_index(int(both.argmin()), both.shape)
         if both[one, other] > -self._tolerance[row]:

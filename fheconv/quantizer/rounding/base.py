@@ -102,8 +102,10 @@ class Moment:
         return squares.sum(axis=0).reshape(scale.shape)
 
 
-def best_scales(weight: Array, q: Array, moment: Array) -> Array:
-    """Return the scales (K,) of least E for weights and integers (K, n); 0 if no positive scale reduces E."""
-    held = q @ moment
+def best_scales(weight: Array, q: Array, held: Array) -> Array:
+    """Return the scales (K,) of least E for weights and integers (K, n); 0 if no positive scale reduces E.
+
+    `held` (K, n) is q·H.
+    """
     fit, wanted = np.einsum("kn,kn->k", held, q), np.einsum("kn,kn->k", held, weight)
     return np.divide(np.maximum(wanted, 0.0), fit, out=np.zeros(len(q)), where=fit > 0)

@@ -33,11 +33,11 @@ def round_gptq(
     """
     weight = weight.astype(np.float64)
     greatest, h = greatest_integer(bits), Moment.of(moment, weight.shape[1])
-    q = least_error(weight, greatest, h, finest, free)
-    return IntegerWeight(q, best_scales(weight, q, h.values), (-greatest, greatest))
+    q = best_integers(weight, greatest, h, finest, free)
+    return IntegerWeight(q, best_scales(weight, q, q @ h.values), (-greatest, greatest))
 
 
-def least_error(
+def best_integers(
     weight: Array, greatest: int, moment: Moment, finest: Array | None, free: Array | None
 ) -> Array:
     """Return the integers (K, n) of least E that GPTQ finds for some scale, or the nearest integers.
@@ -46,12 +46,17 @@ def least_error(
     """
     scale = _promising(weight, scale_grid(weight, greatest, SCALES, finest), moment, greatest, free)
     q, error = compensated(weight, scale, moment, greatest, free)
-    if scale.shape[1] <= SCALES:  # the taps are so many that they can
+    if scale.shape[1] <= SCALES:  # of many taps, the later ones can
         scale = scale[:, :1]
     nearest = np.clip(np.rint(weight[:, None] / scale[:, :, None]), -greatest, greatest)
     other = moment.errors(weight, nearest, scale)
     better = other.min(axis=1) < error.min(axis=1)
     return np.where(better[:, None], best_rows(nearest, other).astype(np.int64), best_rows(q, error))
+
+
+def affordable_scales(taps: int, fewest: int) -> int:
+    """Return how many scales may be tried for filters of so many taps."""
+    return max(MOST_PRODUCTS // max(taps, 1), fewest)
 
 
 def scale_grid(weight: Array, greatest: int, count: int, finest: Array | None = None) -> Array:
@@ -71,7 +76,7 @@ def _promising(weight: Array, scale: Array, moment: Moment, greatest: int, free:
     GPTQ compensates what later taps have in common with a tap. So its E is near that of the nearest integers,
     if each tap has only the variance that later taps do not explain.
     """
-    most = max(MOST_PRODUCTS // max(weight.shape[1], 1), FEWEST_SCALES)
+    most = affordable_scales(weight.shape[1], FEWEST_SCALES)
     if most >= scale.shape[1]:
         return scale
     order, factor = moment.inverse_factor(None if free is None else free.all(axis=0))
